@@ -1,0 +1,1 @@
+"""Every number of the project: one file per run, `get_config(variant)`."""

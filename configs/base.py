@@ -1,0 +1,271 @@
+"""The shape of every configuration. Numbers of a run live in the sibling files; sizes of published models are the defaults here.
+
+Model configs come first (one per file of `omnitransfer_jax/models`), then what a run adds to them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omnitransfer_jax.errors import RequestError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `RequestError(message)` unless `condition` holds."""
+    if not condition:
+        raise RequestError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Wan2.1 diffusion transformer. Defaults: I2V 14B (Wan2.1-I2V-14B config.json); 480P and 720P are the same network."""
+
+    dim: int = 5120
+    """Width of the residual stream (D)."""
+    ffn_dim: int = 13824
+    """Hidden width of the feed-forward layers (M)."""
+    num_layers: int = 40
+    """Number of blocks."""
+    num_heads: int = 40
+    """Attention heads (N); `dim / num_heads` is the head width."""
+    in_channels: int = 36
+    """Channels of the input latent: 16 noisy, and for image-to-video 4 of mask and 16 of condition."""
+    out_channels: int = 16
+    """Channels of the predicted velocity."""
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns one token covers."""
+    text_dim: int = 4096
+    """Width of the text encoder's output."""
+    text_len: int = 512
+    """Rows of text context; shorter prompts are zero-padded and the zeros are attended to, as in the original."""
+    image_dim: int | None = 1280
+    """Width of the CLIP features, or None for a text-to-video network, which has no image branch."""
+    freq_dim: int = 256
+    """Width of the sinusoidal time embedding."""
+    eps: float = 1e-6
+    """Epsilon of the block norms (the image embedder's own is 1e-5)."""
+    dtype: Dtype = "bfloat16"
+    """What the projections compute in; norms, modulation, rotation, softmax and the residual stream are float32 always."""
+    attention: Literal["auto", "chunked", "cudnn", "splash"] = "auto"
+    """Kernel of the self-attention: `auto` takes the fused one of the backend, and `chunked` where there is none."""
+    remat: Literal["none", "attention", "full"] = "attention"
+    """What a block keeps for the backward pass: everything, the attention outputs, or its input alone."""
+
+    def validate(self) -> None:
+        require(self.dim % self.num_heads == 0, f"dit.dim={self.dim}: not a multiple of dit.num_heads={self.num_heads}")
+        head = self.dim // self.num_heads
+        require(head % 2 == 0 and head >= 6, f"dit.dim/dit.num_heads={head}: rotation needs an even head width of at least 6")
+        require(self.num_layers > 0, f"dit.num_layers={self.num_layers}: at least 1")
+        require(
+            self.in_channels >= self.out_channels,
+            f"dit.in_channels={self.in_channels}: at least dit.out_channels={self.out_channels}, the noisy latent comes first",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Wan2.1 causal video autoencoder (diffusers AutoencoderKLWan defaults = the published weights)."""
+
+    base_dim: int = 96
+    """Channels at full resolution."""
+    z_dim: int = 16
+    """Latent channels."""
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    """Channel multiplier of each resolution; every step down halves height and width."""
+    num_res_blocks: int = 2
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    """Which steps down also halve time."""
+    encode_frames: int = 4
+    """Frames the encoder takes at a time after the first one; a multiple of the time stride. More is faster and needs more memory."""
+    decode_frames: int = 1
+    """Latent frames the decoder takes at a time."""
+    latents_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    """Mean of each latent channel over the original's training data (Wan2.1 vae.py)."""
+    latents_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )  # fmt: skip
+    """Standard deviation of each latent channel (Wan2.1 vae.py)."""
+    dtype: Dtype = "float32"
+    """What the convolutions compute in; the original's pipelines run the autoencoder in float32."""
+
+    @property
+    def time_stride(self) -> int:
+        """Video frames per latent frame."""
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def space_stride(self) -> int:
+        """Pixels per latent row or column."""
+        return 2 ** len(self.temporal_downsample)
+
+    def validate(self) -> None:
+        require(
+            len(self.temporal_downsample) == len(self.dim_mult) - 1,
+            f"vae.temporal_downsample has {len(self.temporal_downsample)} steps: vae.dim_mult has {len(self.dim_mult)} "
+            f"resolutions, so it needs {len(self.dim_mult) - 1}",
+        )
+        require(
+            len(self.latents_mean) == len(self.latents_std) == self.z_dim,
+            f"vae.latents_mean and vae.latents_std have {len(self.latents_mean)} and {len(self.latents_std)} values: "
+            f"vae.z_dim={self.z_dim} needs as many",
+        )
+        require(
+            self.encode_frames > 0 and self.encode_frames % self.time_stride == 0,
+            f"vae.encode_frames={self.encode_frames}: a positive multiple of {self.time_stride}, the time stride",
+        )
+        require(self.decode_frames > 0, f"vae.decode_frames={self.decode_frames}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMT5Config:
+    """UMT5 encoder. Defaults: google/umt5-xxl config.json."""
+
+    vocab_size: int = 256384
+    """Rows of the token embedding."""
+    dim: int = 4096
+    """Width of the residual stream (D)."""
+    head_dim: int = 64
+    """Width of one attention head (K)."""
+    ffn_dim: int = 10240
+    """Hidden width of the gated feed-forward layers (M)."""
+    num_layers: int = 24
+    """Number of blocks."""
+    num_heads: int = 64
+    """Attention heads (N)."""
+    relative_buckets: int = 32
+    """Buckets of the relative position bias; every layer has its own table."""
+    relative_max_distance: int = 128
+    """Distance beyond which all positions share a bucket."""
+    eps: float = 1e-6
+    """Epsilon of the norms."""
+    dtype: Dtype = "bfloat16"
+    """What the projections compute in."""
+
+    def validate(self) -> None:
+        require(self.relative_buckets % 4 == 0, f"text.relative_buckets={self.relative_buckets}: a multiple of 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPVisionConfig:
+    """CLIP image tower. Defaults: ViT-H/14, the visual half of open-clip-xlm-roberta-large-vit-huge-14."""
+
+    dim: int = 1280
+    """Width of the residual stream (D)."""
+    ffn_dim: int = 5120
+    """Hidden width of the MLPs (M)."""
+    num_layers: int = 32
+    """Number of layers. The features Wan reads leave before the last one; it is kept so that weights go both ways whole."""
+    num_heads: int = 16
+    """Attention heads (N)."""
+    image_size: int = 224
+    """Height and width of the input, in pixels."""
+    patch: int = 14
+    """Height and width of one patch, in pixels."""
+    eps: float = 1e-5
+    """Epsilon of the norms."""
+    dtype: Dtype = "bfloat16"
+    """What the projections compute in (the original runs this tower in half precision)."""
+
+    def validate(self) -> None:
+        require(
+            self.image_size % self.patch == 0,
+            f"image.image_size={self.image_size}: not a multiple of image.patch={self.patch}",
+        )
+        require(self.dim % self.num_heads == 0, f"image.dim={self.dim}: not a multiple of image.num_heads={self.num_heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """The video a run makes."""
+
+    frames: int = 81
+    """Frames; the causal autoencoder needs 4n+1."""
+    height: int = 480
+    """Pixels. With a first frame, `height * width` is the area and the frame's own aspect ratio decides the shape."""
+    width: int = 832
+    """Pixels."""
+    fps: int = 16
+    """Frames per second (Wan2.1's training rate)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How noise becomes a video. Defaults: Wan2.1 image-to-video at 480p."""
+
+    solver: Literal["unipc", "euler"] = "unipc"
+    """UniPC (order 2, bh2) on integer timesteps, or Euler on exact ones, both on the original's grid."""
+    steps: int = 40
+    """Denoising steps."""
+    shift: float = 3.0
+    """Bends the time grid towards noise: 3 at 480p, 5 at 720p."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 leaves the unconditional pass out."""
+    negative_prompt: str = ""
+    """What the unconditional pass is told."""
+
+    def validate(self) -> None:
+        require(self.steps >= 1, f"sampler.steps={self.steps}: at least 1")
+        require(self.shift > 0, f"sampler.shift={self.shift}: more than 0")
+        require(self.guidance >= 1, f"sampler.guidance={self.guidance}: at least 1 (1 is no guidance)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a command needs to know."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    """The diffusion transformer."""
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    """The video autoencoder."""
+    text: UMT5Config = field(default_factory=UMT5Config)
+    """The text encoder."""
+    image: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    """The image encoder; a text-to-video network leaves it unused."""
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """The video to make."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The solver and its numbers."""
+    seed: int = 0
+    """The one root of every random number."""
+
+    def validate(self) -> None:
+        """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
+        for part in (self.dit, self.vae, self.text, self.image, self.sampler):
+            part.validate()
+        video, vae, dit = self.video, self.vae, self.dit
+        nearest = max(1, round((video.frames - 1) / vae.time_stride)) * vae.time_stride + 1
+        require(
+            video.frames >= 1 and (video.frames - 1) % vae.time_stride == 0,
+            f"video.frames={video.frames}: the causal autoencoder needs {vae.time_stride}n+1, the nearest is {nearest}",
+        )
+        for name, size, patch in (("height", video.height, dit.patch[1]), ("width", video.width, dit.patch[2])):
+            step = vae.space_stride * patch
+            require(
+                size > 0 and size % step == 0,
+                f"video.{name}={size}: a multiple of {step}, the pixels one token covers; the nearest is {max(1, round(size / step)) * step}",
+            )
+        require(
+            dit.out_channels == vae.z_dim,
+            f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",
+        )
+        require(
+            dit.text_dim == self.text.dim, f"dit.text_dim={dit.text_dim}: the text encoder's width is text.dim={self.text.dim}"
+        )
+        require(
+            dit.image_dim in (None, self.image.dim),
+            f"dit.image_dim={dit.image_dim}: the image encoder's width is image.dim={self.image.dim}",
+        )
+
+
+def variant_of(variants: dict[str, Config], name: str) -> Config:
+    """`variants[name]`, or a `RequestError` that lists what there is."""
+    require(
+        name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size"
+    )
+    return variants[name]

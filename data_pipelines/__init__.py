@@ -1,0 +1,1 @@
+"""From clips on disk to what the models read, and back."""

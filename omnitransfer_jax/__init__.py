@@ -1,0 +1,1 @@
+"""OmniTransfer (arXiv 2601.14250) in JAX."""

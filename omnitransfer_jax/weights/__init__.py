@@ -1,0 +1,1 @@
+"""Weights between this code, diffusers / transformers and the original repositories."""
