@@ -1,0 +1,45 @@
+"""Rotary positions in time, height and width, from the coordinates of the tokens at hand.
+
+Tables follow coordinates, not places in a sequence: whoever holds some tokens (a shard, a reference with an offset) turns just those.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+POSITIONS = 1024  # rows of the original's table on every axis (Wan2.1 model.py)
+THETA = 10_000.0
+
+
+def axis_widths(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's dimensions turn with time, height and width (Wan2.1 model.py): 44, 42, 42 of 128."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+@functools.cache
+def _angles(width: int) -> np.ndarray:
+    """Angles [POSITIONS, width / 2] of one axis, in float64 as the original computes them."""
+    return np.arange(POSITIONS)[:, None] * THETA ** -(np.arange(0, width, 2) / width)[None]
+
+
+def grid(frames: int, rows: int, columns: int) -> Int[Array, "L 3"]:
+    """Coordinates (time, row, column) of a patch grid's tokens, in token order."""
+    axes = np.meshgrid(np.arange(frames), np.arange(rows), np.arange(columns), indexing="ij")
+    return jnp.asarray(np.stack(axes, -1).reshape(-1, 3), jnp.int32)
+
+
+def rotation(coordinates: Int[Array, "*B L 3"], head_dim: int) -> Float[Array, "2 *B L k"]:
+    """Cosines and sines for tokens at (time, row, column), each below `POSITIONS`; k is head_dim / 2."""
+    angles = [_angles(width) for width in axis_widths(head_dim)]
+    tables = [np.stack([np.cos(a), np.sin(a)]).astype(np.float32) for a in angles]
+    return jnp.concatenate([jnp.asarray(t)[:, coordinates[..., i]] for i, t in enumerate(tables)], axis=-1)
+
+
+def rotate(x: Float[Array, "B L N K"], table: Float[Array, "2 #B L k"]) -> Float[Array, "B L N K"]:
+    """Turns each pair of neighbouring dimensions by its angle, in float32; Wan's pairs are interleaved."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    (cos, sin), (a, b) = table[:, :, :, None, :], (pairs[..., 0], pairs[..., 1])
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)

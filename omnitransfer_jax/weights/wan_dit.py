@@ -1,0 +1,128 @@
+"""The diffusion transformer's tensors: ours, diffusers' (WanTransformer3DModel) and the original's (Wan2.1 WanModel)."""
+
+from typing import Any, Literal
+
+from configs.base import DiTConfig, require
+from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry, Layout
+
+OPTIONAL_PREFIXES = ("model.diffusion_model.",)  # ComfyUI's files: the original's names behind this
+IGNORED = ("*.norm_added_q.weight",)  # some published files carry it; no code reads it
+
+UNIT = Layout(lambda x: x[0], lambda x: x[None])  # (1, ...) <-> (...)
+
+# ours, diffusers, original. A linear layer stands for its kernel and its bias.
+LINEARS = [
+    ("text_embedder.up", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("text_embedder.down", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("time_embedder.up", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("time_embedder.down", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("time_projection", "condition_embedder.time_proj", "time_projection.1"),
+    ("head", "proj_out", "head.head"),
+]
+IMAGE_LINEARS = [
+    ("image_embedder.up", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("image_embedder.down", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+]
+IMAGE_NORMS = [
+    ("image_embedder.norm_in", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    ("image_embedder.norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+]
+TENSORS = [
+    ("patch_embedding", "patch_embedding.weight", "patch_embedding.weight", CONV),
+    ("patch_bias", "patch_embedding.bias", "patch_embedding.bias", SAME),
+    ("head_modulation", "scale_shift_table", "head.modulation", UNIT),
+]
+# Within blocks.N. The affine norm before the cross-attention is diffusers' norm2 and the original's norm3.
+BLOCK_LINEARS = [
+    *[
+        (f"{ours}.{name}", f"{diffusers}.{to}", f"{original}.{letter}")
+        for ours, diffusers, original in (("self_attention", "attn1", "self_attn"), ("cross_attention", "attn2", "cross_attn"))
+        for name, to, letter in (("query", "to_q", "q"), ("key", "to_k", "k"), ("value", "to_v", "v"), ("out", "to_out.0", "o"))
+    ],
+    ("ffn.up", "ffn.net.0.proj", "ffn.0"),
+    ("ffn.down", "ffn.net.2", "ffn.2"),
+]
+BLOCK_IMAGE_LINEARS = [
+    ("cross_attention.image_key", "attn2.add_k_proj", "cross_attn.k_img"),
+    ("cross_attention.image_value", "attn2.add_v_proj", "cross_attn.v_img"),
+]
+BLOCK_TENSORS = [
+    ("modulation", "scale_shift_table", "modulation", UNIT),
+    ("self_attention.query_norm.scale", "attn1.norm_q.weight", "self_attn.norm_q.weight", SAME),
+    ("self_attention.key_norm.scale", "attn1.norm_k.weight", "self_attn.norm_k.weight", SAME),
+    ("cross_attention.query_norm.scale", "attn2.norm_q.weight", "cross_attn.norm_q.weight", SAME),
+    ("cross_attention.key_norm.scale", "attn2.norm_k.weight", "cross_attn.norm_k.weight", SAME),
+    ("cross_norm.scale", "norm2.weight", "norm3.weight", SAME),
+    ("cross_norm.bias", "norm2.bias", "norm3.bias", SAME),
+]
+BLOCK_IMAGE_TENSORS = [
+    ("cross_attention.image_key_norm.scale", "attn2.norm_added_k.weight", "cross_attn.norm_k_img.weight", SAME),
+]
+
+
+def entries(config: DiTConfig, layout: Literal["diffusers", "original"]) -> list[Entry]:
+    """The table of a network of this configuration: 1,303 entries for I2V 14B."""
+    has_image = config.image_dim is not None
+    column = {"diffusers": 1, "original": 2}[layout]
+    whole = TENSORS + _linears(LINEARS)
+    block = BLOCK_TENSORS + _linears(BLOCK_LINEARS)
+    if has_image:
+        whole += _linears(IMAGE_LINEARS) + _norms(IMAGE_NORMS)
+        block += BLOCK_IMAGE_TENSORS + _linears(BLOCK_IMAGE_LINEARS)
+    table = [Entry(row[column], row[0], row[3]) for row in whole]
+    for layer in range(config.num_layers):
+        table += [Entry(f"blocks.{layer}.{row[column]}", f"blocks.{row[0]}", row[3], layer=layer) for row in block]
+    return table
+
+
+def _linears(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str, Layout]]:
+    kernels = [(f"{ours}.kernel", f"{a}.weight", f"{b}.weight", LINEAR) for ours, a, b in rows]
+    return kernels + [(f"{ours}.bias", f"{a}.bias", f"{b}.bias", SAME) for ours, a, b in rows]
+
+
+def _norms(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str, Layout]]:
+    scales = [(f"{ours}.scale", f"{a}.weight", f"{b}.weight", SAME) for ours, a, b in rows]
+    return scales + [(f"{ours}.bias", f"{a}.bias", f"{b}.bias", SAME) for ours, a, b in rows]
+
+
+def config_json(config: DiTConfig, layout: Literal["diffusers", "original"] = "diffusers") -> dict[str, Any]:
+    """The config.json diffusers (or the original code) reads beside the weights."""
+    if layout == "original":
+        return {
+            "_class_name": "WanModel", "model_type": "t2v" if config.image_dim is None else "i2v",
+            "dim": config.dim, "ffn_dim": config.ffn_dim, "num_layers": config.num_layers, "num_heads": config.num_heads,
+            "in_dim": config.in_channels, "out_dim": config.out_channels, "freq_dim": config.freq_dim,
+            "text_len": config.text_len, "text_dim": config.text_dim, "patch_size": list(config.patch), "eps": config.eps,
+        }  # fmt: skip
+    return {
+        "_class_name": "WanTransformer3DModel", "patch_size": list(config.patch),
+        "num_attention_heads": config.num_heads, "attention_head_dim": config.dim // config.num_heads,
+        "in_channels": config.in_channels, "out_channels": config.out_channels, "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim, "ffn_dim": config.ffn_dim, "num_layers": config.num_layers,
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": config.eps, "image_dim": config.image_dim,
+        "added_kv_proj_dim": None if config.image_dim is None else config.dim, "rope_max_seq_len": 1024, "pos_embed_seq_len": None,
+    }  # fmt: skip
+
+
+def config_from_json(json: dict[str, Any]) -> DiTConfig:
+    """The configuration a config.json of either layout describes; an unsupported value is a `RequestError`."""
+    name = json.get("_class_name")
+    if name == "WanModel":
+        kind = json["model_type"]
+        require(kind in ("i2v", "t2v"), f"config.json model_type={kind!r}: this network is i2v or t2v")
+        require(kind == "t2v" or json.get("image_dim", 1280) == 1280, "config.json image_dim: the original reads 1280")
+        return DiTConfig(
+            dim=json["dim"], ffn_dim=json["ffn_dim"], num_layers=json["num_layers"], num_heads=json["num_heads"],
+            in_channels=json["in_dim"], out_channels=json["out_dim"], freq_dim=json["freq_dim"], text_len=json.get("text_len", 512),
+            text_dim=json.get("text_dim", 4096), patch=tuple(json.get("patch_size", (1, 2, 2))), eps=json["eps"],
+            image_dim=None if kind == "t2v" else 1280,
+        )  # fmt: skip
+    require(name == "WanTransformer3DModel", f"config.json _class_name={name!r}: WanTransformer3DModel (diffusers) or WanModel")
+    for key, value in (("cross_attn_norm", True), ("qk_norm", "rms_norm_across_heads"), ("pos_embed_seq_len", None)):
+        require(json.get(key, value) == value, f"config.json {key}={json.get(key)!r}: this network has {value!r}")
+    return DiTConfig(
+        dim=json["num_attention_heads"] * json["attention_head_dim"], ffn_dim=json["ffn_dim"], num_layers=json["num_layers"],
+        num_heads=json["num_attention_heads"], in_channels=json["in_channels"], out_channels=json["out_channels"],
+        freq_dim=json["freq_dim"], text_dim=json["text_dim"], patch=tuple(json["patch_size"]), eps=json["eps"],
+        image_dim=json.get("image_dim"),
+    )  # fmt: skip
