@@ -1,0 +1,100 @@
+"""Clips and images on disk to arrays, and back: PyAV, with the display aspect and the frame times honoured.
+
+Pixels here are uint8 "T H W 3"; `to_unit` and `to_bytes` go to and from the models' [-1, 1].
+"""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from omnitransfer_jax.errors import RequestError
+
+
+def read_clip(path: str | Path, *, frames: int, fps: float, height: int, width: int, start: float = 0.0) -> np.ndarray:
+    """`frames` frames at `fps` from `start` seconds on, scaled to cover `height` x `width` and cropped to its centre: uint8 "T H W 3".
+
+    Each frame is the last one shown at or before its time. A clip that is missing, broken, without video or too short is a `RequestError`.
+    """
+    times = [start + i / fps for i in range(frames)]
+    picked: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise RequestError(f"{path}: no video stream; give a clip that has one")
+            stream = container.streams.video[0]
+            stream.thread_type = "SLICE"  # frame threads hide damage and dead-lock with fork
+            stream.codec_context.thread_count = 1
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            shown, origin, end = None, None, 0.0
+            for frame in container.decode(stream):
+                origin = frame.time if origin is None else origin
+                now = frame.time - origin
+                while shown is not None and len(picked) < frames and times[len(picked)] < now - 1e-6:
+                    picked.append(_pixels(shown, aspect, height, width))
+                if len(picked) == frames:
+                    break
+                shown, end = frame, now + _duration(stream)
+            while shown is not None and len(picked) < frames and times[len(picked)] < end - 1e-6:
+                picked.append(_pixels(shown, aspect, height, width))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except av.FFmpegError as error:
+        raise RequestError(f"{path}: cannot be decoded ({error.strerror}); give an undamaged video file") from None
+    if len(picked) < frames:
+        raise RequestError(
+            f"{path}: {len(picked)} frames at {fps:g} fps from {start:g} s, {frames} needed; take a longer clip or fewer frames"
+        )
+    return np.stack(picked)
+
+
+def _duration(stream: av.VideoStream) -> float:
+    """Seconds one frame is shown."""
+    return float(1 / stream.average_rate) if stream.average_rate else 0.0
+
+
+def _pixels(frame: av.VideoFrame, aspect: Fraction, height: int, width: int) -> np.ndarray:
+    """The frame in its display shape (pixels of `aspect` made square, turned upright), covering height x width, centre-cropped."""
+    turned = frame.rotation % 180 != 0
+    across, down = frame.width * float(aspect), float(frame.height)
+    need_across, need_down = (height, width) if turned else (width, height)
+    scale = max(need_across / across, need_down / down)
+    size = max(need_across, round(across * scale)), max(need_down, round(down * scale))
+    picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
+    picture = np.rot90(picture, round(frame.rotation / 90))
+    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    return picture[top : top + height, left : left + width]
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as uint8 "H W 3", turned upright as its EXIF tag says."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise RequestError(f"{path}: not an image that can be read ({error}); give a PNG or JPEG") from None
+
+
+def write_clip(path: str | Path, video: np.ndarray, fps: float) -> None:
+    """Writes uint8 "T H W 3" (even height and width) as an H.264 mp4 that every player opens."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
+        for picture in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def to_unit(pixels: np.ndarray) -> np.ndarray:
+    """uint8 0..255 -> float32 -1..1."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def to_bytes(video: np.ndarray) -> np.ndarray:
+    """float -1..1 -> uint8 0..255, rounded and clipped."""
+    return np.clip(np.rint((np.asarray(video, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
