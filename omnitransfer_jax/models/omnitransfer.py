@@ -42,11 +42,20 @@ def encode_image(encoder: CLIPVision, image: Float[Array, "B H W 3"]) -> Float[A
     return encoder(preprocess(image, encoder.config.image_size))
 
 
-def encode_first_frame(vae: WanVAE, image: Float[Array, "B H W 3"], frames: int) -> Float[Array, "B F h w C"]:
-    """Mask and condition latents: the frame followed by grey, encoded whole (Wan2.1 image2video.py)."""
-    video = jnp.pad(image[:, None], ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0)))
+def encode_first_frame(
+    vae: WanVAE, image: Float[Array, "B H W 3"] | None, shape: tuple[int, int, int, int]
+) -> Float[Array, "B F h w C"]:
+    """Mask and condition latents of a video of `shape` (B, T, H, W): the frame followed by grey, encoded whole (Wan2.1 image2video.py).
+
+    Without an image, as in text-to-video on an image-to-video network, all frames are grey and the mask is 0.
+    """
+    video = jnp.zeros((*shape, 3))
+    if image is not None:
+        video = video.at[:, 0].set(image)
     latents = vae.encode(video)
-    mask = jnp.zeros((*latents.shape[:-1], vae.config.time_stride)).at[:, 0].set(1.0)  # a channel per video frame of a latent
+    mask = jnp.zeros((*latents.shape[:-1], vae.config.time_stride))  # a channel for each video frame of a latent frame
+    if image is not None:
+        mask = mask.at[:, 0].set(1.0)
     return jnp.concatenate([mask, latents], axis=-1)
 
 

@@ -1,0 +1,57 @@
+"""Prompts to tokens: the original's cleaning, its SentencePiece vocabulary from a checkpoint, and a byte vocabulary for tiny models."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+from jaxtyping import Bool, Int32
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
+
+from configs.base import require
+
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
+PLACES = ("", "tokenizer", "google/umt5-xxl")  # the folder itself, of a diffusers checkpoint, of an original one
+
+
+def clean_prompt(prompt: str) -> str:
+    """Mends broken Unicode, resolves HTML entities (twice, for text that was escaped twice), and makes every blank one space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int
+) -> tuple[Int32[np.ndarray, "B {length}"], Bool[np.ndarray, "B {length}"]]:
+    """Token ids and which of them are real; every prompt ends in the end token, cut to make room for it, then padding.
+
+    Prompts are taken as they are: see `clean_prompt`.
+    """
+    batch = tokenizer(list(prompts), padding="max_length", padding_side="right", truncation=True, max_length=length, return_tensors="np")
+    return batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(bool)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder (diffusers' layout, the original's, or the tokenizer's own folder), read offline.
+
+    tokenizer.json is run as it stands. `AutoTokenizer` of transformers 5 would take from it the vocabulary alone and rebuild the
+    rest as plain T5, without the byte fallback: other tokens than Wan was trained on.
+    """
+    places = [Path(folder, place) for place in PLACES]
+    found = [place for place in places if (place / "tokenizer.json").is_file()]
+    require(
+        bool(found),
+        f"{folder}: no tokenizer.json in it, in tokenizer/ or in google/umt5-xxl/; copy the tokenizer folder of a Wan2.1 checkpoint there",
+    )
+    return PreTrainedTokenizerFast.from_pretrained(found[0], local_files_only=True)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A vocabulary of 259 that needs no file: UTF-8 bytes from id 3 on. For models with random weights."""
+    vocabulary = [PAD, EOS, UNKNOWN, *(f"<0x{byte:02X}>" for byte in range(256))]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token=UNKNOWN, byte_fallback=True))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)

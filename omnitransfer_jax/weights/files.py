@@ -1,0 +1,213 @@
+"""safetensors files: what is in them without reading it, one tensor at a time out of them, and new ones that are whole or absent."""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from omnitransfer_jax.errors import RequestError
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}  # as the library orders them
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+SHARD_BYTES = 5 * 10**9  # the size of the published shards
+LARGEST_HEADER = 100_000_000  # the library's own limit
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies and what it is, as its file's header says."""
+
+    file: Path
+    name: str
+    """Its name in the file."""
+    dtype: str
+    """The format's code, F32."""
+    shape: tuple[int, ...]
+    nbytes: int
+    truncated: bool
+    """The file ends before the tensor does."""
+
+
+class Spec(NamedTuple):
+    """What a tensor that is to be written will be."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def find(source: Path, pattern: str = "*.safetensors") -> list[Path]:
+    """The safetensors files of `source`: itself, or those in the folder that its index names, or that match `pattern`.
+
+    A pickle is refused, for reading one runs whatever code it holds.
+    """
+    if source.is_file():
+        refuse_pickles([source])
+        return [source]
+    if not source.is_dir():
+        raise RequestError(f"{source}: no such file or folder; give the one that holds the .safetensors files")
+    indices = sorted(source.glob(f"{pattern}.index.json"))
+    if len(indices) == 1:
+        names = set(json.loads(indices[0].read_text())["weight_map"].values())
+        absent = sorted(name for name in names if not (source / name).is_file())
+        if absent:
+            raise RequestError(f"{source}: {indices[0].name} names {', '.join(absent)}, absent here; download the folder again")
+        return sorted(source / name for name in names)
+    found = sorted(source.glob(pattern))
+    if not found:
+        refuse_pickles(sorted(path for path in source.iterdir() if path.suffix in PICKLES))
+        raise RequestError(f"{source}: no {pattern} in it; give the folder that holds the weights")
+    return found
+
+
+def refuse_pickles(paths: Sequence[Path]) -> None:
+    """A `RequestError` with the command that converts them, if any of `paths` is a PyTorch pickle."""
+    pickles = [path for path in paths if path.suffix in PICKLES]
+    if pickles:
+        raise RequestError(
+            f"{', '.join(map(str, pickles))}: a pickle, which can run code when it is read; convert it where you trust it: "
+            f"import torch; from safetensors.torch import save_file; save_file({{k: v.contiguous() for k, v in "
+            f"torch.load({pickles[0].name!r}, map_location='cpu', weights_only=True).items()}}, "
+            f"{pickles[0].with_suffix('.safetensors').name!r})"
+        )
+
+
+def inspect(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors of all `files` by name, from their headers alone.
+
+    Files that are no safetensors files, and a name that two files have, are a `RequestError` that names them all; a tensor whose
+    bytes are cut off is marked.
+    """
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for file in files:
+        try:
+            header, start = _header(file)
+        except (ValueError, OSError) as error:
+            problems.append(f"{file}: {error}")
+            continue
+        size, end = file.stat().st_size, start
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            end = max(end, start + last)
+            tensor = Tensor(file, name, entry["dtype"], tuple(entry["shape"]), last - first, start + last > size)
+            if name in tensors:
+                problems.append(f"{name} is in {tensors[name].file} and in {file}; remove one of them")
+            tensors[name] = tensor
+        if size > end:
+            problems.append(f"{file}: {size - end} bytes more than its header tells of; download it again")
+    if problems:
+        raise RequestError("; ".join(problems))
+    return tensors
+
+
+def _header(file: Path) -> tuple[dict, int]:
+    """The tensors a file claims to hold, and where its data starts. The library opens no damaged file, so it cannot say this."""
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else LARGEST_HEADER + 1
+        text = stream.read(length) if length <= LARGEST_HEADER else b""
+    if not text.startswith(b"{") or len(text) != length:
+        raise ValueError(f"no safetensors file, it starts with {prefix!r} and has {file.stat().st_size} bytes; download it again")
+    header = json.loads(text)
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def read(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """The values of `tensors` in the order given, one at a time; a file is open only while its own are being read.
+
+    `pread` instead of a memory map: mapped pages stay resident until the file is closed, up to a whole shard of them.
+    """
+    for file, group in groupby(tensors, key=lambda tensor: tensor.file):
+        with safe_open(file, "np", backend="pread") as stream:
+            for tensor in group:
+                yield stream.get_tensor(tensor.name)
+
+
+def write(
+    folder: Path, stem: str, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]], shard_bytes: float = SHARD_BYTES
+) -> list[Path]:
+    """Writes the tensors of `specs`, whose values `arrays` brings in any order, in as many files as `shard_bytes` asks for.
+
+    The names are those of diffusers and transformers: `stem.safetensors`, or numbered shards and an index. Everything lies under
+    other names until the last byte is there. Bytes are the library's, which however wants a whole file in memory at once: here
+    the headers, which the specs determine, come first and each array goes straight to its place.
+    """
+    shards = _shards(specs, shard_bytes)
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = [folder / f".{name}.partial" for name in names]
+    try:
+        with ExitStack() as stack:
+            places: dict[str, tuple[IO[bytes], int]] = {}
+            for path, shard in zip(partial, shards, strict=True):
+                stream = stack.enter_context(open(path, "wb"))
+                places |= {name: (stream, offset) for name, offset in _write_header(stream, shard).items()}
+            for name, array in arrays:
+                if Spec(array.shape, array.dtype) != specs[name]:
+                    raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {specs[name]}")
+                stream, offset = places.pop(name)
+                stream.seek(offset)
+                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            if places:
+                raise ValueError(f"no values came for {sorted(places)}")
+        for path, name in zip(partial, names, strict=True):
+            os.replace(path, folder / name)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    if len(shards) > 1:
+        _write_index(folder / f"{stem}.safetensors.index.json", dict(zip(names, shards, strict=True)))
+    return [folder / name for name in names]
+
+
+def _shards(specs: Mapping[str, Spec], shard_bytes: float) -> list[dict[str, Spec]]:
+    """`specs` in order, cut where the next tensor would make a shard larger than `shard_bytes`."""
+    shards: list[dict[str, Spec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    return shards
+
+
+def _write_header(stream: IO[bytes], shard: Mapping[str, Spec]) -> dict[str, int]:
+    """Writes the header of a file and returns where each tensor's bytes go: widest types first, then by name."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in sorted(shard.items(), key=lambda item: (list(CODES).index(item[1].dtype), item[0])):
+        header[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        end += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(struct.pack("<Q", len(text)) + text)
+    start = 8 + len(text)
+    stream.truncate(start + end)
+    return {name: start + header[name]["data_offsets"][0] for name in shard}
+
+
+def _write_index(path: Path, shards: Mapping[str, Mapping[str, Spec]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(spec.nbytes for shard in shards.values() for spec in shard.values())},
+        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(index, indent=2))
+    os.replace(partial, path)

@@ -1,0 +1,54 @@
+"""Every kernel is the same function, and its memory grows with the sequence, not with its square."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omnitransfer_jax.models import attention
+from tests.parity.bridge import relative_l2
+
+
+def dense(q, k, v):
+    weights = jax.nn.softmax(jnp.einsum("blnk,bsnk->bnls", q, k) / q.shape[-1] ** 0.5, axis=-1)
+    return jnp.einsum("bnls,bsnk->blnk", weights, v)
+
+
+def draw(batch, queries, keys, heads, width, dtype=jnp.float32):
+    random = np.random.default_rng(0)
+    shapes = [(batch, n, heads, width) for n in (queries, keys, keys)]
+    return [jnp.asarray(random.standard_normal(s) * 2, dtype) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "tolerance"),
+    [
+        (attention.chunked_attention, (2, 600, 333, 3, 20), 1e-6),  # neither length is a multiple of the chunk
+        (attention.chunked_attention, (1, 7, 300, 2, 16), 1e-6),
+        (lambda q, k, v: attention.splash_attention(q, k, v, interpret=True), (2, 200, 300, 2, 128), 1e-5),
+    ],
+    ids=["chunked", "chunked_short", "splash"],
+)
+def test_kernels_equal_dense_attention(kernel, shape, tolerance):
+    qkv = draw(*shape)
+    probe = jnp.asarray(np.random.default_rng(1).standard_normal(qkv[0].shape), jnp.float32)
+    loss = lambda f: jax.jit(jax.value_and_grad(lambda qkv: ((o := f(*qkv)) * probe).sum() + 0 * o.sum()))  # noqa: E731
+    assert relative_l2(kernel(*qkv), dense(*qkv)) <= tolerance
+    for ours, wanted in zip(loss(kernel)(qkv)[1], loss(dense)(qkv)[1], strict=True):
+        assert relative_l2(ours, wanted) <= tolerance
+
+
+def test_half_precision_keeps_its_dtype_and_a_float32_softmax():
+    qkv = draw(1, 64, 4096, 1, 16, jnp.bfloat16)
+    out = attention.chunked_attention(*qkv)
+    assert out.dtype == jnp.bfloat16
+    assert relative_l2(out.astype(jnp.float32), dense(*(x.astype(jnp.float32) for x in qkv))) <= 2**-7
+
+
+def test_memory_grows_linearly():
+    def temporary_bytes(length):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        grad = jax.grad(lambda q, k, v: jnp.square(attention.attention(q, k, v)).sum(), argnums=(0, 1, 2))
+        return jax.jit(grad).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8192) / temporary_bytes(2048) < 4.5  # dense attention: 16
