@@ -17,15 +17,15 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for name, p in module.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            is_scale = p.ndim == 1 and name.endswith("weight") or name.endswith("gamma")
+            is_scale = (p.ndim == 1 and name.endswith("weight")) or name.endswith("gamma")
             fan_in = max(1, p[0].numel()) if p.ndim > 1 else 1
             p.copy_(1 + 0.2 * noise if is_scale else noise / fan_in**0.5 if p.ndim > 1 else 0.2 * noise)
     return module.eval()
 
 
 def tensors(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The module's state as numpy arrays by name."""
-    return {name: value.detach().numpy() for name, value in module.state_dict().items()}
+    """The module's weights as numpy arrays by name; one that is shared under two names comes once."""
+    return {name: value.detach().numpy() for name, value in module.named_parameters()}
 
 
 def gradients(module: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -45,9 +45,9 @@ def to_ours(theirs: dict[str, np.ndarray], table: Sequence[Entry]) -> dict[str, 
     return {path: by_layer[None] if None in by_layer else np.stack([by_layer[i] for i in sorted(by_layer)]) for path, by_layer in rows.items()}  # fmt: skip
 
 
-def port(make: Callable[[nnx.Rngs], nnx.Module], module: torch.nn.Module, table: Sequence[Entry]):
-    """Our model holding the oracle's weights; paths and shapes must agree."""
-    model, ours = abstract(make), to_ours(tensors(module), table)
+def port(make: Callable[[nnx.Rngs], nnx.Module], module: torch.nn.Module, table: Sequence[Entry], prefix: str = ""):
+    """Our model holding the oracle's weights, whose names stand behind `prefix` in the table; paths and shapes must agree."""
+    model, ours = abstract(make), to_ours({prefix + k: v for k, v in tensors(module).items()}, table)
     assert {k: v.shape for k, v in flat_params(model).items()} == {k: v.shape for k, v in ours.items()}
     return with_params(model, {k: jnp.asarray(v) for k, v in ours.items()})
 
