@@ -49,6 +49,8 @@ class DiTConfig:
     """What the projections compute in; norms, modulation, rotation, softmax and the residual stream are float32 always."""
     attention: Literal["auto", "chunked", "cudnn", "splash"] = "auto"
     """Kernel of the self-attention: `auto` takes the fused one of the backend, and `chunked` where there is none."""
+    references: Literal["split", "joint"] = "split"
+    """How a target reads references that are not cached: two attention calls, or one over all tokens under a one-directional mask."""
     remat: Literal["none", "attention", "full"] = "attention"
     """What a block keeps for the backward pass: everything, the attention outputs, or its input alone."""
 
@@ -193,6 +195,23 @@ class VideoConfig:
     fps: int = 16
     """Frames per second (Wan2.1's training rate)."""
 
+    def validate(self, at: str, vae: VAEConfig, patch: tuple[int, int, int]) -> None:
+        """`at` is the field's name in messages; the autoencoder and the patch decide which sizes exist."""
+        stride = vae.time_stride
+        require(
+            self.frames >= 1 and (self.frames - 1) % stride == 0,
+            f"{at}.frames={self.frames}: the causal autoencoder needs {stride}n+1, "
+            f"the nearest is {max(0, round((self.frames - 1) / stride)) * stride + 1}",
+        )
+        for name, size, cover in (("height", self.height, patch[1]), ("width", self.width, patch[2])):
+            step = vae.space_stride * cover
+            require(
+                size > 0 and size % step == 0,
+                f"{at}.{name}={size}: a multiple of {step}, the pixels one token covers; "
+                f"the nearest is {max(1, round(size / step)) * step}",
+            )
+        require(self.fps > 0, f"{at}.fps={self.fps}: more than 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
@@ -216,6 +235,102 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The records a run trains on, and how clips become records."""
+
+    path: str = ""
+    """Folder of records that launch.encode wrote."""
+    reference: VideoConfig = field(default_factory=VideoConfig)
+    """Size of the reference videos; it need not be the target's."""
+    text_drop: float = 0.1
+    """Share of the samples whose prompt is replaced by the empty one, which is what guidance needs."""
+    shuffle: bool = True
+    """Whether every epoch has its own order."""
+    threads: int = 4
+    """Reader threads."""
+
+    def validate(self) -> None:
+        require(0 <= self.text_drop < 1, f"data.text_drop={self.text_drop}: a share from 0 to below 1")
+        require(self.threads >= 1, f"data.threads={self.threads}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    steps: int = 10_000
+    """Optimizer steps (paper section 5.1, stage 1)."""
+    batch_size: int = 16
+    """Samples per step over all devices (paper section 5.1)."""
+    init_from: str = ""
+    """Where the weights start: a folder of launch.import_weights, or the workdir of another run."""
+    trainable: tuple[str, ...] = ("dit/.*",)
+    """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
+    shift: float = 3.0
+    """Bends the drawn times towards noise, as in sampling."""
+    ema: float = 0.0
+    """Decay of the running average of the weights that sampling prefers; 0 keeps none."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl and of the console."""
+    sample_every: int = 0
+    """Steps between sampled videos in the workdir; 0 for none."""
+
+    def validate(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: at least 1")
+        require(0 <= self.ema < 1, f"train.ema={self.ema}: from 0 to below 1")
+        require(self.shift > 0, f"train.shift={self.shift}: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up to a constant rate."""
+
+    learning_rate: float = 1e-5
+    """Rate after the warm-up (paper section 5.1)."""
+    warmup_steps: int = 100
+    """Steps from 0 to the rate."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices; vectors are left alone."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    accumulate: int = 1
+    """Parts a batch is cut into, one after the other, their gradients averaged."""
+
+    def validate(self) -> None:
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: more than 0")
+        require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run saves."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the latest are kept."""
+
+    def validate(self) -> None:
+        require(self.every >= 1, f"checkpoint.every={self.every}: at least 1")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices share what; the product is the number of devices used."""
+
+    data: int = 1
+    """Devices that share the batch; the parameters and the optimizer are spread over them too."""
+    context: int = 1
+    """Devices that share the tokens of each sample, target and reference in equal parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a command needs to know."""
 
@@ -231,32 +346,36 @@ class Config:
     """The video to make."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """The solver and its numbers."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What a training reads."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """What a training does."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights move."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When a training saves."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices share the work."""
     seed: int = 0
     """The one root of every random number."""
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
-        for part in (self.dit, self.vae, self.text, self.image, self.sampler):
+        for part in (self.dit, self.vae, self.text, self.image, self.sampler, self.data, self.train, self.optimizer, self.checkpoint):
             part.validate()
-        video, vae, dit = self.video, self.vae, self.dit
-        nearest = max(1, round((video.frames - 1) / vae.time_stride)) * vae.time_stride + 1
+        vae, dit = self.vae, self.dit
+        for video, at in ((self.video, "video"), (self.data.reference, "data.reference")):
+            video.validate(at, vae, dit.patch)
+        parts = self.optimizer.accumulate * self.mesh.data
         require(
-            video.frames >= 1 and (video.frames - 1) % vae.time_stride == 0,
-            f"video.frames={video.frames}: the causal autoencoder needs {vae.time_stride}n+1, the nearest is {nearest}",
+            self.train.batch_size % parts == 0,
+            f"train.batch_size={self.train.batch_size}: a multiple of optimizer.accumulate * mesh.data = {parts}",
         )
-        for name, size, patch in (("height", video.height, dit.patch[1]), ("width", video.width, dit.patch[2])):
-            step = vae.space_stride * patch
-            require(
-                size > 0 and size % step == 0,
-                f"video.{name}={size}: a multiple of {step}, the pixels one token covers; the nearest is {max(1, round(size / step)) * step}",
-            )
         require(
             dit.out_channels == vae.z_dim,
             f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",
         )
-        require(
-            dit.text_dim == self.text.dim, f"dit.text_dim={dit.text_dim}: the text encoder's width is text.dim={self.text.dim}"
-        )
+        require(dit.text_dim == self.text.dim, f"dit.text_dim={dit.text_dim}: the text encoder's width is text.dim={self.text.dim}")
         require(
             dit.image_dim in (None, self.image.dim),
             f"dit.image_dim={dit.image_dim}: the image encoder's width is image.dim={self.image.dim}",
@@ -265,7 +384,5 @@ class Config:
 
 def variant_of(variants: dict[str, Config], name: str) -> Config:
     """`variants[name]`, or a `RequestError` that lists what there is."""
-    require(
-        name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size"
-    )
+    require(name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size")
     return variants[name]

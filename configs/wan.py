@@ -22,9 +22,7 @@ VARIANTS = {
     "t2v_14b": replace(I2V_480P, dit=T2V_14B, sampler=SamplerConfig(steps=50, shift=5.0)),
     "t2v_1_3b": replace(I2V_480P, dit=T2V_1_3B, sampler=SamplerConfig(steps=50, shift=8.0, guidance=6.0)),
     "tiny": Config(
-        dit=DiTConfig(
-            dim=48, ffn_dim=96, num_layers=2, num_heads=2, text_dim=32, text_len=32, image_dim=32, freq_dim=32, dtype="float32"
-        ),
+        dit=DiTConfig(dim=48, ffn_dim=96, num_layers=2, num_heads=2, text_dim=32, text_len=32, image_dim=32, freq_dim=32, dtype="float32"),
         vae=VAEConfig(base_dim=8),
         text=UMT5Config(vocab_size=384, dim=32, head_dim=8, ffn_dim=48, num_layers=2, num_heads=4, dtype="float32"),
         image=CLIPVisionConfig(dim=32, ffn_dim=64, num_layers=3, num_heads=2, image_size=28, dtype="float32"),
