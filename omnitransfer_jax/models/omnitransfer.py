@@ -42,9 +42,7 @@ def encode_image(encoder: CLIPVision, image: Float[Array, "B H W 3"]) -> Float[A
     return encoder(preprocess(image, encoder.config.image_size))
 
 
-def encode_first_frame(
-    vae: WanVAE, image: Float[Array, "B H W 3"] | None, shape: tuple[int, int, int, int]
-) -> Float[Array, "B F h w C"]:
+def encode_first_frame(vae: WanVAE, image: Float[Array, "B H W 3"] | None, shape: tuple[int, int, int, int]) -> Float[Array, "B F h w C"]:
     """Mask and condition latents of a video of `shape` (B, T, H, W): the frame followed by grey, encoded whole (Wan2.1 image2video.py).
 
     Without an image, as in text-to-video on an image-to-video network, all frames are grey and the mask is 0.

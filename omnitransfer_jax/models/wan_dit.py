@@ -1,10 +1,19 @@
-"""The Wan2.1 diffusion transformer (Wan2.1 model.py), from the whole down to its parts.
+"""The Wan2.1 diffusion transformer (Wan2.1 model.py), and how a target reads references in it (OmniTransfer sections 4.2 and 4.3).
 
     latents -> patches -> [ self-attention -> cross-attention (text, and CLIP image) -> feed-forward ] x layers -> velocity
+
+The target and each reference are streams through the same blocks. A reference attends to itself, is modulated as at time 0 and skips
+the cross-attention and the head; the target attends to itself and to the keys and values of all references. Nothing flows back, so
+a reference's keys and values are the same at every step and can be kept: `remember`, then `memory=`.
 
 Projections compute in `config.dtype`. Float32 always, as in the original: time embedding, modulation, norms, rotation, softmax,
 the residual stream and the head.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +21,10 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from configs.base import DiTConfig
-from omnitransfer_jax.models.attention import attention
+from configs.base import DiTConfig, require
+from omnitransfer_jax.models.attention import attention, one_directional_attention
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
@@ -23,6 +32,56 @@ REMAT = {  # what the backward pass finds stored, by DiTConfig.remat
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class Reference(NamedTuple):
+    """A reference video as the network takes it."""
+
+    latents: Float[Array, "B F H W C"]
+    """Noise-free, all channels (`models/omnitransfer.py`); frames and size are its own."""
+    offset: Int[Array, "B 3"]
+    """Where its first token stands: time, row, column in patches (`tasks.offsets`)."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["grid"])
+@dataclass(frozen=True)
+class Memory:
+    """The references' keys and values at every layer, normalised and rotated, ready for any step and either guidance pass."""
+
+    keys: Float[Array, "layers B S N K"]
+    values: Float[Array, "layers B S N K"]
+    grid: tuple[int, int, int]
+    """The target's patches (time, rows, columns): the offsets, and so the keys, hold for this target alone."""
+
+
+class Stream(NamedTuple):
+    """What one sequence brings to a block beside its tokens."""
+
+    modulation: Float[Array, "6 B L D"]
+    """The projected timestep, one row or one a token."""
+    table: Float[Array, "2 B L k"]
+    """The rotation of its tokens."""
+
+
+class Context(NamedTuple):
+    """What the target's cross-attention reads."""
+
+    text: Float[Array, "B S D"]
+    image: Float[Array, "B I D"] | None
+    has_image: Float[Array, " B"] | None
+    """1 or 0: whether a sample's image counts; None: all do."""
+
+
+class Shard(NamedTuple):
+    """The part of the network that this device runs, inside a `shard_map`."""
+
+    context: str | None = None
+    """Mesh axis over which the tokens of every stream are divided in equal parts."""
+    gather: Callable[[nnx.State], nnx.State] = lambda layer: layer
+    """Completes one layer's parameters, of which this device holds a part."""
+
+
+ALONE = Shard()
 
 
 class WanDiT(nnx.Module):
@@ -49,47 +108,96 @@ class WanDiT(nnx.Module):
         timestep: Float[Array, " B"] | Float[Array, "B L"],
         text: Float[Array, "B S E"],
         image: Float[Array, "B I J"] | None = None,
+        has_image: Float[Array, " B"] | None = None,
+        references: tuple[Reference, ...] = (),
+        memory: Memory | None = None,
+        shard: Shard = ALONE,
     ) -> Float[Array, "B F H W c"]:
         """The velocity of `latents` (noise first, then mask and condition) at `timestep` in 0..1000, one per sample or per token.
 
-        `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame.
+        `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame, of the
+        samples where `has_image` is 1. The target reads `references`, or their `memory`, or neither: plain Wan.
         """
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
-        frames, rows, columns = (n // p for n, p in zip(latents.shape[1:4], config.patch, strict=True))
-        x = self.embed_patches(latents)
-        table = rotation(grid(frames, rows, columns)[None], config.dim // config.num_heads)
-        time = self.time_embedder(timestep.reshape(latents.shape[0], -1))  # one row, or one a token
-        modulation = rearrange(self.time_projection(jax.nn.silu(time)), "B L (six D) -> six B L D", six=6)
-        text = self.text_embedder(text.astype(dtype))
+        dtype, patches = jnp.dtype(self.config.dtype), self.grid(latents)
+        require(memory is None or memory.grid == patches, f"reference memory of a {memory and memory.grid} target: this one is {patches}")
+        x, table = self.embed(latents, jnp.zeros((1, 3), jnp.int32), shard)
+        time = self.time_embedder(local(timestep, shard) if timestep.ndim == 2 else timestep[:, None])
         if self.image_embedder is not None and image is not None:
             image = self.image_embedder(image.astype(dtype))
+        context = Context(self.text_embedder(text.astype(dtype)), image, has_image)
+        tokens, streams = self.open(references, shard)
+        x = self.run((x, *tokens), (Stream(self.project_time(time), table), *streams), context, memory, shard)[0][0]
+        return self.project(x, time, patches, shard)
 
+    def remember(self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = ALONE) -> Memory:
+        """The memory of `references` for a target of that many patches (time, rows, columns)."""
+        tokens, streams = self.open(references, shard)
+        keys, values = self.run(tokens, streams, None, None, shard)[1]
+        return Memory(keys, values, target)
+
+    def run(
+        self, tokens: tuple[Array, ...], streams: tuple[Stream, ...], context: Context | None, memory: Memory | None, shard: Shard
+    ) -> tuple[tuple[Array, ...], tuple[Array, Array] | None]:
+        """All blocks. With a `context` the first stream is the target; without one, what the references leave to remember is returned."""
         graphdef, layers = nnx.split(self.blocks)
 
-        def step(x, layer):
-            return nnx.merge(graphdef, layer)(x, modulation, table, text, image), None
+        def step(tokens, inputs):
+            layer, remembered = inputs
+            return nnx.merge(graphdef, shard.gather(layer))(tokens, streams, context, remembered, shard)
 
-        if config.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT[config.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(step, x, layers)
-        return self.project(x, time, (frames, rows, columns))
+        if self.config.remat != "none":
+            step = jax.checkpoint(step, policy=REMAT[self.config.remat], prevent_cse=False)
+        return jax.lax.scan(step, tokens, (layers, None if memory is None else (memory.keys, memory.values)))
 
-    def embed_patches(self, latents: Float[Array, "B F H W C"]) -> Float[Array, "B L D"]:
-        """One float32 token per patch, ordered by time, row, column."""
+    def open(self, references: tuple[Reference, ...], shard: Shard) -> tuple[tuple[Array, ...], tuple[Stream, ...]]:
+        """Tokens and streams of the references, all at time 0."""
+        embedded = [self.embed(r.latents, r.offset, shard) for r in references]
+        still = self.project_time(self.time_embedder(jnp.zeros((1, 1))))
+        return tuple(x for x, _ in embedded), tuple(Stream(still, table) for _, table in embedded)
+
+    def grid(self, latents: Float[Array, "B F H W C"]) -> tuple[int, int, int]:
+        """How many patches (time, rows, columns) `latents` have."""
+        frames, rows, columns = (n // p for n, p in zip(latents.shape[1:4], self.config.patch, strict=True))
+        return frames, rows, columns
+
+    def embed(
+        self, latents: Float[Array, "B F H W C"], offset: Int[Array, "b 3"], shard: Shard = ALONE
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "2 b L k"]]:
+        """One float32 token per patch, ordered by time, row, column, and the rotation of its place."""
         (t, h, w), dtype = self.config.patch, jnp.dtype(self.config.dtype)
-        x = rearrange(latents.astype(dtype), "B (F t) (H h) (W w) C -> B (F H W) (t h w C)", t=t, h=h, w=w)
+        x = local(rearrange(latents.astype(dtype), "B (F t) (H h) (W w) C -> B (F H W) (t h w C)", t=t, h=h, w=w), shard)
         kernel = rearrange(self.patch_embedding.astype(dtype), "t h w C D -> (t h w C) D")
-        return (jnp.einsum("blc,cd->bld", x, kernel) + self.patch_bias.astype(dtype)[None, None]).astype(jnp.float32)
+        x = (jnp.einsum("blc,cd->bld", x, kernel) + self.patch_bias.astype(dtype)[None, None]).astype(jnp.float32)
+        places = local(grid(*self.grid(latents))[None], shard) + offset[:, None]
+        return x, rotation(places, self.config.dim // self.config.num_heads)
+
+    def project_time(self, time: Float[Array, "B L D"]) -> Float[Array, "6 B L D"]:
+        """The modulation all blocks start from."""
+        return rearrange(self.time_projection(jax.nn.silu(time)), "B L (six D) -> six B L D", six=6)
 
     def project(
-        self, x: Float[Array, "B L D"], time: Float[Array, "B #L D"], grid: tuple[int, int, int]
+        self, x: Float[Array, "B L D"], time: Float[Array, "B #L D"], patches: tuple[int, int, int], shard: Shard = ALONE
     ) -> Float[Array, "B F H W c"]:
         """The head, in float32: tokens back to latents; within a token the channels run fastest."""
-        (F, H, W), (t, h, w) = grid, self.config.patch
+        (F, H, W), (t, h, w) = patches, self.config.patch
         shift, scale = self.head_modulation[:, None, None].astype(jnp.float32) + time[None]
-        x = self.head(self.head_norm(x) * (1 + scale) + shift)
+        x = whole(self.head(self.head_norm(x) * (1 + scale) + shift), shard)
         return rearrange(x, "B (F H W) (t h w c) -> B (F t) (H h) (W w) c", F=F, H=H, W=W, t=t, h=h, w=w)
+
+
+def local(x: Array, shard: Shard) -> Array:
+    """This device's share of the tokens, the second axis."""
+    if shard.context is None:
+        return x
+    size = jax.lax.axis_size(shard.context)
+    require(x.shape[1] % size == 0, f"{x.shape[1]} tokens: not a multiple of mesh.context={size}, so the devices' shares would differ")
+    share = x.shape[1] // size
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(shard.context) * share, share, axis=1)
+
+
+def whole(x: Array, shard: Shard) -> Array:
+    """All devices' shares of the tokens, the second axis."""
+    return x if shard.context is None else jax.lax.all_gather(x, shard.context, axis=1, tiled=True)
 
 
 class Block(nnx.Module):
@@ -106,38 +214,65 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B L D"],
-        modulation: Float[Array, "6 B #L D"],
-        table: Float[Array, "2 #B L k"],
-        text: Float[Array, "B S D"],
-        image: Float[Array, "B I D"] | None,
-    ) -> Float[Array, "B L D"]:
-        """`modulation` is the projected timestep, `table` the rotation of the tokens."""
-        modulation = modulation + self.modulation[:, None, None].astype(jnp.float32)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        h = (self.norm(x) * (1 + scale) + shift).astype(self.dtype)
-        x = x + gate * self.self_attention(h, table).astype(jnp.float32)
-        h = self.cross_norm(x).astype(self.dtype)
-        x = x + self.cross_attention(h, text, image).astype(jnp.float32)
-        h = (self.norm(x) * (1 + ffn_scale) + ffn_shift).astype(self.dtype)
-        return x + ffn_gate * self.ffn(h).astype(jnp.float32)
+        tokens: tuple[Array, ...],
+        streams: tuple[Stream, ...],
+        context: Context | None,
+        memory: tuple[Array, Array] | None,
+        shard: Shard,
+    ) -> tuple[tuple[Array, ...], tuple[Array, Array] | None]:
+        """The streams' tokens after this layer; without a `context` all are references and their keys and values come out as well."""
+        own = self.modulation[:, None, None].astype(jnp.float32)
+        modulations = [stream.modulation + own for stream in streams]
+        h = [self.modulate(x, shift, scale) for x, (shift, scale, *_) in zip(tokens, modulations, strict=True)]
+        answers, remembered = self.self_attention(h, [s.table for s in streams], context is not None, memory, shard)
+        tokens = [x + m[2] * a.astype(jnp.float32) for x, m, a in zip(tokens, modulations, answers, strict=True)]
+        if context is not None:
+            target = self.cross_attention(self.cross_norm(tokens[0]).astype(self.dtype), context)
+            tokens[0] = tokens[0] + target.astype(jnp.float32)
+        h = [self.modulate(x, shift, scale) for x, (*_, shift, scale, _) in zip(tokens, modulations, strict=True)]
+        return tuple(x + m[5] * self.ffn(y).astype(jnp.float32) for x, m, y in zip(tokens, modulations, h, strict=True)), remembered
+
+    def modulate(self, x: Float[Array, "B L D"], shift: Float[Array, "b l D"], scale: Float[Array, "b l D"]) -> Float[Array, "B L D"]:
+        """Norm, scale and shift in float32, then the compute dtype."""
+        return (self.norm(x) * (1 + scale) + shift).astype(self.dtype)
 
 
 class SelfAttention(nnx.Module):
-    """Attention over the tokens; queries and keys are normalised over all heads at once, then rotated."""
+    """The target reads itself and the references, each reference itself (Eq. 3 and 4).
+
+    Queries and keys are normalised over all heads at once, then rotated.
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         dim = config.dim
-        self.num_heads, self.kind = config.num_heads, config.attention
+        self.num_heads, self.kind, self.joint = config.num_heads, config.attention, config.references == "joint"
         self.query, self.key, self.value, self.out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
-    def __call__(self, x: Float[Array, "B L D"], table: Float[Array, "2 #B L k"]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, streams: list[Array], tables: list[Array], has_target: bool, memory: tuple[Array, Array] | None, shard: Shard
+    ) -> tuple[list[Array], tuple[Array, Array] | None]:
+        """Each stream's answer "B L D"; if all streams are references, also their keys and values "B S N K"."""
+        queries, keys, values = zip(*(self.project(x, table, shard) for x, table in zip(streams, tables, strict=True)), strict=True)
+        remembered = None if has_target else (jnp.concatenate(keys, 1), jnp.concatenate(values, 1))
+        if has_target and self.joint and len(streams) > 1:
+            answers = one_directional_attention(queries, keys, values, self.kind)
+        else:
+            answers = [
+                attention(q, k, v, self.kind) for q, k, v in zip(queries[has_target:], keys[has_target:], values[has_target:], strict=True)
+            ]
+            if has_target:
+                seen = [(k, v) for k, v in zip(keys, values, strict=True)] + ([] if memory is None else [memory])
+                k, v = (jnp.concatenate(x, 1) for x in zip(*seen, strict=True))
+                answers = [attention(queries[0], k, v, self.kind), *answers]
+        answers = [checkpoint_name(a, "attention") for a in answers]
+        return [self.out(rearrange(a, "B L N K -> B L (N K)")) for a in answers], remembered
+
+    def project(self, x: Float[Array, "B L D"], table: Float[Array, "2 #B L k"], shard: Shard) -> tuple[Array, Array, Array]:
+        """Queries "B L N K" of this device's tokens, keys and values "B S N K" of everyone's."""
         q, k = self.query_norm(self.query(x)), self.key_norm(self.key(x))
         q, k, v = (rearrange(y, "B L (N K) -> B L N K", N=self.num_heads) for y in (q, k, self.value(x)))
-        q, k = rotate(q, table).astype(x.dtype), rotate(k, table).astype(x.dtype)
-        out = checkpoint_name(attention(q, k, v, self.kind), "attention")
-        return self.out(rearrange(out, "B L N K -> B L (N K)"))
+        return rotate(q, table).astype(x.dtype), whole(rotate(k, table).astype(x.dtype), shard), whole(v, shard)
 
 
 class CrossAttention(nnx.Module):
@@ -153,13 +288,12 @@ class CrossAttention(nnx.Module):
         self.image_value = Linear(dim, dim, rngs=rngs) if has_image else None
         self.image_key_norm = RMSNorm(dim, config.eps) if has_image else None
 
-    def __call__(
-        self, x: Float[Array, "B L D"], text: Float[Array, "B S D"], image: Float[Array, "B I D"] | None
-    ) -> Float[Array, "B L D"]:
-        q = self.query_norm(self.query(x)).astype(x.dtype)
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
+        q, text, image = self.query_norm(self.query(x)).astype(x.dtype), context.text, context.image
         out = self._read(q, self.key_norm(self.key(text)), self.value(text))
         if image is not None and self.image_key is not None:
-            out = out + self._read(q, self.image_key_norm(self.image_key(image)), self.image_value(image))
+            seen = self._read(q, self.image_key_norm(self.image_key(image)), self.image_value(image))
+            out = out + (seen if context.has_image is None else context.has_image.astype(seen.dtype)[:, None, None] * seen)
         return self.out(out)
 
     def _read(self, q: Array, k: Array, v: Array) -> Array:

@@ -9,6 +9,9 @@ from omnitransfer_jax.models import attention
 from tests.parity.bridge import relative_l2
 
 
+SPLASH = attention.splash_attention
+
+
 def dense(q, k, v):
     weights = jax.nn.softmax(jnp.einsum("blnk,bsnk->bnls", q, k) / q.shape[-1] ** 0.5, axis=-1)
     return jnp.einsum("bnls,bsnk->blnk", weights, v)
@@ -52,3 +55,28 @@ def test_memory_grows_linearly():
         return jax.jit(grad).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8192) / temporary_bytes(2048) < 4.5  # dense attention: 16
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "splash"])
+def test_one_direction_equals_separate_calls(kernel, monkeypatch):
+    """One masked call is the target over everything and each reference over itself, forward and backward."""
+    if kernel == "splash":
+        interpreted = lambda *a: SPLASH(*a, interpret=True)  # noqa: E731
+        monkeypatch.setattr(attention, "splash_attention", interpreted)
+    streams = [draw(1, length, length, 1, 128) for length in (200, 130, 300)]
+    probe = [jnp.asarray(np.random.default_rng(i).standard_normal(q.shape), jnp.float32) for i, (q, _, _) in enumerate(streams)]
+
+    def separate(streams):
+        keys, values = (jnp.concatenate([s[i] for s in streams], 1) for i in (1, 2))
+        return [dense(streams[0][0], keys, values), *(dense(*s) for s in streams[1:])]
+
+    def masked(streams):
+        return attention.one_directional_attention(*zip(*streams, strict=True), kernel)
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda s: sum((o * p).sum() for o, p in zip(f(s), probe, strict=True))))(streams)
+
+    for ours, wanted in zip(masked(streams), separate(streams), strict=True):
+        assert relative_l2(ours, wanted) <= 1e-5
+    for ours, wanted in zip(jax.tree.leaves(gradients(masked)), jax.tree.leaves(gradients(separate)), strict=True):
+        assert relative_l2(ours, wanted) <= 1e-5

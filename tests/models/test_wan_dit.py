@@ -10,8 +10,7 @@ from flax import nnx
 
 from configs.base import DiTConfig
 from configs.wan import I2V_14B, T2V_1_3B, T2V_14B
-from omnitransfer_jax.models.rope3d import grid, rotation
-from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.models.wan_dit import ALONE, Context, Stream, WanDiT
 from omnitransfer_jax.params import abstract, count, flat_params
 from tests.parity.bridge import relative_l2
 
@@ -37,14 +36,14 @@ def test_published_sizes(config, size):
 def test_scan_equals_loop(batch):
     model = WanDiT(TINY, rngs=nnx.Rngs(0))
     time = model.time_embedder(batch["timestep"][None])
-    modulation = model.time_projection(jax.nn.silu(time)).reshape(1, 1, 6, 24).transpose(2, 0, 1, 3)
-    context = model.text_embedder(batch["text"]), model.image_embedder(batch["image"])
-    x = model.embed_patches(batch["latents"])
+    context = Context(model.text_embedder(batch["text"]), model.image_embedder(batch["image"]), None)
+    x, table = model.embed(batch["latents"], jnp.zeros((1, 3), jnp.int32))
     graphdef, layers = nnx.split(model.blocks)
+    tokens = (x,)
     for i in range(TINY.num_layers):
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], layers))  # noqa: B023
-        x = block(x, modulation, rotation(grid(2, 2, 3)[None], 12), *context)
-    assert relative_l2(model(**batch), model.project(x, time, (2, 2, 3))) <= 1e-6
+        tokens, _ = block(tokens, (Stream(model.project_time(time), table),), context, None, ALONE)
+    assert relative_l2(model(**batch), model.project(tokens[0], time, (2, 2, 3))) <= 1e-6
 
 
 @pytest.mark.parametrize("remat", ["attention", "full"])
