@@ -227,6 +227,8 @@ class SamplerConfig:
     """Classifier-free guidance scale; 1 leaves the unconditional pass out."""
     negative_prompt: str = ""
     """What the unconditional pass is told."""
+    reference_cache: Literal["full", "float8", "int8", "none"] = "full"
+    """References' keys and values are computed once and kept, as they are or in one byte a number; `none` computes them at every step."""
 
     def validate(self) -> None:
         require(self.steps >= 1, f"sampler.steps={self.steps}: at least 1")

@@ -3,13 +3,15 @@
 t is 0 at the data and 1 at noise; the network is told 1000 t.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 TIMESTEPS = 1000  # what t = 1 is called in front of the network (Wan2.1 num_train_timesteps)
 
 
-def shift_time(t: Float[np.ndarray, " S"], shift: float) -> Float[np.ndarray, " S"]:
+def shift_time(t: Float[np.ndarray, " S"] | Float[Array, " S"], shift: float) -> Float[np.ndarray, " S"] | Float[Array, " S"]:
     """Bends times towards noise: larger videos keep their structure up to more noise."""
     return shift * t / (1 + (shift - 1) * t)
 
@@ -17,3 +19,22 @@ def shift_time(t: Float[np.ndarray, " S"], shift: float) -> Float[np.ndarray, " 
 def time_grid(steps: int, shift: float) -> Float[np.ndarray, " S"]:
     """The `steps` times at which the network is asked and the final 0 (Wan2.1 fm_solvers_unipc.py: from 0.999, not 1)."""
     return shift_time(np.linspace(1 - 1 / TIMESTEPS, 0, steps + 1), shift)
+
+
+def draw_time(key: jax.Array, batch: int, shift: float) -> Float[Array, " B"]:
+    """Times of a training batch: uniform, then bent as in sampling."""
+    return shift_time(jax.random.uniform(key, (batch,)), shift)
+
+
+def interpolate(x0: Float[Array, "B F H W C"], noise: Float[Array, "B F H W C"], t: Float[Array, " B"]) -> Float[Array, "B F H W C"]:
+    """The point on each sample's line at its time."""
+    t = t[:, None, None, None, None]
+    return (1 - t) * x0 + t * noise
+
+
+def loss_per_example(
+    velocity: Float[Array, "B F H W C"], x0: Float[Array, "B F H W C"], noise: Float[Array, "B F H W C"]
+) -> Float[Array, " B"]:
+    """Mean squared error of the velocity in float32, one number a sample."""
+    error = velocity.astype(jnp.float32) - (noise - x0).astype(jnp.float32)
+    return jnp.square(error).mean(axis=(1, 2, 3, 4))

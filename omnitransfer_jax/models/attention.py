@@ -35,7 +35,10 @@ class OneDirection:
     """Key rows, likewise."""
 
     def __call__(self, q: Any, k: Any) -> Any:
-        """Whether query `q` sees key `k`, by index; padding behind the keys is seen by none, padding behind the queries counts as target."""
+        """Whether query `q` sees key `k`, by index.
+
+        Padding behind the keys is seen by none; padding behind the queries counts as target.
+        """
         rows, columns = np.cumsum((0, *self.queries)).tolist(), np.cumsum((0, *self.keys)).tolist()
         seen = (q < rows[1]) | (q >= rows[-1])
         for i in range(1, len(self.queries)):

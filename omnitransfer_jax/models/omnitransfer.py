@@ -3,20 +3,25 @@
     prompt -> UMT5 -> text                    \\
     first frame -> CLIP -> image               >  WanDiT, asked by the sampler at every step  ->  latents -> VAE -> video
     first frame, then grey -> VAE -> condition /
+    reference videos -> VAE -> latents with the task's flag -> the same WanDiT, once -> keys and values for every step
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from configs.base import SamplerConfig
-from omnitransfer_jax import samplers
+from omnitransfer_jax import samplers, tasks
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
+from omnitransfer_jax.models.memory import compress
 from omnitransfer_jax.models.umt5 import UMT5Encoder
-from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.models.wan_dit import Reference, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
+
+MASK_CHANNELS = 4  # one for each video frame of a latent frame (Wan2.1 image2video.py)
 
 
 class Conditions(NamedTuple):
@@ -30,6 +35,8 @@ class Conditions(NamedTuple):
     """CLIP features of the first frame (image-to-video)."""
     latents: Float[Array, "B F H W C"] | None = None
     """Mask and encoded first frame, the channels behind the noise (image-to-video)."""
+    references: tuple[Reference, ...] = ()
+    """What to transfer from; several are read side by side."""
 
 
 def encode_text(encoder: UMT5Encoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S E"]:
@@ -51,10 +58,21 @@ def encode_first_frame(vae: WanVAE, image: Float[Array, "B H W 3"] | None, shape
     if image is not None:
         video = video.at[:, 0].set(image)
     latents = vae.encode(video)
-    mask = jnp.zeros((*latents.shape[:-1], vae.config.time_stride))  # a channel for each video frame of a latent frame
+    mask = jnp.zeros((*latents.shape[:-1], MASK_CHANNELS))
     if image is not None:
         mask = mask.at[:, 0].set(1.0)
     return jnp.concatenate([mask, latents], axis=-1)
+
+
+def reference_latents(latents: Float[Array, "B F H W C"], flags: Float[Array, " B"]) -> Float[Array, "B F H W c"]:
+    """The reference's channels: its latents without noise, the task's flag in all four of the mask, its latents again (section 4.1)."""
+    flag = jnp.broadcast_to(flags[:, None, None, None, None], (*latents.shape[:-1], MASK_CHANNELS)).astype(latents.dtype)
+    return jnp.concatenate([latents, flag, latents], axis=-1)
+
+
+def open_reference(latents: Float[Array, "B F H W C"], task: Int[Array, " B"], target: tuple[int, int, int], rank: int = 1) -> Reference:
+    """The reference of each sample's task for a target of that many patches; `rank` as in `tasks.offsets`."""
+    return Reference(reference_latents(latents, tasks.flags(task)), tasks.offsets(task, target, rank))
 
 
 def denoise(
@@ -64,21 +82,24 @@ def denoise(
     sampler: SamplerConfig,
     on_step: Callable[[int], None] | None = None,
 ) -> Float[Array, "B F H W C"]:
-    """Clean latents from `noise`; with guidance both passes run as one batch."""
-    guided = sampler.guidance != 1
+    """Clean latents from `noise`.
 
-    def twice(x: Array) -> Array:
-        return jnp.concatenate([x, x]) if guided else x
-
-    text = jnp.concatenate([conditions.text, conditions.negative_text]) if guided else conditions.text
-    image = None if conditions.image is None else twice(conditions.image)
+    The references' keys and values are computed once, for all steps and both guidance passes; the passes differ in the text alone
+    and run one after the other, so they share the memory and need no second copy of the activations.
+    """
+    references, memory = conditions.references, None
+    if references and sampler.reference_cache != "none":
+        memory, references = compress(dit.remember(references, dit.grid(noise)), sampler.reference_cache), ()
 
     def velocity(x: Array, timestep: Array) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
-        v = dit(twice(latents), twice(timestep), text, image)
-        if not guided:
-            return v
-        v, negative = jnp.split(v, 2)
+
+        def told(text: Array) -> Array:
+            return dit(latents, timestep, text, conditions.image, references=references, memory=memory)
+
+        if sampler.guidance == 1:
+            return told(conditions.text)
+        v, negative = jax.lax.map(told, jnp.stack([conditions.text, conditions.negative_text]))
         return negative + sampler.guidance * (v - negative)
 
     return samplers.sample(velocity, noise, sampler, on_step)

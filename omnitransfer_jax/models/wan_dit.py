@@ -11,8 +11,6 @@ the residual stream and the head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,12 +24,23 @@ from jaxtyping import Array, Float, Int
 from configs.base import DiTConfig, require
 from omnitransfer_jax.models.attention import attention, one_directional_attention
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
+from omnitransfer_jax.models.memory import Memory, Stored
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
 REMAT = {  # what the backward pass finds stored, by DiTConfig.remat
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    (r"blocks\..*\.kernel", ("layers", "in", "out")),
+    (r"blocks\..*\.(bias|scale)", ("layers", "vector")),
+    (r"blocks\.modulation", ("layers", None, "vector")),
+    (r"(?!blocks\.).*\.kernel", ("in", "out")),
+    (r"(?!blocks\.).*\.(bias|scale)|patch_bias", ("vector",)),
+    (r"patch_embedding", (None, None, None, "in", "out")),
+    (r"head_modulation", (None, "vector")),
+]
 
 
 class Reference(NamedTuple):
@@ -41,17 +50,6 @@ class Reference(NamedTuple):
     """Noise-free, all channels (`models/omnitransfer.py`); frames and size are its own."""
     offset: Int[Array, "B 3"]
     """Where its first token stands: time, row, column in patches (`tasks.offsets`)."""
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["grid"])
-@dataclass(frozen=True)
-class Memory:
-    """The references' keys and values at every layer, normalised and rotated, ready for any step and either guidance pass."""
-
-    keys: Float[Array, "layers B S N K"]
-    values: Float[Array, "layers B S N K"]
-    grid: tuple[int, int, int]
-    """The target's patches (time, rows, columns): the offsets, and so the keys, hold for this target alone."""
 
 
 class Stream(NamedTuple):
@@ -133,7 +131,7 @@ class WanDiT(nnx.Module):
         """The memory of `references` for a target of that many patches (time, rows, columns)."""
         tokens, streams = self.open(references, shard)
         keys, values = self.run(tokens, streams, None, None, shard)[1]
-        return Memory(keys, values, target)
+        return Memory(Stored(keys), Stored(values), target)
 
     def run(
         self, tokens: tuple[Array, ...], streams: tuple[Stream, ...], context: Context | None, memory: Memory | None, shard: Shard
@@ -142,7 +140,8 @@ class WanDiT(nnx.Module):
         graphdef, layers = nnx.split(self.blocks)
 
         def step(tokens, inputs):
-            layer, remembered = inputs
+            layer, stored = inputs
+            remembered = None if stored is None else tuple(part.read(jnp.dtype(self.config.dtype)) for part in stored)
             return nnx.merge(graphdef, shard.gather(layer))(tokens, streams, context, remembered, shard)
 
         if self.config.remat != "none":

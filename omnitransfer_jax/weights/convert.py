@@ -118,7 +118,7 @@ def save(
     stem: str,
     *,
     prefix: str = "",
-    shard_bytes: float = SHARD_BYTES,
+    shard_bytes: int | float = SHARD_BYTES,
 ) -> list[Path]:
     """Writes `leaves` (path and array, in any order, as `params` announces them) as safetensors files; returns these."""
     announced = {prefix + name: spec for name, spec in specs(table, params).items()}

@@ -90,7 +90,8 @@ def inspect(files: Iterable[Path]) -> dict[str, Tensor]:
     bytes are cut off is marked.
     """
     tensors: dict[str, Tensor] = {}
-    problems = []
+    problems: list[str] = []
+    twice: dict[tuple[Path, Path], str] = {}
     for file in files:
         try:
             header, start = _header(file)
@@ -103,10 +104,11 @@ def inspect(files: Iterable[Path]) -> dict[str, Tensor]:
             end = max(end, start + last)
             tensor = Tensor(file, name, entry["dtype"], tuple(entry["shape"]), last - first, start + last > size)
             if name in tensors:
-                problems.append(f"{name} is in {tensors[name].file} and in {file}; remove one of them")
+                twice.setdefault((tensors[name].file, file), name)
             tensors[name] = tensor
         if size > end:
             problems.append(f"{file}: {size - end} bytes more than its header tells of; download it again")
+    problems += [f"{name} and maybe more is in {one} and in {other}; remove one of them" for (one, other), name in twice.items()]
     if problems:
         raise RequestError("; ".join(problems))
     return tensors
@@ -137,7 +139,7 @@ def read(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
 
 
 def write(
-    folder: Path, stem: str, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]], shard_bytes: float = SHARD_BYTES
+    folder: Path, stem: str, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]], shard_bytes: int | float = SHARD_BYTES
 ) -> list[Path]:
     """Writes the tensors of `specs`, whose values `arrays` brings in any order, in as many files as `shard_bytes` asks for.
 
@@ -175,7 +177,7 @@ def write(
     return [folder / name for name in names]
 
 
-def _shards(specs: Mapping[str, Spec], shard_bytes: float) -> list[dict[str, Spec]]:
+def _shards(specs: Mapping[str, Spec], shard_bytes: int | float) -> list[dict[str, Spec]]:
     """`specs` in order, cut where the next tensor would make a shard larger than `shard_bytes`."""
     shards: list[dict[str, Spec]] = [{}]
     size = 0

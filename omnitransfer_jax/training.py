@@ -1,0 +1,164 @@
+"""Training: what is learnt from a batch, and the loop around it.
+
+    draw times and noise -> corrupt the targets -> velocity, reading the references -> loss per example -> gradients -> update
+
+Everything a step needs is in its arguments: state, batch, key. The stages differ in data, in `train.trainable`, in where they start
+and in numbers; nothing here asks which one it is.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
+
+from configs.base import Config, TrainConfig
+from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
+from omnitransfer_jax.mesh import CONTEXT, DATA, complete, layer_completer
+from omnitransfer_jax.models.omnitransfer import open_reference
+from omnitransfer_jax.models.wan_dit import Shard, WanDiT
+from omnitransfer_jax.params import abstract, with_params
+
+Params = dict[str, Array]
+
+
+class Batch(NamedTuple):
+    """One training batch, as data_pipelines/batches.py makes it; tasks may be mixed freely."""
+
+    task: Int32[Array, " B"]
+    """Index into `tasks.TASKS`."""
+    target: Float[Array, "B F H W C"]
+    """Clean latents of the target."""
+    condition: Float[Array, "B F H W M"]
+    """Mask and first-frame latents of the target; the mask is 0 for text-to-video samples."""
+    reference: Float[Array, "B f h w C"]
+    """Clean latents of the reference."""
+    text: Float[Array, "B S E"]
+    """Encoded prompt, zero rows beyond its end."""
+    image: Float[Array, "B I J"]
+    """CLIP features of the first frame."""
+    has_image: Float[Array, " B"]
+    """1 for image-to-video samples, 0 for the others, whose `image` counts for nothing."""
+
+
+class Corruption(NamedTuple):
+    """The random part of a step, drawn for the whole batch before it is divided, so that no division changes it."""
+
+    time: Float[Array, " B"]
+    noise: Float[Array, "B F H W C"]
+    drop_text: Float[Array, " B"]
+    """1 where the prompt is replaced by the empty one."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "trainable", "frozen", "moments", "ema", "skipped"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes in a run. Parameters are flat: path -> array."""
+
+    step: Int32[Array, ""]
+    trainable: Params
+    frozen: Params
+    moments: Any
+    """The optimizer's state, for the trainable parameters alone."""
+    ema: Params
+    """Running average of the trainable parameters; empty if there is none."""
+    skipped: Int32[Array, ""]
+    """Updates left out because they were not finite."""
+
+
+def split_trainable(params: Mapping[str, Any], config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable, frozen) by `config.trainable`, whose expressions match `dit/` and the whole path."""
+    chosen = {p for p in params if any(re.fullmatch(pattern, f"dit/{p}") for pattern in config.trainable)}
+    return {p: x for p, x in params.items() if p in chosen}, {p: x for p, x in params.items() if p not in chosen}
+
+
+def corrupt(key: Array, batch: Batch, config: Config) -> Corruption:
+    """Times, noise and dropped prompts of one step."""
+    key_time, key_noise, key_drop = jax.random.split(key, 3)
+    size = batch.target.shape[0]
+    return Corruption(
+        draw_time(key_time, size, config.train.shift),
+        jax.random.normal(key_noise, batch.target.shape),
+        jax.random.bernoulli(key_drop, config.data.text_drop, (size,)).astype(jnp.float32),
+    )
+
+
+def losses(dit: WanDiT, batch: Batch, drawn: Corruption, empty_text: Float[Array, "S E"], shard: Shard) -> Float[Array, " B"]:
+    """The loss of each sample: flow matching on the target, which reads its reference."""
+    x = interpolate(batch.target, drawn.noise, drawn.time)
+    text = jnp.where(drawn.drop_text[:, None, None] > 0, empty_text[None], batch.text)
+    reference = open_reference(batch.reference, batch.task, dit.grid(x))
+    velocity = dit(
+        jnp.concatenate([x, batch.condition], axis=-1),
+        TIMESTEPS * drawn.time,
+        text,
+        batch.image,
+        batch.has_image,
+        (reference,),
+        shard=shard,
+    )
+    return loss_per_example(velocity, batch.target, drawn.noise)
+
+
+def make_loss(config: Config, mesh: Mesh, specs: Mapping[str, P]) -> Callable[[Params, Batch, Corruption, Array], Float[Array, ""]]:
+    """The mean loss over a batch as a function of all parameters, computed by all devices of `mesh`.
+
+    Each device holds its part of the parameters (`specs`), of the batch and of every sample's tokens.
+    """
+    blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
+    shard = Shard(CONTEXT, layer_completer({p.removeprefix("blocks."): s for p, s in specs.items() if p.startswith("blocks.")}))
+
+    def local_loss(params: Params, batch: Batch, drawn: Corruption, empty_text: Array) -> Array:
+        params = {p: x if p.startswith("blocks.") else complete(x, specs[p]) for p, x in params.items()}
+        mean = losses(with_params(blank, params), batch, drawn, empty_text, shard).mean()
+        return jax.lax.pmean(mean, (DATA, CONTEXT))
+
+    rows = P(DATA)
+    return jax.shard_map(local_loss, mesh=mesh, in_specs=(dict(specs), rows, rows, P()), out_specs=P())
+
+
+def make_train_step(
+    config: Config, mesh: Mesh, specs: Mapping[str, P], optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch, Array, Array], tuple[TrainState, dict[str, Array]]]:
+    """train_step(state, batch, key, empty_text) -> (state, metrics), pure, to be compiled once for all tasks."""
+    loss_of = make_loss(config, mesh, specs)
+    parts = config.optimizer.accumulate
+
+    def gradients(state: TrainState, batch: Batch, drawn: Corruption, empty_text: Array) -> tuple[Array, Params]:
+        """Mean loss and gradients, `parts` pieces of the batch one after the other."""
+        value_and_grad = jax.value_and_grad(lambda trainable, *piece: loss_of(trainable | state.frozen, *piece, empty_text))
+        if parts == 1:
+            return value_and_grad(state.trainable, batch, drawn)
+
+        def add(total, piece):
+            return jax.tree.map(lambda a, b: a + b / parts, total, value_and_grad(state.trainable, *piece)), None
+
+        # Every part takes an equal share of each device's rows.
+        pieces = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, drawn))
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable)
+        return jax.lax.scan(add, zero, pieces)[0]
+
+    def train_step(state: TrainState, batch: Batch, key: Array, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
+        drawn = corrupt(key, batch, config)
+        loss, grads = gradients(state, batch, drawn, empty_text)
+        norm = optax.global_norm(grads)
+        updates, moments = optimizer.update(grads, state.moments, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        decay = config.train.ema
+        ema = {p: decay * old + (1 - decay) * trainable[p] for p, old in state.ema.items()}
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        moved = (trainable, moments, ema)
+        stayed = (state.trainable, state.moments, state.ema)
+        trainable, moments, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
+        skipped = state.skipped + ~finite
+        state = TrainState(state.step + 1, trainable, state.frozen, moments, ema, skipped)
+        return state, {"loss": loss, "grad_norm": norm, "skipped": skipped}
+
+    return train_step
