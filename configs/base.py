@@ -229,6 +229,8 @@ class SamplerConfig:
     """What the unconditional pass is told."""
     reference_cache: Literal["full", "float8", "int8", "none"] = "full"
     """References' keys and values are computed once and kept, as they are or in one byte a number; `none` computes them at every step."""
+    stack_references: bool = False
+    """Several references of one family: all at the offset of Eq. 2, or, if true, the k-th k times as far."""
 
     def validate(self) -> None:
         require(self.steps >= 1, f"sampler.steps={self.steps}: at least 1")

@@ -1,43 +1,43 @@
-"""One video from a prompt, a first frame, or both, written as an mp4.
+"""One video from a reference, a first frame, a prompt, or any of them together, written as an mp4.
 
-    python -m launch.sample --config=wan --checkpoint=DIR --first_frame=IMAGE --prompt="..." --out=out.mp4
+    python -m launch.sample --config=stage1 --checkpoint=DIR --task=motion --reference=ref.mp4 --first_frame=image.png --out=out.mp4
+    python -m launch.sample --config=wan --checkpoint=DIR --first_frame=image.png --prompt="..." --out=out.mp4
 
-The parts are loaded, used and let go one after the other, so the largest of them decides the memory, not their sum.
+`--task` and `--reference` repeat for combined transfer. The parts are loaded, used and let go one after the other, so the largest of
+them decides the memory, not their sum.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
 from tqdm import tqdm
 
 from configs.base import Config, VideoConfig, require
 from data_pipelines import clips
 from launch import command
-from omnitransfer_jax import checkpoint
+from omnitransfer_jax import parts, tasks
 from omnitransfer_jax.models import omnitransfer
-from omnitransfer_jax.models.clip_vision import CLIPVision
 from omnitransfer_jax.models.omnitransfer import Conditions
-from omnitransfer_jax.models.umt5 import UMT5Encoder
-from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
-from omnitransfer_jax.params import abstract, flat_params, with_params
 from omnitransfer_jax.resize import bicubic_resize
-from omnitransfer_jax.tokenizer import byte_tokenizer, clean_prompt, load_tokenizer, tokenize
+from omnitransfer_jax.tokenizer import clean_prompt, tokenize
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder that launch.import_weights or launch.train wrote; without it, random weights.")
-PROMPT = flags.DEFINE_string("prompt", "", "What the video shows.")
-FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Image the video starts from (image-to-video networks).")
-OUT = flags.DEFINE_string("out", "out.mp4", "The mp4 to write.")
-
-Model = TypeVar("Model", bound=nnx.Module)
+FLAGS = flags.FlagValues()
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "Folder of launch.import_weights or workdir of launch.train; none: random weights.", flag_values=FLAGS
+)
+TASK = flags.DEFINE_multi_enum("task", [], tasks.NAMES, "What to take from the reference; repeats with --reference.", flag_values=FLAGS)
+REFERENCE = flags.DEFINE_multi_string("reference", [], "Clip to transfer from; repeats with --task.", flag_values=FLAGS)
+PROMPT = flags.DEFINE_string("prompt", "", "What the video shows.", flag_values=FLAGS)
+FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Image the video starts from (image-to-video networks).", flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", "out.mp4", "The mp4 to write.", flag_values=FLAGS)
 
 
 class Request(NamedTuple):
@@ -46,18 +46,20 @@ class Request(NamedTuple):
     prompt: str
     first_frame: np.ndarray | None
     """uint8 "H W 3"."""
+    references: tuple[tuple[int, np.ndarray], ...]
+    """Task index and clip, uint8 "T H W 3"."""
     video: VideoConfig
     """The video's size; with a first frame, the frame's own shape at the configured area."""
 
 
 def main(config: Config) -> None:
     request = read_request(config)
-    if CHECKPOINT.value is None:
+    if not CHECKPOINT.value:
         print("no --checkpoint: the weights are random, so the video will be noise; it shows that every part runs", flush=True)
     conditions = encode(config, request)
     latents = generate(config, request.video, conditions)
     with stage("video decoder"):
-        video = jax.jit(WanVAE.decode)(load(config, "vae", lambda rngs: WanVAE(config.vae, rngs=rngs)), latents)
+        video = jax.jit(WanVAE.decode)(parts.load_vae(CHECKPOINT.value, config), latents)
         clips.write_clip(OUT.value, clips.to_bytes(video[0]), request.video.fps)
     size = request.video
     print(f"wrote {OUT.value}: {size.frames} frames, {size.width} x {size.height}, {size.fps} fps")
@@ -66,16 +68,28 @@ def main(config: Config) -> None:
 def read_request(config: Config) -> Request:
     """The flags, checked before any weights are touched."""
     require(OUT.value.endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
-    if FIRST_FRAME.value is None:
-        return Request(clean_prompt(PROMPT.value), None, config.video)
     require(
-        config.dit.image_dim is not None,
-        f"--first_frame={FIRST_FRAME.value}: this network is text-to-video; leave it out or take an image-to-video configuration",
+        len(TASK.value) == len(REFERENCE.value),
+        f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
     )
-    frame = clips.read_image(FIRST_FRAME.value)
-    step = config.vae.space_stride * config.dit.patch[1]
-    height, width = same_area(frame.shape[0] / frame.shape[1], config.video.height * config.video.width, step)
-    return Request(clean_prompt(PROMPT.value), frame, replace(config.video, height=height, width=width))
+    chosen = [tasks.task_index(name) for name in TASK.value]
+    first_frame = FIRST_FRAME.value
+    require(
+        bool(first_frame) or not chosen or any(tasks.TASKS[i].family == "appearance" for i in chosen),
+        f"--task={','.join(TASK.value)}: a temporal transfer starts from a picture; give --first_frame=IMAGE",
+    )
+    require(
+        not first_frame or config.dit.image_dim is not None,
+        f"--first_frame={first_frame}: this network is text-to-video; leave it out or take an image-to-video configuration",
+    )
+    video, frame, size = config.video, None, config.data.reference
+    if first_frame:
+        frame = clips.read_image(first_frame)
+        step = config.vae.space_stride * config.dit.patch[1]
+        height, width = same_area(frame.shape[0] / frame.shape[1], video.height * video.width, step)
+        video = replace(video, height=height, width=width)
+    read = [clips.read_clip(path, frames=size.frames, fps=size.fps, height=size.height, width=size.width) for path in REFERENCE.value]
+    return Request(clean_prompt(PROMPT.value), frame, tuple(zip(chosen, read, strict=True)), video)
 
 
 def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:
@@ -85,57 +99,61 @@ def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:
 
 def encode(config: Config, request: Request) -> Conditions:
     """Everything the network reads beside the noise."""
-    video = request.video
+    video, folder = request.video, CHECKPOINT.value
     with stage("text encoder"):
-        tokenizer = byte_tokenizer() if CHECKPOINT.value is None else load_tokenizer(CHECKPOINT.value)
-        tokens, mask = tokenize(tokenizer, [request.prompt, clean_prompt(config.sampler.negative_prompt)], config.dit.text_len)
-        encoder = load(config, "text", lambda rngs: UMT5Encoder(config.text, rngs=rngs))
-        text = jax.jit(omnitransfer.encode_text)(encoder, jnp.asarray(tokens), jnp.asarray(mask))
-        del encoder
-    image = latents = None
+        prompts = [request.prompt, clean_prompt(config.sampler.negative_prompt)]
+        tokens, mask = tokenize(parts.load_vocabulary(folder), prompts, config.dit.text_len)
+        text = jax.jit(omnitransfer.encode_text)(parts.load_text_encoder(folder, config), jnp.asarray(tokens), jnp.asarray(mask))
+    image = frame = None
     if request.first_frame is not None:
-        frame = jnp.asarray(clips.to_unit(request.first_frame))[None]
+        picture = jnp.asarray(clips.to_unit(request.first_frame))[None]
         with stage("image encoder"):
-            encoder = load(config, "image", lambda rngs: CLIPVision(config.image, rngs=rngs))
-            image = jax.jit(omnitransfer.encode_image)(encoder, frame)
-            del encoder
-        frame = bicubic_resize(frame, video.height, video.width)
-    else:
-        frame = None
+            image = jax.jit(omnitransfer.encode_image)(parts.load_image_encoder(folder, config), picture)
+        frame = bicubic_resize(picture, video.height, video.width)
+    latents, references = None, []
     if config.dit.image_dim is not None:
         with stage("video encoder"):
-            vae = load(config, "vae", lambda rngs: WanVAE(config.vae, rngs=rngs))
-            encode_video = jax.jit(omnitransfer.encode_first_frame, static_argnames="shape")
-            latents = encode_video(vae, frame, shape=(1, video.frames, video.height, video.width))
-    return Conditions(text[:1], text[1:], image, latents)
+            vae = parts.load_vae(folder, config)
+            encode_first = jax.jit(omnitransfer.encode_first_frame, static_argnames="shape")
+            latents = encode_first(vae, frame, shape=(1, video.frames, video.height, video.width))
+            encode_clip = jax.jit(lambda vae, clip: vae.encode(clip))
+            for k, (task, clip) in enumerate(request.references):
+                family = [tasks.TASKS[other].family for other, _ in request.references[: k + 1]]
+                rank = family.count(family[k]) if config.sampler.stack_references else 1
+                encoded = encode_clip(vae, jnp.asarray(clips.to_unit(clip))[None])
+                references.append(omnitransfer.open_reference(encoded, jnp.array([task]), patches(config, video), rank))
+    return Conditions(text[:1], text[1:], image, latents, tuple(references))
+
+
+def patches(config: Config, video: VideoConfig) -> tuple[int, int, int]:
+    """The video's tokens: time, rows, columns."""
+    (_, frames, rows, columns, _), (t, h, w) = latent_shape(config, video), config.dit.patch
+    return frames // t, rows // h, columns // w
+
+
+def latent_shape(config: Config, video: VideoConfig) -> tuple[int, int, int, int, int]:
+    """The shape of one video's latents, B F H W C."""
+    time, space = config.vae.time_stride, config.vae.space_stride
+    return 1, (video.frames - 1) // time + 1, video.height // space, video.width // space, config.vae.z_dim
 
 
 def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.Array:
     """Latents from noise, with a progress bar."""
-    stride = config.vae.space_stride
-    shape = (1, (video.frames - 1) // config.vae.time_stride + 1, video.height // stride, video.width // stride, config.vae.z_dim)
-    noise = jax.random.normal(jax.random.key(config.seed), shape)
+    noise = jax.random.normal(jax.random.key(config.seed), latent_shape(config, video))
     with stage("transformer"):
-        dit = load(config, "dit", lambda rngs: WanDiT(config.dit, rngs=rngs), dtype=config.dit.dtype)
+        dit = parts.load_dit(CHECKPOINT.value, config)
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
-        denoise = jax.jit(
-            lambda dit, conditions, noise: omnitransfer.denoise(dit, conditions, noise, config.sampler, lambda _: bar.update())
-        )
-        latents = denoise(dit, conditions, noise).block_until_ready()
+
+        def denoise(dit, conditions, noise):
+            return omnitransfer.denoise(dit, conditions, noise, config.sampler, lambda _: bar.update())
+
+        latents = jax.jit(denoise)(dit, conditions, noise).block_until_ready()
         jax.effects_barrier()
     return latents
 
 
-def load(config: Config, part: str, make: Callable[[nnx.Rngs], Model], dtype: str | None = None) -> Model:
-    """One part of the model, from the checkpoint or, without one, with random weights."""
-    if CHECKPOINT.value is None:
-        return jax.jit(lambda: make(nnx.Rngs(config.seed)))()
-    model = abstract(make)
-    return with_params(model, checkpoint.load_part(CHECKPOINT.value, part, flat_params(model), dtype=dtype))
-
-
 @contextmanager
-def stage(name: str) -> Iterator[Any]:
+def stage(name: str) -> Iterator[None]:
     """Says what is being done and how long it took."""
     started = time.perf_counter()
     print(f"{name} ... ", end="", flush=True)
@@ -144,4 +162,4 @@ def stage(name: str) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, FLAGS)

@@ -34,7 +34,7 @@ class CLIPVision(nnx.Module):
         self.config = config
         dim, patch, scale = config.dim, config.patch, config.dim**-0.5
         positions = 1 + (config.image_size // patch) ** 2
-        self.patch_embedding = nnx.Param(nnx.initializers.lecun_normal(in_axis=(0, 1, 2))(rngs.params(), (patch, patch, 3, dim)))
+        self.patch_embedding = nnx.Param(nnx.initializers.lecun_uniform(in_axis=(0, 1, 2))(rngs.params(), (patch, patch, 3, dim)))
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (dim,)) * scale)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (positions, dim)) * scale)
         self.pre_norm = LayerNorm(dim, config.eps)

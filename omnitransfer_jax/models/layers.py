@@ -10,7 +10,7 @@ class Linear(nnx.Module):
     """y = x @ kernel + bias over the last axis, computed in the dtype of x."""
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = True, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (in_dim, out_dim), jnp.float32))
+        self.kernel = nnx.Param(nnx.initializers.lecun_uniform()(rngs.params(), (in_dim, out_dim), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:

@@ -89,7 +89,7 @@ class WanDiT(nnx.Module):
         dim = config.dim
         self.config = config
         patch_shape = (*config.patch, config.in_channels, dim)
-        self.patch_embedding = nnx.Param(nnx.initializers.lecun_normal(in_axis=(0, 1, 2, 3))(rngs.params(), patch_shape))
+        self.patch_embedding = nnx.Param(nnx.initializers.lecun_uniform(in_axis=(0, 1, 2, 3))(rngs.params(), patch_shape))
         self.patch_bias = nnx.Param(jnp.zeros((dim,)))
         self.text_embedder = MLP(config.text_dim, dim, dim, rngs=rngs)
         self.image_embedder = ImageEmbedder(config.image_dim, dim, rngs=rngs) if config.image_dim else None

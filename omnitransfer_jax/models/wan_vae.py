@@ -311,7 +311,7 @@ class Conv(nnx.Module):
         space_stride: int = 1,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*window, inputs, outputs), jnp.float32))
+        self.kernel = nnx.Param(nnx.initializers.lecun_uniform()(rngs.params(), (*window, inputs, outputs), jnp.float32))
         # As torch begins. A grey video must not be zero from layer to layer: at zero the norms' slope is 1e12.
         bound = math.prod((*window, inputs)) ** -0.5
         self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), jnp.float32, -bound, bound))

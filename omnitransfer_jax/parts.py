@@ -1,0 +1,52 @@
+"""The parts of the model as the commands need them: one at a time, from a checkpoint, or random where there is none."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from transformers import PreTrainedTokenizerFast
+
+from configs.base import Config
+from omnitransfer_jax import checkpoint
+from omnitransfer_jax.models.clip_vision import CLIPVision
+from omnitransfer_jax.models.umt5 import UMT5Encoder
+from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.models.wan_vae import WanVAE
+from omnitransfer_jax.params import abstract, flat_params, with_params
+from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def load_dit(folder: str, config: Config) -> WanDiT:
+    """The diffusion transformer, its weights in the dtype it computes in, as the original holds them."""
+    return _load(folder, "dit", lambda rngs: WanDiT(config.dit, rngs=rngs), config.seed, config.dit.dtype)
+
+
+def load_vae(folder: str, config: Config) -> WanVAE:
+    """The video autoencoder."""
+    return _load(folder, "vae", lambda rngs: WanVAE(config.vae, rngs=rngs), config.seed)
+
+
+def load_text_encoder(folder: str, config: Config) -> UMT5Encoder:
+    """The text encoder."""
+    return _load(folder, "text", lambda rngs: UMT5Encoder(config.text, rngs=rngs), config.seed)
+
+
+def load_image_encoder(folder: str, config: Config) -> CLIPVision:
+    """The image encoder."""
+    return _load(folder, "image", lambda rngs: CLIPVision(config.image, rngs=rngs), config.seed)
+
+
+def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
+    """The checkpoint's tokenizer; bytes where there is no checkpoint."""
+    return load_tokenizer(folder) if folder else byte_tokenizer()
+
+
+def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], seed: int, dtype: str | None = None) -> Model:
+    """One part from `folder`, or with random weights drawn from `seed` if there is no folder."""
+    if not folder:  # this generator compiles several times as fast, and nobody needs these weights to be the same on every backend
+        return jax.jit(lambda: make(nnx.Rngs(jax.random.key(seed, impl="unsafe_rbg"))))()
+    model = abstract(make)
+    return with_params(model, checkpoint.load_part(folder, name, flat_params(model), dtype=dtype))
