@@ -89,7 +89,7 @@ def chunked_attention(
 ) -> Float[Array, "B L N K"]:
     """Exact attention, one head and `CHUNK` queries at a time."""
     B, L, N, K = q.shape
-    chunk = min(CHUNK, L)
+    chunk = max(1, min(CHUNK, L))
     padded = -(-L // chunk) * chunk
     q = jnp.pad(q, ((0, 0), (0, padded - L), (0, 0), (0, 0)))
     columns = jnp.arange(k.shape[1])[None]

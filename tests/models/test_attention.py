@@ -8,7 +8,6 @@ import pytest
 from omnitransfer_jax.models import attention
 from tests.parity.bridge import relative_l2
 
-
 SPLASH = attention.splash_attention
 
 

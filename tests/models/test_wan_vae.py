@@ -80,14 +80,17 @@ def test_shapes(config):
 
 
 def test_program_does_not_grow_with_the_clip():
+    """Longer clips run the same convolutions on arrays of the same size."""
     vae = model(SMALL)
 
-    def sizes(latents: int) -> tuple[int, int]:
+    def convolutions(latents: int) -> list[str]:
         video = jnp.zeros((1, 4 * latents - 3, 8, 8, 3))
         programs = (jax.make_jaxpr(WanVAE.encode)(vae, video), jax.make_jaxpr(WanVAE.decode)(vae, jnp.zeros((1, latents, 2, 2, 4))))
-        return tuple(str(program).count("conv_general_dilated") for program in programs)
+        lines = [line for program in programs for line in str(program).splitlines() if "conv_general_dilated[" in line]
+        return [line.split("=")[0].split(":")[1].strip() for line in lines]  # f32[5,8,8,16]
 
-    assert sizes(4) == sizes(16)
+    assert len(convolutions(4)) > 50
+    assert convolutions(4) == convolutions(16)
 
 
 def test_latents_are_normalised_and_video_is_clamped():

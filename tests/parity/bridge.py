@@ -42,7 +42,8 @@ def to_ours(theirs: dict[str, np.ndarray], table: Sequence[Entry]) -> dict[str, 
     for entry in table:
         index, parts = entry.part
         rows.setdefault(entry.ours, {})[entry.layer] = entry.layout.to_ours(np.split(theirs[entry.theirs], parts)[index])
-    return {path: by_layer[None] if None in by_layer else np.stack([by_layer[i] for i in sorted(by_layer)]) for path, by_layer in rows.items()}  # fmt: skip
+    whole = {path: layers[None] for path, layers in rows.items() if None in layers}
+    return whole | {path: np.stack([layers[i] for i in sorted(layers)]) for path, layers in rows.items() if path not in whole}
 
 
 def port(make: Callable[[nnx.Rngs], nnx.Module], module: torch.nn.Module, table: Sequence[Entry], prefix: str = ""):

@@ -73,7 +73,8 @@ def test_pixels():
     dit = port(lambda rngs: WanDiT(DIT, rngs=rngs), theirs["transformer"], wan_dit.entries(DIT, "diffusers"))
     vae = port(lambda rngs: WanVAE(VAE, rngs=rngs), theirs["vae"], wan_vae.entries(VAE, "diffusers"))
     text = port(lambda rngs: UMT5Encoder(TEXT, rngs=rngs), theirs["text_encoder"], umt5.entries(TEXT, "diffusers"))
-    image = port(lambda rngs: CLIPVision(IMAGE, rngs=rngs), theirs["image_encoder"], clip_vision.entries(IMAGE, "diffusers"), "vision_model.")
+    clip_table = clip_vision.entries(IMAGE, "diffusers")
+    image = port(lambda rngs: CLIPVision(IMAGE, rngs=rngs), theirs["image_encoder"], clip_table, "vision_model.")
     tokens, mask = tokenize(byte_tokenizer(), [clean_prompt(p) for p in PROMPTS], DIT.text_len)
     frame = jnp.asarray(clips.to_unit(pixels))[None]
 

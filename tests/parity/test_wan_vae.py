@@ -77,6 +77,16 @@ def test_a_real_clip(shared):
     assert relative_l2(jax.jit(WanVAE.decode, compiler_options=QUICK)(ours(WAN), jnp.asarray(latents)), decoded) <= 1e-5
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-11, 1e-14, 0.0])
+def test_norm_of_faint_pixels(size):
+    """The bound under the norm is no added epsilon: down to 1e-12 the size of a pixel does not matter."""
+    theirs, norm = oracle(WAN).decoder.norm_out, ours(WAN).decoder.norm_out
+    x = np.random.default_rng(1).standard_normal((1, 2, 3, 3, 8), np.float32) * np.float32(size)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(x).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), wanted, rtol=1e-5, atol=0)
+
+
 def test_gradients():
     config = replace(WAN, num_res_blocks=1)
     inputs = example(config, 1, 13, 16, 24)

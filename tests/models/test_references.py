@@ -1,0 +1,225 @@
+"""What makes the method what it is: the invariants that follow from the paper's equations."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.base import SamplerConfig
+from omnitransfer_jax import tasks
+from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.models.memory import compress
+from omnitransfer_jax.models.omnitransfer import Conditions, denoise, open_reference, reference_latents
+from omnitransfer_jax.models.rope3d import grid
+from omnitransfer_jax.models.wan_dit import ALONE, Context, Reference, Stream, WanDiT
+from omnitransfer_jax.params import flat_params
+from tests.models.test_wan_dit import TINY
+from tests.parity.bridge import relative_l2
+
+PATCHES = (2, 2, 3)  # of the target
+MIXED = jnp.array([2, 1], jnp.int32)  # motion and style in one batch
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random everywhere, norms and biases too, so that no branch is silent."""
+    graphdef, state = nnx.split(WanDiT(TINY, rngs=nnx.Rngs(0)))
+    leaves, tree = jax.tree.flatten(state)
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, [x + 0.1 * draw(i, *x.shape) for i, x in enumerate(leaves)]))
+
+
+def joint(model):
+    """The same weights, references read in one masked call."""
+    return nnx.merge(nnx.split(WanDiT(replace(TINY, references="joint"), rngs=nnx.Rngs(0)))[0], nnx.state(model))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return {
+        "latents": draw(0, 2, 2, 4, 6, 36),
+        "timestep": jnp.array([700.0, 30.0]),
+        "text": draw(1, 2, 16, 8),
+        "image": draw(2, 2, 5, 8),
+        "has_image": jnp.array([1.0, 0.0]),
+    }
+
+
+def references(*seeds):
+    """References of another length and another size than the target."""
+    return tuple(open_reference(draw(s, 2, 3, 6, 4, 16), MIXED, PATCHES) for s in seeds)
+
+
+@jax.jit
+def remember(model, references):
+    return model.remember(references, PATCHES)
+
+
+@jax.jit
+def run(model, batch, references=(), memory=None):
+    return model(**batch, references=references, memory=memory)
+
+
+@jax.jit
+def streams(model, batch, references):
+    """The tokens of the target and of each reference after all layers."""
+    tokens, others = model.open(references, ALONE)
+    x, table = model.embed(batch["latents"], jnp.zeros((1, 3), jnp.int32))
+    time = model.project_time(model.time_embedder(batch["timestep"][:, None]))
+    context = Context(model.text_embedder(batch["text"]), model.image_embedder(batch["image"]), batch["has_image"])
+    return model.run((x, *tokens), (Stream(time, table), *others), context, None, ALONE)[0]
+
+
+def test_three_forms_are_one_function(model, batch):
+    """Invariant 3, with two references."""
+    split = run(model, batch, references(3, 4))
+    assert relative_l2(run(joint(model), batch, references(3, 4)), split) <= 1e-5
+    assert relative_l2(run(model, batch, (), remember(model, references(3, 4))), split) <= 1e-5
+
+
+def test_masked_and_separate_attention_have_one_gradient(model, batch):
+    @jax.jit
+    @jax.grad
+    def gradients(both):
+        model, latents = both
+        return jnp.square(model(**batch, references=(open_reference(latents, MIXED, PATCHES),))).mean()
+
+    latents = draw(3, 2, 3, 6, 4, 16)
+    (a, from_mask), (b, from_calls) = gradients((joint(model), latents)), gradients((model, latents))
+    assert relative_l2(from_mask, from_calls) <= 1e-4  # D17: the reference branch is not detached
+    masked, separate = flat_params(a), flat_params(b)
+    for path, wanted in separate.items():
+        scale = np.abs(wanted).max()
+        assert scale < 1e-6 or relative_l2(masked[path], wanted) <= 1e-4, path
+
+
+def test_nothing_flows_to_a_reference(model, batch):
+    """Invariants 1 and 2: a reference's tokens are the same bits whatever the target, its time, its text or its image."""
+    other = {k: 1 - v if k == "has_image" else v + 1 for k, v in batch.items()}
+    for form in (model, joint(model)):
+        (target, still), (moved, same) = streams(form, batch, references(3)), streams(form, other, references(3))
+        assert not (target == moved).any()
+        assert (still == same).all()
+
+
+def test_a_reference_is_read(model, batch):
+    """Flag, content and place of the reference all reach the target; swapping them is seen."""
+    base = run(model, batch, references(3))
+    (reference,) = references(3)
+    flag = reference.latents.at[..., 16:20].add(-1)
+    for changed in (reference._replace(latents=flag), references(4)[0], reference._replace(offset=reference.offset * 0)):
+        assert relative_l2(run(model, batch, (changed,)), base) > 1e-4
+
+
+def test_a_reference_is_at_time_zero_without_noise_and_text(model, batch):
+    """Its stream is the blocks at time 0, without cross-attention, on [z, flag, z]: written out here once more."""
+    (reference,) = references(3)
+    z = draw(3, 2, 3, 6, 4, 16)
+    assert (reference.latents[..., :16] == z).all()
+    assert (reference.latents[..., 20:] == z).all()
+    x, table = model.embed(reference.latents, reference.offset)
+    modulation = model.project_time(model.time_embedder(jnp.zeros((2, 1))))
+    graphdef, layers = nnx.split(model.blocks)
+    for i in range(TINY.num_layers):
+        block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], layers))  # noqa: B023
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + block.modulation[:, None, None]
+        (answer,), _ = block.self_attention([block.norm(x) * (1 + scale) + shift], [table], False, None, ALONE)
+        x = x + gate * answer
+        x = x + ffn_gate * block.ffn(block.norm(x) * (1 + ffn_scale) + ffn_shift)
+    assert relative_l2(streams(model, batch, references(3))[1], x) <= 1e-5
+
+
+def test_an_offset_moves_a_reference_against_the_target_alone(model, batch):
+    """Invariant 4: RoPE is relative, so the reference's own attention does not notice."""
+    (reference,) = references(3)
+    moved = reference._replace(offset=reference.offset + jnp.array([[3, 1, 7]]))
+    (target, still), (changed, same) = streams(model, batch, (reference,)), streams(model, batch, (moved,))
+    assert relative_l2(same, still) <= 1e-5
+    assert relative_l2(changed, target) > 1e-4
+
+
+def test_offsets_are_adjacent_in_patches():
+    """Invariants 5 and 9: temporal references start one column right of the target, appearance references one frame after it."""
+    target = (21, 30, 52)  # 480 x 832 x 81
+    for name, task in zip(tasks.NAMES, range(len(tasks.TASKS)), strict=True):
+        offset = tasks.offsets(jnp.array([task]), target)[0]
+        first, last = grid(*target)[0] + offset, grid(*target)[-1]
+        if tasks.TASKS[task].family == "temporal":
+            assert first.tolist() == [0, 0, last[2] + 1], name
+        else:
+            assert first.tolist() == [last[0] + 1, 0, 0], name
+    assert tasks.offsets(MIXED, target, rank=2).tolist() == [[0, 0, 104], [42, 0, 0]]
+
+
+def test_flags_change_the_mask_channels_alone():
+    """Invariant 7: -1 temporal, -2 identity, -3 style, in all four channels."""
+    z = jnp.broadcast_to(draw(3, 1, 3, 6, 4, 16), (5, 3, 6, 4, 16))
+    made = reference_latents(z, tasks.flags(jnp.arange(5)))
+    assert made.shape[-1] == 36
+    for name, flag in {"id": -2, "style": -3, "motion": -1, "camera": -1, "effect": -1}.items():
+        assert (made[tasks.NAMES.index(name), ..., 16:20] == flag).all()
+    assert (made[:, ..., :16] == z).all()
+    assert (made[:, ..., 20:] == z).all()
+
+
+def test_no_reference_is_plain_wan_bit_for_bit(model, batch):
+    """Invariant 6: also when a reference of no frames is given, in either form."""
+    nothing = Reference(jnp.zeros((2, 0, 4, 6, 36)), jnp.zeros((2, 3), jnp.int32))
+    plain = run(model, batch)
+    assert (run(model, batch, (nothing,)) == plain).all()
+    assert relative_l2(run(joint(model), batch, (nothing,)), plain) <= 1e-6
+
+
+def test_references_have_no_order(model, batch):
+    """Invariant 8: branches are independent, and softmax does not count positions."""
+    assert relative_l2(run(model, batch, references(4, 3)), run(model, batch, references(3, 4))) <= 1e-5
+    assert relative_l2(run(model, batch, references(3)), run(model, batch, references(3, 4))) > 1e-4
+
+
+def test_one_batch_mixes_tasks_in_one_program(model, batch):
+    """Each sample of a mixed batch is what it is alone; a sample without an image does not notice what stands in its place."""
+    whole = run(model, batch, references(3))
+    for i in range(2):
+        one = jax.tree.map(lambda x: x[i : i + 1], (batch, references(3)))  # noqa: B023
+        assert relative_l2(run(model, *one), whole[i : i + 1]) <= 1e-5
+    garbage = batch | {"image": batch["image"].at[1].set(1e3)}
+    assert (run(model, garbage, references(3)) == whole).all()
+    alone = {k: v[1:] for k, v in batch.items()} | {"image": None, "has_image": None}
+    assert relative_l2(run(model, alone, jax.tree.map(lambda x: x[1:], references(3))), whole[1:]) <= 1e-5
+
+
+def test_sampling_with_a_memory_equals_recomputing(model):
+    """One memory serves all steps and both guidance passes; kept in one byte a number it costs a little accuracy, measured here."""
+    conditions = Conditions(draw(1, 1, 16, 8), draw(5, 1, 16, 8), draw(2, 1, 5, 8), draw(6, 1, 2, 4, 6, 20))
+    conditions = conditions._replace(references=jax.tree.map(lambda x: x[:1], references(3, 4)))
+    noise = draw(7, 1, 2, 4, 6, 16)
+
+    def sample(cache):
+        return jax.jit(lambda model: denoise(model, conditions, noise, SamplerConfig(steps=4, reference_cache=cache)))(model)
+
+    recomputed = sample("none")
+    assert relative_l2(sample("full"), recomputed) <= 1e-5
+    assert 0 < relative_l2(sample("int8"), recomputed) <= 0.01
+    assert 0 < relative_l2(sample("float8"), recomputed) <= 0.05
+
+
+def test_compressed_memory_is_small_and_near(model):
+    memory = remember(model, references(3, 4))
+    for storage, error in {"int8": 0.01, "float8": 0.04}.items():
+        narrow = compress(memory, storage)
+        assert narrow.keys.values.dtype.itemsize == 1
+        for ours, wanted in ((narrow.keys, memory.keys), (narrow.values, memory.values)):
+            assert 0 < relative_l2(ours.read(jnp.dtype("float32")), wanted.values) <= error
+
+
+def test_a_memory_belongs_to_one_target(model, batch):
+    memory = remember(model, references(3))
+    taller = batch | {"latents": draw(0, 2, 2, 6, 6, 36)}
+    with pytest.raises(RequestError, match=r"memory of a \(2, 2, 3\) target: this one is \(2, 3, 3\)"):
+        model(**taller, memory=memory)
