@@ -175,6 +175,7 @@ class CLIPVisionConfig:
     """What the projections compute in (the original runs this tower in half precision)."""
 
     def validate(self) -> None:
+        require(self.num_layers >= 2, f"image.num_layers={self.num_layers}: at least 2, the features leave before the last")
         require(
             self.image_size % self.patch == 0,
             f"image.image_size={self.image_size}: not a multiple of image.patch={self.patch}",

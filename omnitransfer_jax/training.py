@@ -1,4 +1,4 @@
-"""Training: what is learnt from a batch, and the loop around it.
+"""Training: the state of a run, and the step that turns a batch into the next state. The loop around it is `run.py`.
 
     draw times and noise -> corrupt the targets -> velocity, reading the references -> loss per example -> gradients -> update
 
@@ -8,23 +8,22 @@ and in numbers; nothing here asks which one it is.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey
 from jaxtyping import Array, Float, Int32
 
-from configs.base import Config, TrainConfig
+from configs.base import Config, TrainConfig, VideoConfig, require
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
 from omnitransfer_jax.mesh import CONTEXT, DATA, complete, layer_completer
 from omnitransfer_jax.models.omnitransfer import open_reference
 from omnitransfer_jax.models.wan_dit import Shard, WanDiT
-from omnitransfer_jax.params import abstract, with_params
+from omnitransfer_jax.params import abstract, flat_params, with_params
 
 Params = dict[str, Array]
 
@@ -57,9 +56,7 @@ class Corruption(NamedTuple):
     """1 where the prompt is replaced by the empty one."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "trainable", "frozen", "moments", "ema", "skipped"], meta_fields=[])
-@dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """All that changes in a run. Parameters are flat: path -> array."""
 
     step: Int32[Array, ""]
@@ -77,6 +74,54 @@ def split_trainable(params: Mapping[str, Any], config: TrainConfig) -> tuple[dic
     """(trainable, frozen) by `config.trainable`, whose expressions match `dit/` and the whole path."""
     chosen = {p for p in params if any(re.fullmatch(pattern, f"dit/{p}") for pattern in config.trainable)}
     return {p: x for p, x in params.items() if p in chosen}, {p: x for p, x in params.items() if p not in chosen}
+
+
+def abstract_params(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of every parameter by path; a `RequestError` if an expression of `train.trainable` names none of them."""
+    params = flat_params(abstract(lambda rngs: WanDiT(config.dit, rngs=rngs)))
+    for pattern in config.train.trainable:
+        require(
+            any(re.fullmatch(pattern, f"dit/{path}") for path in params),
+            f"train.trainable: {pattern!r} matches no parameter; they are named like dit/{min(params)}",
+        )
+    return params
+
+
+def abstract_batch(config: Config) -> Batch:
+    """Shape and type of a whole batch, as the records of this configuration give it."""
+    size, vae, dit, image = config.train.batch_size, config.vae, config.dit, config.image
+
+    def latents(video: VideoConfig, channels: int) -> jax.ShapeDtypeStruct:
+        frames, stride = (video.frames - 1) // vae.time_stride + 1, vae.space_stride
+        return jax.ShapeDtypeStruct((size, frames, video.height // stride, video.width // stride, channels), jnp.float32)
+
+    return Batch(
+        task=jax.ShapeDtypeStruct((size,), jnp.int32),
+        target=latents(config.video, vae.z_dim),
+        condition=latents(config.video, dit.in_channels - vae.z_dim),
+        reference=latents(config.data.reference, vae.z_dim),
+        text=jax.ShapeDtypeStruct((size, dit.text_len, dit.text_dim), jnp.float32),
+        image=jax.ShapeDtypeStruct((size, (image.image_size // image.patch) ** 2 + 1, image.dim), jnp.float32),
+        has_image=jax.ShapeDtypeStruct((size,), jnp.float32),
+    )
+
+
+def init_state(params: Params, config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    trainable, frozen = split_trainable(params, config.train)
+    ema = jax.tree.map(jnp.copy, trainable) if config.train.ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), ema, jnp.zeros((), jnp.int32))
+
+
+def abstract_state(config: Config, mesh: Mesh, specs: Mapping[str, P], optimizer: optax.GradientTransformation) -> TrainState:
+    """Shape, type and place of everything in the state: what is kept of a parameter lies as the parameter does."""
+    state = jax.eval_shape(lambda params: init_state(params, config, optimizer), abstract_params(config))
+
+    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = specs[path[-1].key] if isinstance(path[-1], DictKey) else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(placed, state)
 
 
 def corrupt(key: Array, batch: Batch, config: Config) -> Corruption:

@@ -164,7 +164,7 @@ def write(
                     raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {specs[name]}")
                 stream, offset = places.pop(name)
                 stream.seek(offset)
-                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             if places:
                 raise ValueError(f"no values came for {sorted(places)}")
         for path, name in zip(partial, names, strict=True):

@@ -1,6 +1,6 @@
 """The parts of a Wan model: what each is called here, in a diffusers folder and in the original's, and which table carries it over."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -12,12 +12,11 @@ from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.params import abstract, flat_params
-from omnitransfer_jax.weights import clip_vision, convert, umt5, wan_dit, wan_vae
-from omnitransfer_jax.weights.files import Tensor
+from omnitransfer_jax.weights import clip_vision, umt5, wan_dit, wan_vae
 from omnitransfer_jax.weights.table import Entry
 
 Layout = Literal["diffusers", "original"]
-TOKENIZERS = {"diffusers": "tokenizer", "original": "google/umt5-xxl"}  # where each layout keeps the vocabulary
+TOKENIZERS: dict[Layout, str] = {"diffusers": "tokenizer", "original": "google/umt5-xxl"}  # where each layout keeps the vocabulary
 
 
 class Part(NamedTuple):
@@ -25,7 +24,7 @@ class Part(NamedTuple):
 
     name: str
     """Its field in `Config` and its folder in our checkpoints."""
-    model: type[nnx.Module]
+    model: Callable[..., nnx.Module]
     table: ModuleType
     """Its table of tensors, a module of this package."""
     diffusers: tuple[str, str]
@@ -43,10 +42,6 @@ class Part(NamedTuple):
 
     def entries(self, config: Any, layout: Layout) -> list[Entry]:
         return self.table.entries(config, layout)
-
-    def select(self, tensors: Mapping[str, Tensor], config: Any, layout: Layout) -> dict[str, Tensor]:
-        """The tensors of this part under the names of its table."""
-        return convert.select(tensors, self.entries(config, layout), self.prefixes, self.ignored)
 
 
 PARTS = (
@@ -70,5 +65,5 @@ PARTS = (
 
 
 @cache
-def _shapes(model: type[nnx.Module], config: Any) -> Mapping[str, Any]:
+def _shapes(model: Callable[..., nnx.Module], config: Any) -> Mapping[str, Any]:
     return flat_params(abstract(lambda rngs: model(config, rngs=rngs)))

@@ -1,0 +1,88 @@
+"""What importing and exporting hold in memory: a transformer of 4 GB in float32, from safetensors to our checkpoint and back.
+
+The promise is less than 1.5 GB beyond the arrays themselves. Leaves stream, so the peak is that of the largest leaf (1.1 GB here,
+twice while it is read or written), below the arrays. Needs 12 GB of disk for a minute.
+
+    python -m benchmarks.import_memory
+
+Two cores shared with other work, 23 GB:
+
+| step | arrays GB | peak resident GB | beyond the arrays GB | s |
+|---|---|---|---|---|
+| import | 3.82 | 3.14 | -0.68 | 21 |
+| export | 3.82 | 2.94 | -0.88 | 16 |
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from configs.wan import T2V_1_3B
+from launch import command
+from omnitransfer_jax.weights import convert
+from omnitransfer_jax.weights.parts import PARTS
+
+FLAGS = flags.FlagValues()
+FOLDER = flags.DEFINE_string("folder", None, "where to put the files while it runs; a temporary folder by default", flag_values=FLAGS)
+LAYERS = flags.DEFINE_integer("layers", 20, "layers of the transformer, of 0.19 GB each", flag_values=FLAGS)
+
+PROMISE = 1.5e9
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(dir=FOLDER.value) as name:
+        folder = Path(name)
+        size = write_source(folder / "source" / "transformer")
+        print("| step | arrays GB | peak resident GB | beyond the arrays GB | s |\n|---|---|---|---|---|")
+        steps = {
+            "import": ["launch.import_weights", f"--source={folder / 'source'}", f"--out={folder / 'ours'}"],
+            "export": [
+                "launch.export", "--config=wan:t2v_1_3b", f"--dit.num_layers={LAYERS.value}", f"--checkpoint={folder / 'ours'}",
+                "--layout=diffusers", f"--out={folder / 'theirs'}",
+            ],
+        }  # fmt: skip
+        for step, arguments in steps.items():
+            peak, seconds = run(arguments)
+            print(f"| {step} | {size / 1e9:.2f} | {peak / 1e9:.2f} | {(peak - size) / 1e9:.2f} | {seconds:.0f} |", flush=True)
+            if peak - size > PROMISE:
+                sys.exit(f"{step}: {(peak - size) / 1e9:.2f} GB beyond the arrays, more than {PROMISE / 1e9} GB")
+
+
+def write_source(folder: Path) -> int:
+    """A diffusers folder of random weights in shards of 1 GB; returns the bytes of its tensors."""
+    dit, config = PARTS[0], replace(T2V_1_3B, num_layers=LAYERS.value)
+    shapes, rng = dit.shapes(config), np.random.default_rng(0)
+
+    def leaves() -> Iterator[tuple[str, np.ndarray]]:
+        for path, leaf in shapes.items():
+            yield path, rng.standard_normal(leaf.shape, np.float32)
+
+    convert.save(leaves(), shapes, dit.entries(config, "diffusers"), folder, dit.diffusers[1], shard_bytes=1e9)
+    (folder / "config.json").write_text(json.dumps(dit.table.config_json(config)))
+    return sum(leaf.size * 4 for leaf in shapes.values())
+
+
+def run(arguments: list[str]) -> tuple[int, float]:
+    """Runs a command in a process of its own; its highest resident size in bytes, and seconds."""
+    start, peak = time.monotonic(), 0
+    process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        # The kernel's own high-water mark, so that polling misses nothing but the very end.
+        peak = max([peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(f"{' '.join(arguments)}: exit code {process.returncode}")
+    return peak, time.monotonic() - start
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

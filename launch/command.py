@@ -1,0 +1,184 @@
+"""What all commands share: their flags, the configuration behind `--config=NAME[:VARIANT]`, and how they end.
+
+A command file defines its flags, then `def main(config: Config) -> None` (or `def main() -> None` if it needs no configuration), and
+ends in `command.run(main)`. Commands that tests run side by side in one process keep their flags in a `FlagValues` of their own.
+
+Exit codes: 0 done; 2 a wrong request, told in one line on stderr; 1 anything else, with its traceback.
+"""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import fields, is_dataclass
+from io import StringIO
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import tyro
+from absl import app, flags, logging
+
+import configs
+from omnitransfer_jax.errors import RequestError
+
+MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a part has one kind; booleans are given as True or False
+
+
+def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Runs a command as a process: never returns."""
+
+    def parse(argv: list[str]) -> list[str]:
+        flags.FLAGS.mark_as_parsed()  # `execute` reads them
+        return argv[1:]
+
+    def body(argv: list[str]) -> int:
+        logging.set_verbosity(logging.WARNING)  # absl tells everything otherwise, and Orbax has something to tell about every file
+        return execute(main, flag_values, argv)
+
+    app.run(body, flags_parser=parse)
+
+
+def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequence[str]) -> int:
+    """Runs a command in this process and returns its exit code; what is not a `RequestError` is raised."""
+    try:
+        kind = _config_type(main)
+        if kind is not None and "config" not in flag_values:
+            flags.DEFINE_string("config", None, f"NAME[:VARIANT] of {', '.join(_names())}", required=True, flag_values=flag_values)
+        if {"--help", "-h", "-help"} & set(argv):
+            _print_help(main, flag_values, kind)
+            return 0
+        rest = _parse_flags(flag_values, argv)
+        if kind is None:
+            _override(None, rest, flag_values)
+            main()
+        else:
+            config = _override(load_config(str(flag_values["config"].value)), rest, flag_values)
+            config.validate()
+            main(config)
+    except RequestError as error:
+        print(" ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def load_config(name: str) -> Any:
+    """The configuration `NAME[:VARIANT]` of configs/NAME.py."""
+    module, _, variant = name.partition(":")
+    if module not in _names():
+        raise RequestError(f"--config={name}: no such configuration{_nearest(module, _names())}; there are {', '.join(_names())}")
+    return importlib.import_module(f"configs.{module}").get_config(variant)
+
+
+def _names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "base"]
+
+
+def _config_type(main: Callable[..., None]) -> type | None:
+    parameters = list(inspect.signature(main).parameters)
+    return get_type_hints(main)[parameters[0]] if parameters else None
+
+
+def _parse_flags(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Reads the command's own flags out of `argv` and returns what is left."""
+    flag_values.unparse_flags()
+    try:
+        return flag_values(["", *argv], known_only=True)[1:]
+    except (flags.Error, ValueError) as error:
+        required = [name for name in flag_values if flag_values[name].validators and flag_values[name].value is None]
+        absent = [f"--{name} ({flag_values[name].help})" for name in required]
+        raise RequestError(f"{', '.join(absent)}: not given, and this command needs it" if absent else str(error)) from None
+
+
+class _Field(NamedTuple):
+    hint: Any
+    value: Any
+
+
+def _fields(config: Any, prefix: str = "") -> dict[str, _Field]:
+    """Every field of a configuration by its dotted path."""
+    hints, found = get_type_hints(type(config)), {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            found |= _fields(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = _Field(hints[field.name], value)
+    return found
+
+
+def _override(config: Any, args: Sequence[str], flag_values: flags.FlagValues) -> Any:
+    """`config` with the fields set that `args` name, as `--a.b=value` or `--a.b value`."""
+    known = {} if config is None else _fields(config)
+    options: list[list[str]] = []
+    for arg in args:
+        if arg.startswith("--"):
+            options.append([arg])
+        elif options:
+            options[-1].append(arg)
+        else:
+            raise RequestError(f"{arg}: not a flag; flags are given as --name=value")
+    for option, *_ in options:
+        name = option.removeprefix("--").partition("=")[0].replace("-", "_")
+        if name not in known:
+            what = "flag" if config is None else "flag or configuration field"
+            raise RequestError(f"--{name}: no such {what}{_nearest(name, [*flag_values, *known], '--')}; --help lists all")
+    if not options:
+        return config
+    try:
+        return _tyro(config, [word for option in options for word in option])
+    except SystemExit:
+        for option in options:
+            _require_value(config, option, known)
+        raise RequestError(f"{' '.join(args)}: not understood; --help lists all fields") from None
+
+
+def _tyro(config: Any, args: Sequence[str]) -> Any:
+    """`config` with the fields of `args`; tyro ends the process over a wrong one, after a page of explanation that nobody asked for."""
+    with redirect_stderr(StringIO()):
+        return tyro.cli(type(config), default=config, args=args, config=MARKERS)
+
+
+def _require_value(config: Any, option: list[str], known: dict[str, _Field]) -> None:
+    """A `RequestError` if tyro refuses this one option."""
+    try:
+        _tyro(config, option)
+    except SystemExit:
+        name, _, value = option[0].removeprefix("--").partition("=")
+        hint = known[name.replace("-", "_")].hint
+        values = " ".join([*([value] if value else []), *option[1:]])
+        raise RequestError(f"--{name}={values}: expected {_expected(hint)}") from None
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        kinds = ", ".join("..." if arg is Ellipsis else arg.__name__ for arg in get_args(hint))
+        return f"values of ({kinds}), separated by blanks"
+    return str(hint) if get_args(hint) else hint.__name__
+
+
+def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
+    """The name that was probably meant: the same last word elsewhere, else a similar spelling."""
+    same = [candidate for candidate in known if candidate.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {dashes}{close[0]}?" if close else ""
+
+
+def _print_help(main: Callable[..., None], flag_values: flags.FlagValues, kind: type | None) -> None:
+    """The command's docstring, its flags, and every field of the configuration with its docstring."""
+    module = sys.modules[main.__module__]
+    print((module.__doc__ or "").strip())
+    print("\nFlags:")
+    by_module = flag_values.flags_by_module_dict()  # absl calls the module that was started by its path
+    for flag in (flag for name in (sys.argv[0], main.__module__, __name__) for flag in by_module.get(name, [])):
+        default = "required" if flag.validators else f"default {flag.default}" if flag.default is not None else "optional"
+        print(f"  --{flag.name}  {flag.help} ({default})")
+    if kind is not None:
+        print(f"\nFields of the configuration, as the full size of {kind.__module__} has them:", flush=True)
+        try:
+            tyro.cli(kind, default=kind(), args=["--help"], config=MARKERS, use_underscores=True, prog="", description="")
+        except SystemExit:
+            return

@@ -1,0 +1,163 @@
+"""Wan2.1 weights into a checkpoint of ours: --source=DIR --out=DIR [--dtype=keep|float32|bfloat16].
+
+The source is a diffusers folder (transformer/, vae/, text_encoder/, image_encoder/, tokenizer/), the original's folder (its pickles
+converted to safetensors), or a single .safetensors file of the diffusion transformer, ComfyUI's included. Whatever parts are there
+are imported, one after the other, so memory holds a few leaves of one part. Nothing is written unless all of them are whole.
+
+python -m launch.import_weights --source=Wan2.1-I2V-14B-480P-Diffusers --out=checkpoints/wan_i2v
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from etils import epath
+from tqdm import tqdm
+
+from configs import wan
+from launch import command
+from omnitransfer_jax import checkpoint
+from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.weights import convert, files
+from omnitransfer_jax.weights.files import DTYPES, Tensor
+from omnitransfer_jax.weights.parts import PARTS, TOKENIZERS, Layout, Part
+
+FLAGS = flags.FlagValues()
+SOURCE = flags.DEFINE_string("source", None, "folder or .safetensors file to read", required=True, flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", None, "folder of the checkpoint to write", required=True, flag_values=FLAGS)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "keep", ["keep", "float32", "bfloat16"], "type of the stored weights; keep is the source's", flag_values=FLAGS
+)
+
+
+class Found(NamedTuple):
+    """One part of the source, read as far as its headers."""
+
+    part: Part
+    config: Any
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+    """Under the names of the table."""
+    problems: list[str]
+
+
+def main() -> None:
+    source, out = Path(SOURCE.value), epath.Path(OUT.value)
+    dtype = None if DTYPE.value == "keep" else next(d for d in DTYPES.values() if d.name == DTYPE.value)
+    found = [examine(part, paths, layout, dtype) for part, paths, layout in locate(source)]
+    problems = [f"{each.part.name}: {problem}" for each in found for problem in each.problems]
+    problems += [f"{out / each.part.name} exists already, so give another --out" for each in found if (out / each.part.name).exists()]
+    if problems:
+        raise RequestError(f"nothing imported: {'; '.join(problems)}")
+    for each in found:
+        import_part(each, out, dtype)
+    import_tokenizer(source, out)
+    report(out)
+
+
+def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
+    """The parts in `source`, the files of each, and their layout where the folder tells it."""
+    if source.is_file():
+        yield PARTS[0], files.find(source), None
+        return
+    in_folders = [part for part in PARTS if (source / part.diffusers[0]).is_dir()]
+    if in_folders:
+        for part in in_folders:
+            folder, stem = part.diffusers
+            yield part, files.find(source / folder, f"{stem}*.safetensors"), "diffusers"
+        return
+    files.refuse_pickles(sorted(source.glob("*.pth")))
+    patterns = [(part, f"{part.original.split('-')[0]}*.safetensors") for part in PARTS]
+    present = [(part, pattern) for part, pattern in patterns if any(source.glob(pattern))]
+    if not present:
+        raise RequestError(
+            f"{source}: neither a diffusers folder ({', '.join(part.diffusers[0] + '/' for part in PARTS)}) nor the original's "
+            f"({', '.join(pattern for _, pattern in patterns)}); give the folder that holds one of them"
+        )
+    for part, pattern in present:
+        yield part, files.find(source, pattern), "original"
+
+
+def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtype | None) -> Found:
+    """What the headers say, read as the configuration beside the files or else as the published size that fits best."""
+    tensors, sizes = files.inspect(paths), candidates(part, paths[0].with_name("config.json"), layout)
+    attempts = []
+    for config, name in sizes:
+        table, shapes = part.entries(config, name), part.shapes(config)
+        selected, expected = convert.select(tensors, table, part.prefixes, part.ignored), convert.specs(table, shapes)
+        misshaped = [key for key, spec in expected.items() if key in selected and selected[key].shape != spec.shape]
+        distance = len(set(selected) ^ set(expected)) + len(misshaped)
+        attempts.append((distance, Found(part, config, name, selected, convert.problems(selected, table, shapes, dtype))))
+    _, best = min(attempts, key=lambda attempt: attempt[0])
+    if best.problems and len(sizes) > 1:
+        best.problems.append("there is no config.json, and this is the published size that comes closest")
+    return best
+
+
+def candidates(part: Part, config_file: Path, layout: Layout | None) -> list[tuple[Any, Layout]]:
+    """The configurations and layouts `part` may have: what its config.json says, or all of configs/wan.py."""
+    if layout is not None and config_file.exists() and (layout == "diffusers" or part.name == "dit"):
+        try:
+            return [(part.table.config_from_json(json.loads(config_file.read_text())), layout)]
+        except (RequestError, KeyError, json.JSONDecodeError) as error:
+            raise RequestError(f"{config_file}: {error}; take the file that came with the weights") from None
+    sizes = dict.fromkeys(getattr(config, part.name) for config in wan.VARIANTS.values())
+    layouts: list[Layout] = [layout] if layout else ["diffusers", "original"]
+    return [(size, name) for size in sizes for name in layouts]
+
+
+def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
+    """Reads, converts and writes one part, a few leaves at a time."""
+    start, table, shapes = time.monotonic(), found.part.entries(found.config, found.layout), found.part.shapes(found.config)
+    total = sum(math.prod(leaf.shape) for leaf in shapes.values())
+    with tqdm(total=total, unit=" parameters", unit_scale=True, desc=found.part.name, disable=None) as bar:
+
+        def count(item: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
+            bar.update(item[1].size)
+            return item
+
+        # map, for it holds no leaf it has passed on
+        checkpoint.save_part(out, found.part.name, map(count, convert.leaves(found.tensors, table, shapes, dtype=dtype)))
+    checkpoint.write_model(out, {found.part.name: found.config})
+    size = sum(tensor.nbytes for tensor in found.tensors.values())
+    print(f"{found.part.name}: {len(found.tensors)} tensors, {size / 1e9:.3g} GB, {time.monotonic() - start:.1f} s", flush=True)
+
+
+def import_tokenizer(source: Path, out: epath.Path) -> None:
+    """Copies the vocabulary, if the source has one and the checkpoint does not."""
+    for place in TOKENIZERS.values():
+        if (source / place).is_dir() and not (out / "tokenizer").exists():
+            (out / "tokenizer").mkdir(parents=True)
+            for file in sorted(path for path in (source / place).iterdir() if path.is_file()):
+                epath.Path(file).copy(out / "tokenizer" / file.name)
+            print("tokenizer: copied")
+
+
+def report(out: epath.Path) -> None:
+    """Says what the checkpoint still lacks, and what to type next."""
+    stored = checkpoint.read_model(out)
+    for part in PARTS:
+        if part.name not in stored:
+            print(f"{part.name}: not there; {part.absent}")
+    if not (out / "tokenizer").exists():
+        print("tokenizer: not there; no prompt can be read")
+    fits = [
+        variant
+        for variant, config in wan.VARIANTS.items()
+        if not any(checkpoint.differences(model, getattr(config, name)) for name, model in stored.items())
+    ]
+    if not fits:
+        print(f"No variant of configs/wan.py has these sizes; {out / checkpoint.MODEL_FILE} tells them, for one of your own")
+        return
+    name = f"wan:{fits[0]}" if fits[0] else "wan"
+    first_frame = "" if "dit" in stored and stored["dit"].image_dim is None else "--first_frame=IMAGE "
+    print(f'Next: python -m launch.sample --config={name} --checkpoint={out} {first_frame}--prompt="..." --out=out.mp4')
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

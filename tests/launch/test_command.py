@@ -1,0 +1,169 @@
+"""The command line: configuration and overrides, and every wrong request in one line with exit code 2."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from absl import flags
+
+from configs import wan
+from configs.base import Config
+from launch import command
+from omnitransfer_jax.errors import RequestError
+
+FLAGS = flags.FlagValues()
+OUT = flags.DEFINE_string("out", None, "where to write", required=True, flag_values=FLAGS)
+COUNT = flags.DEFINE_integer("count", 3, "how many", flag_values=FLAGS)
+KIND = flags.DEFINE_enum("kind", "a", ["a", "b"], "which kind", flag_values=FLAGS)
+BARE_FLAGS = flags.FlagValues()
+NAME = flags.DEFINE_string("name", "nobody", "who", flag_values=BARE_FLAGS)
+
+TINY = wan.VARIANTS["tiny"]
+seen = []
+
+
+def main(config: Config) -> None:
+    seen.append((config, OUT.value, COUNT.value))
+    if OUT.value == "refuse":
+        raise RequestError("refused: two\nlines")
+    if OUT.value == "fail":
+        raise KeyError("a mistake of ours")
+
+
+def bare() -> None:
+    seen.append(NAME.value)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    seen.clear()
+
+
+def execute(*argv):
+    return command.execute(main, FLAGS, argv)
+
+
+def test_a_configuration_by_name_and_variant():
+    assert execute("--config=wan:tiny", "--out=x") == 0
+    assert execute("--config", "wan", "--out", "x", "--count=5") == 0
+    assert seen == [(TINY, "x", 3), (Config(), "x", 5)]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--seed=7"], replace(TINY, seed=7)),
+        (["--seed", "7"], replace(TINY, seed=7)),
+        (["--sampler.shift=2.5", "--sampler.solver=euler"], replace(TINY, sampler=replace(TINY.sampler, shift=2.5, solver="euler"))),
+        (["--dit.patch", "1", "4", "4"], replace(TINY, dit=replace(TINY.dit, patch=(1, 4, 4)))),
+        (["--dit.patch=1", "4", "4"], replace(TINY, dit=replace(TINY.dit, patch=(1, 4, 4)))),
+        (["--dit.image_dim=None"], replace(TINY, dit=replace(TINY.dit, image_dim=None))),
+        (["--sampler.negative_prompt=a b --c"], replace(TINY, sampler=replace(TINY.sampler, negative_prompt="a b --c"))),
+        (["--data.shuffle=False"], replace(TINY, data=replace(TINY.data, shuffle=False))),
+        (["--train.trainable", "dit/a.*", "vae/b"], replace(TINY, train=replace(TINY.train, trainable=("dit/a.*", "vae/b")))),
+        (["--dit.eps=1e-5", "--seed=1"], replace(TINY, seed=1, dit=replace(TINY.dit, eps=1e-5))),
+    ],
+)
+def test_any_field_can_be_overridden(args, expected):
+    assert execute("--config=wan:tiny", *args, "--out=x") == 0
+    assert seen == [(expected, "x", 3)]
+
+
+GIVEN = ["--config=wan:tiny", "--out=x"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--out=x"], "--config (NAME[:VARIANT] of "),
+        (["--config=wan"], "--out (where to write): not given, and this command needs it"),
+        (["--config=wam", "--out=x"], "--config=wam: no such configuration, did you mean wan?; there are "),
+        (["--config=base", "--out=x"], "--config=base: no such configuration; there are "),
+        (["--config=wan:tin", "--out=x"], "variant 'tin': not one of i2v_720p, t2v_14b, t2v_1_3b, tiny"),
+        ([*GIVEN, "--outt=y"], "--outt: no such flag or configuration field, did you mean --out?; --help lists all"),
+        ([*GIVEN, "--sampler.step=3"], "--sampler.step: no such flag or configuration field, did you mean --sampler.steps?"),
+        ([*GIVEN, "--steps=3"], "--steps: no such flag or configuration field, did you mean --sampler.steps?"),
+        ([*GIVEN, "--zzzzzz=3"], "--zzzzzz: no such flag or configuration field; --help lists all"),
+        ([*GIVEN, "--sampler.steps=abc"], "--sampler.steps=abc: expected int"),
+        ([*GIVEN, "--sampler.shift"], "--sampler.shift=: expected float"),
+        ([*GIVEN, "--sampler.solver=eulr"], "--sampler.solver=eulr: expected one of unipc, euler"),
+        ([*GIVEN, "--dit.image_dim=wide"], "--dit.image_dim=wide: expected int | None"),
+        ([*GIVEN, "--dit.patch=1,2,2"], "--dit.patch=1,2,2: expected values of (int, int, int), separated by blanks"),
+        ([*GIVEN, "--data.shuffle=maybe"], "--data.shuffle=maybe: expected bool"),
+        ([*GIVEN, "--vae.dim_mult=a"], "--vae.dim_mult=a: expected values of (int, ...), separated by blanks"),
+        ([*GIVEN, "--seed=1", "--seed=x"], "--seed=x: expected int"),
+        ([*GIVEN, "--count=many"], "--count=many"),
+        ([*GIVEN, "--kind=c"], "--kind=c: value should be one of <a|b>"),
+        ([*GIVEN, "word"], "word: not a flag; flags are given as --name=value"),
+        ([*GIVEN, "--video.frames=18"], "video.frames=18: the causal autoencoder needs 4n+1, the nearest is 17"),
+        (["--config=wan:tiny", "--out=refuse"], "refused: two lines"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(capfd, args, message):
+    assert execute(*args) == 2
+    output = capfd.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert output.err.endswith("\n")
+    assert not output.out
+    assert not seen or args[-1] == "--out=refuse", "the body ran although the request was wrong"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        execute("--config=wan:tiny", "--out=fail")
+
+
+def test_a_command_without_configuration(capfd):
+    assert command.execute(bare, BARE_FLAGS, ["--name=ada"]) == 0
+    assert command.execute(bare, BARE_FLAGS, []) == 0
+    assert seen == ["ada", "nobody"]
+    assert command.execute(bare, BARE_FLAGS, ["--nam=ada"]) == 2
+    assert capfd.readouterr().err == "--nam: no such flag, did you mean --name?; --help lists all\n"
+
+
+def test_help_shows_flags_fields_and_what_they_mean(capfd):
+    assert execute("--help") == 0
+    text = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert text.startswith("The command line: configuration and overrides")
+    assert "--out where to write (required)" in text
+    assert "--count how many (default 3)" in text
+    assert "--config NAME[:VARIANT] of" in text
+    assert "--sampler.shift FLOAT" in text
+    assert "Bends the time grid towards noise: 3 at 480p, 5 at 720p." in text
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "lines"),
+    [(["--source=no/such/folder", "--out=x"], 2, 1), (["--help"], 0, 0)],
+)
+def test_the_process_ends_with_the_code(tmp_path, args, code, lines):
+    process = subprocess.run(
+        [sys.executable, "-m", "launch.import_weights", *args], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == code, process.stderr
+    assert process.stderr.count("\n") == lines, process.stderr
+
+
+@pytest.mark.parametrize("flag_values", ["flags.FlagValues()", "flags.FLAGS"])
+def test_the_process_ends_with_1_and_a_traceback_for_anything_else(flag_values):
+    program = f"""
+from absl import flags, logging
+from launch import command
+FLAGS = {flag_values}
+NAME = flags.DEFINE_string("name", None, "who", required=True, flag_values=FLAGS)
+def main() -> None:
+    logging.info("noise")
+    raise KeyError(NAME.value)
+command.run(main, FLAGS)
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, timeout=120, check=False)
+        for args in ([], ["--name=ours"])
+    ]
+    assert [run.returncode for run in runs] == [2, 1]
+    assert runs[0].stderr == "--name (who): not given, and this command needs it\n"
+    assert runs[1].stderr.startswith("Traceback")
+    assert runs[1].stderr.endswith("KeyError: 'ours'\n")

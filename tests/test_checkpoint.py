@@ -1,0 +1,169 @@
+"""Our checkpoint: parts come back as they went in, are whole or absent, and say which model they are."""
+
+import json
+import weakref
+from dataclasses import replace
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from configs import wan
+from configs.base import Config
+from omnitransfer_jax import checkpoint
+from omnitransfer_jax.errors import RequestError
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "blocks.attention.query.kernel": RNG.standard_normal((2, 6, 4)).astype(np.float32),
+    "blocks.norm.scale": RNG.standard_normal((2, 4)).astype(ml_dtypes.bfloat16),
+    "head.bias": RNG.standard_normal(5).astype(np.float16),
+    "patch_embedding": RNG.standard_normal((1, 2, 2, 3, 4)).astype(np.float32),
+}
+TINY = wan.VARIANTS["tiny"]
+
+
+def assert_same_bits(one, other):
+    assert set(one) == set(other)
+    for name, array in one.items():
+        array, expected = np.asarray(array), np.asarray(other[name])
+        assert (array.shape, array.dtype, array.tobytes()) == (expected.shape, expected.dtype, expected.tobytes()), name
+
+
+@pytest.mark.parametrize("group_bytes", [1, 100, 2**28])
+def test_a_part_comes_back_as_it_went_in(tmp_path, monkeypatch, group_bytes):
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", group_bytes)
+    checkpoint.save_part(tmp_path, "dit", PARAMS.items())
+    loaded = checkpoint.load_part(tmp_path, "dit", PARAMS)
+    assert all(isinstance(leaf, jax.Array) for leaf in loaded.values())
+    assert_same_bits(loaded, PARAMS)
+    read = dict(checkpoint.read_part(tmp_path, "dit"))
+    assert all(isinstance(leaf, np.ndarray) for leaf in read.values())
+    assert_same_bits(read, PARAMS)
+    leaves = checkpoint.part_leaves(tmp_path, "dit")
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in leaves.items()} == {p: (a.shape, a.dtype) for p, a in PARAMS.items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["dit"]
+
+
+def test_jax_arrays_are_saved_as_well(tmp_path):
+    checkpoint.save_part(tmp_path, "dit", {path: jax.numpy.asarray(leaf) for path, leaf in PARAMS.items()}.items())
+    assert_same_bits(checkpoint.load_part(tmp_path, "dit", PARAMS), PARAMS)
+    assert_same_bits(dict(checkpoint.read_part(tmp_path, "dit")), PARAMS)
+
+
+def test_loading_casts_and_places(tmp_path):
+    checkpoint.save_part(tmp_path, "dit", PARAMS.items())
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    sharding = {path: jax.sharding.NamedSharding(mesh, jax.P("data")) for path in PARAMS}
+    for given in (sharding, sharding["head.bias"]):
+        loaded = checkpoint.load_part(tmp_path, "dit", PARAMS, given, "bfloat16")
+        assert {leaf.sharding for leaf in loaded.values()} == {sharding["head.bias"]}
+        assert_same_bits(loaded, {path: leaf.astype(ml_dtypes.bfloat16) for path, leaf in PARAMS.items()})
+
+
+def test_another_models_part_is_refused_with_everything_said(tmp_path):
+    checkpoint.save_part(tmp_path, "dit", PARAMS.items())
+    shapes = {**PARAMS, "blocks.norm.scale": np.zeros((3, 4)), "more": np.zeros(2)}
+    del shapes["head.bias"]
+    with pytest.raises(RequestError) as error:
+        checkpoint.load_part(tmp_path, "dit", shapes)
+    message = str(error.value)
+    for text in (
+        f"{tmp_path / 'dit'}: not the dit of this configuration",
+        "blocks.norm.scale is (2, 4), not (3, 4)",
+        "more is absent",
+        "head.bias is not of this model",
+        "python -m launch.import_weights",
+    ):
+        assert text in message
+    assert "\n" not in message
+
+
+def test_a_part_that_is_not_there(tmp_path):
+    with pytest.raises(RequestError, match=r"this checkpoint has no vae; import one: python -m launch.import_weights"):
+        checkpoint.load_part(tmp_path, "vae", PARAMS)
+
+
+def test_an_interrupted_save_leaves_no_part_and_can_be_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1)
+
+    def leaves():
+        yield from list(PARAMS.items())[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_part(tmp_path, "dit", leaves())
+    assert not (tmp_path / "dit").exists()
+    checkpoint.save_part(tmp_path, "dit", PARAMS.items())
+    assert_same_bits(checkpoint.load_part(tmp_path, "dit", PARAMS), PARAMS)
+    assert [path.name for path in tmp_path.iterdir()] == ["dit"]
+
+
+def test_a_part_is_never_overwritten(tmp_path):
+    checkpoint.save_part(tmp_path, "dit", PARAMS.items())
+    with pytest.raises(RequestError, match="dit: exists already; give another folder"):
+        checkpoint.save_part(tmp_path, "dit", PARAMS.items())
+
+
+def test_saving_holds_one_leaf(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1)
+    alive = []
+
+    def leaves():
+        for path in "abcd":
+            assert all(reference() is None for reference in alive), "a leaf that is on the disk lives on"
+            leaf = np.ones((64, 64), np.float32)
+            alive.append(weakref.ref(leaf))
+            yield path, leaf
+            del leaf
+
+    checkpoint.save_part(tmp_path, "dit", leaves())
+    assert len(alive) == 4
+
+
+def test_arrays_are_cut_into_chunks(tmp_path, monkeypatch):
+    """A process of a pod reads its shard of an array, not the whole of it."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2**20)
+    checkpoint.save_part(tmp_path, "dit", [("kernel", np.zeros((2, 1024, 1024), np.float32))])
+    with checkpoint._context():
+        stored = checkpoint.ocp.metadata(tmp_path / "dit").metadata["kernel"].storage_metadata
+    assert np.prod(stored.chunk_shape) * 4 <= 2**20
+
+
+def test_the_configuration_of_each_part_comes_back(tmp_path):
+    checkpoint.write_model(tmp_path, {"dit": TINY.dit, "vae": TINY.vae})
+    checkpoint.write_model(tmp_path, {"text": TINY.text, "image": TINY.image})
+    assert checkpoint.read_model(tmp_path) == {name: getattr(TINY, name) for name in ("dit", "vae", "text", "image")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(format=99), "format 99, this version reads 1"),
+        (lambda content: content["parts"]["dit"].update(novelty=1), "dit has novelty, unknown to this version"),
+        (lambda content: content["parts"].update(other={}), "other has other, unknown to this version"),
+    ],
+)
+def test_a_model_file_of_another_version(tmp_path, change, message):
+    checkpoint.write_model(tmp_path, {"dit": TINY.dit})
+    content = json.loads((tmp_path / "model.json").read_text())
+    change(content)
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    with pytest.raises(RequestError, match=message):
+        checkpoint.read_model(tmp_path)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(RequestError, match=r"no checkpoint, model.json is absent; make one: python -m launch.import_weights"):
+        checkpoint.read_model(tmp_path)
+
+
+def test_the_configuration_must_be_the_checkpoints_model_however_it_runs(tmp_path):
+    checkpoint.write_model(tmp_path, {"dit": TINY.dit, "vae": TINY.vae})
+    runs = replace(TINY, dit=replace(TINY.dit, dtype="bfloat16", remat="full", text_len=64), vae=replace(TINY.vae, encode_frames=8))
+    assert checkpoint.require_model(tmp_path, runs) == ("dit", "vae")
+    other = replace(TINY, dit=replace(TINY.dit, eps=1e-5))
+    with pytest.raises(RequestError, match=r"made with dit.eps=1e-06, the configuration has 1e-05; .* or --dit.eps=1e-06"):
+        checkpoint.require_model(tmp_path, other)
+    assert checkpoint.require_model(tmp_path, replace(Config(), dit=TINY.dit, vae=TINY.vae)) == ("dit", "vae")
