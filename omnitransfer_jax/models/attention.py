@@ -89,8 +89,9 @@ def chunked_attention(
 ) -> Float[Array, "B L N K"]:
     """Exact attention, one head and `CHUNK` queries at a time."""
     B, L, N, K = q.shape
-    chunk = max(1, min(CHUNK, L))
-    padded = -(-L // chunk) * chunk
+    chunk = min(CHUNK, L)
+    count = -(-L // chunk)
+    padded = count * chunk
     q = jnp.pad(q, ((0, 0), (0, padded - L), (0, 0), (0, 0)))
     columns = jnp.arange(k.shape[1])[None]
 
@@ -106,10 +107,10 @@ def chunked_attention(
 
     def head(qkv):
         q, k, v = qkv
-        blocks = jnp.arange(padded).reshape(-1, chunk), q.reshape(-1, chunk, K)
-        return jax.lax.map(lambda block: queries(*block, k, v), blocks).reshape(-1, K)
+        blocks = jnp.arange(padded).reshape(count, chunk), q.reshape(count, chunk, K)
+        return jax.lax.map(lambda block: queries(*block, k, v), blocks).reshape(padded, K)
 
-    q, k, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q, k, v))
+    q, k, v = (x.swapaxes(1, 2).reshape(B * N, x.shape[1], K) for x in (q, k, v))
     out = jax.lax.map(head, (q, k, v))
     return out.reshape(B, N, padded, K).swapaxes(1, 2)[:, :L]
 

@@ -40,6 +40,6 @@ def rotation(coordinates: Int[Array, "*B L 3"], head_dim: int) -> Float[Array, "
 
 def rotate(x: Float[Array, "B L N K"], table: Float[Array, "2 #B L k"]) -> Float[Array, "B L N K"]:
     """Turns each pair of neighbouring dimensions by its angle, in float32; Wan's pairs are interleaved."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     (cos, sin), (a, b) = table[:, :, :, None, :], (pairs[..., 0], pairs[..., 1])
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
