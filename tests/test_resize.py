@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omnitransfer_jax.resize import bicubic_resize
-from tests.parity.bridge import relative_l2
+from tests.compare import relative_l2
 
 
 @pytest.mark.parametrize(

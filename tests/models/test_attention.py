@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from omnitransfer_jax.models import attention
-from tests.parity.bridge import relative_l2
+from tests.compare import relative_l2
 
 SPLASH = attention.splash_attention
 

@@ -14,10 +14,10 @@ from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.models.memory import compress
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, open_reference, reference_latents
 from omnitransfer_jax.models.rope3d import grid
-from omnitransfer_jax.models.wan_dit import ALONE, Context, Reference, Stream, WanDiT
+from omnitransfer_jax.models.wan_dit import ALONE, Context, Stream, WanDiT
 from omnitransfer_jax.params import flat_params
+from tests.compare import relative_l2
 from tests.models.test_wan_dit import TINY
-from tests.parity.bridge import relative_l2
 
 PATCHES = (2, 2, 3)  # of the target
 MIXED = jnp.array([2, 1], jnp.int32)  # motion and style in one batch

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omnitransfer_jax.models.rope3d import axis_widths, grid, rotate, rotation
-from tests.parity.bridge import relative_l2
+from tests.compare import relative_l2
 
 
 def draw(*shape):

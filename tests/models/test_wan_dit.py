@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 
 from configs.base import DiTConfig
 from configs.wan import I2V_14B, T2V_1_3B, T2V_14B
 from omnitransfer_jax.models.wan_dit import ALONE, Context, Stream, WanDiT
 from omnitransfer_jax.params import abstract, count, flat_params
-from tests.parity.bridge import relative_l2
+from tests.compare import relative_l2
 
 TINY = DiTConfig(dim=24, ffn_dim=32, num_layers=3, num_heads=2, text_dim=8, image_dim=8, freq_dim=16, dtype="float32", remat="none")
 
@@ -74,3 +75,27 @@ def test_half_precision_is_near(batch):
     out = half(**batch)
     assert out.dtype == jnp.float32  # the head is one of the float32 islands
     assert 0 < relative_l2(out, model(**batch)) <= 2e-2
+
+
+def through(latents):
+    """The network at tiny width over latents "B F H W 16", noise in front of them as in sampling."""
+    model = WanDiT(replace(TINY, num_layers=1), rngs=nnx.Rngs(0))
+    batch, frames, height, width, _ = latents.shape
+    noisy = jnp.concatenate([draw(*latents.shape), jnp.ones((batch, frames, height, width, 4)), latents], axis=-1)
+    return jax.jit(lambda m, x: m(x, jnp.array([500.0]), draw(1, 16, 8), draw(1, 5, 8)))(model, noisy)
+
+
+def test_latents_of_video_size():
+    out = through(draw(1, 16, 40, 64, 16))  # 61 frames of 320 x 512: 10,240 tokens
+    assert out.shape == (1, 16, 40, 64, 16)
+    assert jnp.isfinite(out).all()
+
+
+def test_a_real_latent(shared):
+    """61 frames of 320 x 512, encoded by the published autoencoder and normalised: its channels are near unit size, as ours expect."""
+    with safe_open(shared / "latents" / "wan_latent.safetensors", framework="flax") as file:
+        latents = jnp.moveaxis(file.get_tensor("latent").astype(jnp.float32), 1, -1)
+    assert 0.5 < latents.std() < 1.5
+    out = through(latents)
+    assert out.shape == latents.shape
+    assert jnp.isfinite(out).all()

@@ -51,10 +51,3 @@ def port(make: Callable[[nnx.Rngs], nnx.Module], module: torch.nn.Module, table:
     model, ours = abstract(make), to_ours({prefix + k: v for k, v in tensors(module).items()}, table)
     assert {k: v.shape for k, v in flat_params(model).items()} == {k: v.shape for k, v in ours.items()}
     return with_params(model, {k: jnp.asarray(v) for k, v in ours.items()})
-
-
-def relative_l2(ours, theirs) -> float:
-    """|ours - theirs| / |theirs|, in float64."""
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert a.shape == b.shape, (a.shape, b.shape)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -14,7 +14,8 @@ from configs.base import CLIPVisionConfig
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
 from omnitransfer_jax.params import abstract, flat_params, with_params
 from omnitransfer_jax.weights.clip_vision import OPTIONAL_PREFIXES, config_from_json, config_json, entries
-from tests.parity.bridge import randomise, relative_l2, tensors, to_ours
+from tests.compare import relative_l2
+from tests.parity.bridge import randomise, tensors, to_ours
 
 SMALL = CLIPVisionConfig(dim=32, ffn_dim=48, num_layers=3, num_heads=2, image_size=28, eps=1e-3, dtype="float32")
 FINE = CLIPVisionConfig(dim=24, ffn_dim=64, num_layers=4, num_heads=3, image_size=40, patch=8, eps=1e-3, dtype="float32")

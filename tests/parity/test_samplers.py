@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from configs.base import SamplerConfig
 from omnitransfer_jax.flow import time_grid
 from omnitransfer_jax.samplers import sample
-from tests.parity.bridge import relative_l2
+from tests.compare import relative_l2
 
 
 def velocity(x, timestep):

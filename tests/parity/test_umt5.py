@@ -17,7 +17,8 @@ from configs.base import UMT5Config
 from omnitransfer_jax.models.umt5 import UMT5Encoder, position_buckets
 from omnitransfer_jax.params import abstract, flat_params, with_params
 from omnitransfer_jax.weights.umt5 import IGNORED, config_from_json, config_json, entries
-from tests.parity.bridge import gradients, randomise, relative_l2, tensors, to_ours
+from tests.compare import relative_l2
+from tests.parity.bridge import gradients, randomise, tensors, to_ours
 
 SIZES = dict(vocab_size=96, dim=32, head_dim=6, ffn_dim=48, num_layers=3, num_heads=4, eps=1e-3, dtype="float32")
 WIDE = UMT5Config(**SIZES)  # head_dim * num_heads is not dim, and eps is large enough to be seen

@@ -13,7 +13,8 @@ from configs.base import DiTConfig
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.params import flat_params
 from omnitransfer_jax.weights.wan_dit import config_json, entries
-from tests.parity.bridge import gradients, port, randomise, relative_l2, to_ours
+from tests.compare import relative_l2
+from tests.parity.bridge import gradients, port, randomise, to_ours
 
 TEXT_LEN = 512  # hard-coded in the oracle
 I2V = DiTConfig(

@@ -15,7 +15,8 @@ from data_pipelines.clips import read_clip, to_unit
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.params import flat_params
 from omnitransfer_jax.weights.wan_vae import config_json, entries
-from tests.parity.bridge import gradients, port, randomise, relative_l2, to_ours
+from tests.compare import relative_l2
+from tests.parity.bridge import gradients, port, randomise, to_ours
 
 WAN = VAEConfig(base_dim=8)
 TWO_STEPS = VAEConfig(

@@ -1,0 +1,91 @@
+"""launch.sample writes a video that plays, for every kind of request, and says in one line what it cannot do."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import clips
+from launch import command, sample
+
+SMALL = ["--config=stage1:tiny", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--video.frames=5", "--data.reference.frames=5"]
+QUICK = ["--sampler.steps=2", "--dit.num_layers=1"]
+
+
+def run(*args):
+    return command.execute(sample.main, sample.FLAGS, [*SMALL, *QUICK, *args])
+
+
+def picture(path, height=40, width=60):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def moving(path, frames=8):
+    random = np.random.default_rng(0).integers(0, 256, (48, 64 + frames, 3), dtype=np.uint8)
+    clips.write_clip(path, np.stack([random[:, i : i + 64] for i in range(frames)]), fps=8)
+    return path
+
+
+def properties(path):
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+        return len(frames), frames[0].height, frames[0].width, container.streams.video[0].average_rate
+
+
+def test_image_to_video(tmp_path, capsys):
+    """The picture's own shape at the configured area: 32 x 48 pixels are 1,536, and 2:3 fits."""
+    assert run(f"--first_frame={picture(tmp_path / 'a.png')}", "--prompt=a cat", f"--out={tmp_path / 'new' / 'a.mp4'}") == 0
+    assert properties(tmp_path / "new" / "a.mp4") == (5, 32, 48, 8)
+    printed = capsys.readouterr()
+    assert "the weights are random" in printed.out
+    assert "2/2" in printed.err  # the progress bar
+
+
+def test_text_to_video(tmp_path):
+    assert run("--dit.image_dim=None", "--dit.in_channels=16", "--sampler.guidance=1", f"--out={tmp_path / 'a.mp4'}") == 0
+    assert properties(tmp_path / "a.mp4") == (5, 32, 48, 8)
+
+
+def test_combined_transfer(tmp_path):
+    clip, image = moving(tmp_path / "r.mp4"), picture(tmp_path / "a.png")
+    request = ["--task=motion", f"--reference={clip}", "--task=style", f"--reference={clip}", f"--first_frame={image}"]
+    outputs = []
+    for name, extra in {"a": [], "b": ["--sampler.reference_cache=none"], "c": ["--task=camera", f"--reference={clip}"]}.items():
+        assert run(*request, *extra, "--sampler.solver=euler", f"--out={tmp_path / name}.mp4") == 0
+        outputs.append(clips.read_clip(tmp_path / f"{name}.mp4", frames=5, fps=8, height=32, width=48).astype(int))
+    assert np.abs(outputs[0] - outputs[1]).max() <= 3  # the cache changes nothing but rounding
+    assert np.abs(outputs[0] - outputs[2]).max() > 3
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--out=a.gif"], "--out=a.gif: an mp4 is written"),
+        (["--task=motion"], "1 --task and 0 --reference"),
+        (["--task=motion", "--reference={clip}"], "give --first_frame"),
+        (["--task=style", "--reference=absent.mp4"], "absent.mp4: no such file"),
+        (["--task=dance", "--reference={clip}"], "id|style|motion|camera|effect"),
+        (["--first_frame=absent.png"], "absent.png: no such file"),
+        (["--first_frame={image}", "--dit.image_dim=None", "--dit.in_channels=16"], "this network is text-to-video"),
+        (["--task=style", "--reference={clip}", "--data.reference.frames=33"], "33 needed"),
+        (["--video.frames=42"], "video.frames=42: the causal autoencoder needs 4n+1"),
+        (["--video.width=50"], "video.width=50: a multiple of 16"),
+        (["--checkpoint=absent"], "absent"),
+    ],
+)
+def test_wrong_requests(tmp_path, capsys, args, words):
+    names = {"clip": moving(tmp_path / "r.mp4"), "image": picture(tmp_path / "a.png")}
+    assert run(*(arg.format(**names) for arg in args)) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_real_picture(shared, tmp_path):
+    image = shared / "clips" / "misc" / "wan_i2v_input.jpg"
+    assert run(f"--first_frame={image}", f"--out={tmp_path / 'a.mp4'}") == 0
+    frames, height, width, _ = properties(tmp_path / "a.mp4")
+    with Image.open(image) as picture:
+        assert abs(np.log(height / width * picture.width / picture.height)) < np.log(1.5)  # as near as 32 x 48 pixels of area allow
+    assert frames == 5
