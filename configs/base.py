@@ -184,6 +184,93 @@ class CLIPVisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QwenVisionConfig:
+    """Vision tower of Qwen2.5-VL; 3B and 7B share it but for the output width (Qwen2.5-VL-3B-Instruct config.json)."""
+
+    dim: int = 1280
+    """Width of the residual stream (D)."""
+    ffn_dim: int = 3420
+    """Hidden width of the gated MLPs (M)."""
+    num_layers: int = 32
+    """Number of blocks."""
+    num_heads: int = 16
+    """Attention heads (N)."""
+    patch: int = 14
+    """Height and width of one patch, in pixels."""
+    temporal_patch: int = 2
+    """Frames one patch covers; an image is shown twice."""
+    merge: int = 2
+    """Rows and columns of patches that become one token of the language model."""
+    window: int = 112
+    """Height and width of an attention window, in pixels."""
+    full_attention: tuple[int, ...] = (7, 15, 23, 31)
+    """Blocks that attend over a whole frame instead of a window."""
+    tokens_per_second: int = 2
+    """Temporal positions per second of video."""
+    eps: float = 1e-6
+    """Epsilon of the norms."""
+
+    def validate(self) -> None:
+        unit = self.patch * self.merge
+        require(self.window % unit == 0, f"mllm.vision.window={self.window}: a multiple of patch * merge = {unit}")
+        require(
+            self.dim % self.num_heads == 0 and self.dim // self.num_heads % 4 == 0,
+            f"mllm.vision.dim={self.dim}: {self.num_heads} heads of a width that is a multiple of 4",
+        )
+        require(
+            all(0 <= i < self.num_layers for i in self.full_attention),
+            f"mllm.vision.full_attention={self.full_attention}: blocks 0 to {self.num_layers - 1}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenConfig:
+    """Qwen2.5-VL. Defaults: 3B (Qwen2.5-VL-3B-Instruct config.json)."""
+
+    vocab_size: int = 151936
+    """Rows of the token embedding."""
+    dim: int = 2048
+    """Width of the residual stream (D)."""
+    ffn_dim: int = 11008
+    """Hidden width of the gated MLPs (M)."""
+    num_layers: int = 36
+    """Number of blocks."""
+    num_heads: int = 16
+    """Query heads (N)."""
+    num_kv_heads: int = 2
+    """Key and value heads; each serves several query heads."""
+    rope_theta: float = 1e6
+    """Base of the rotation."""
+    rope_sections: tuple[int, int, int] = (16, 24, 24)
+    """Frequencies that turn with time, height and width; together half a head."""
+    tied: bool = True
+    """Whether the token embedding is also the output projection."""
+    eps: float = 1e-6
+    """Epsilon of the norms."""
+    image_token: int = 151655
+    """Token that an image's features replace."""
+    video_token: int = 151656
+    """Token that a video's features replace."""
+    vision_start: int = 151652
+    """Token in front of an image or a video."""
+    vision: QwenVisionConfig = field(default_factory=QwenVisionConfig)
+    """The vision tower."""
+    dtype: Dtype = "bfloat16"
+    """What the projections compute in."""
+
+    def validate(self) -> None:
+        self.vision.validate()
+        require(
+            self.dim % self.num_heads == 0 and self.num_heads % self.num_kv_heads == 0,
+            f"mllm.dim={self.dim}, mllm.num_heads={self.num_heads}, mllm.num_kv_heads={self.num_kv_heads}: each a multiple of the next",
+        )
+        require(
+            2 * sum(self.rope_sections) == self.dim // self.num_heads,
+            f"mllm.rope_sections={self.rope_sections}: their sum is half the head width, {self.dim // self.num_heads // 2}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoConfig:
     """The video a run makes."""
 
