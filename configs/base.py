@@ -271,6 +271,22 @@ class QwenConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters."""
+
+    rank: int = 64
+    """Width of the bottleneck (R)."""
+    alpha: float = 64.0
+    """The adapter's output is scaled by alpha / rank."""
+    targets: tuple[str, ...] = (r"layers\.attention\..*", r"layers\.mlp\..*")
+    """Regular expressions of the paths of the projections that get one."""
+
+    def validate(self) -> None:
+        require(self.rank >= 1, f"lora.rank={self.rank}: at least 1")
+        require(self.alpha > 0, f"lora.alpha={self.alpha}: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoConfig:
     """The video a run makes."""
 

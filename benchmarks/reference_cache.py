@@ -1,0 +1,85 @@
+"""What one denoising step costs when the target reads a reference as large as itself, on one pinned core and in FLOPs.
+
+    python -m benchmarks.reference_cache
+
+    joint     every token attends to every token, as if the reference were more target
+    split     the reference attends to itself, the target to both; the reference is computed at every step
+    cached    the target alone; the reference's keys and values were computed once
+
+The forms alternate within one run, so only the ratios mean something. Results: docs/benchmarks.md.
+"""
+
+import os
+
+CORE = max(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {CORE})  # before any library counts the cores
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from configs.base import DiTConfig
+from configs.wan import I2V_14B
+from omnitransfer_jax import flops
+from omnitransfer_jax.models.omnitransfer import open_reference
+from omnitransfer_jax.models.wan_dit import WanDiT
+
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs of each form after one that is not counted.")
+
+CONFIG = DiTConfig(dim=512, ffn_dim=1408, num_layers=2, num_heads=4, text_dim=512, image_dim=512, dtype="float32", remat="none")
+GRID = (9, 32, 64)  # latent frames, rows, columns of target and reference: 9 x 16 x 32 = 4,608 tokens
+
+
+def operations(config: DiTConfig, tokens: int) -> dict[str, int]:
+    """Floating-point operations of one pass of each form, target and reference of `tokens` tokens."""
+    cached = flops.target_pass(config, tokens, tokens)
+    split = cached + flops.reference_pass(config, tokens)
+    return {"joint": flops.target_pass(config, 2 * tokens), "split": split, "cached": cached}
+
+
+def main(_) -> None:
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    model = WanDiT(CONFIG, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    frames, rows, columns = GRID
+    latents, time_, text, image = draw(1, *GRID, 36), jnp.array([500.0]), draw(1, 512, 512), draw(1, 257, 512)
+    patches = model.grid(latents)
+    reference = open_reference(draw(1, *GRID, 16), jnp.array([2]), patches)
+    memory = jax.jit(lambda p: nnx.merge(graphdef, p).remember((reference,), patches))(params)
+    both = jnp.concatenate([latents, reference.latents], axis=1)
+    told = (time_, text, image)
+    forms = {
+        "joint": jax.jit(lambda p: nnx.merge(graphdef, p)(both, *told)),
+        "split": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *told, references=(reference,))),
+        "cached": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *told, memory=memory)),
+    }
+    outputs = {name: form(params).block_until_ready() for name, form in forms.items()}
+    times = {name: [] for name in forms}
+    for _ in range(ROUNDS.value):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            form(params).block_until_ready()
+            times[name].append(time.perf_counter() - start)
+
+    here, full = (operations(c, n) for c, n in ((CONFIG, frames * rows * columns // 4), (I2V_14B, 21 * 30 * 52)))
+    print(f"core {CORE}, jax {jax.__version__}, {ROUNDS.value} rounds, {frames * rows * columns // 4:,} + as many tokens")
+    print(f"{'form':8}{'seconds':>9}{'time':>8}{'FLOPs':>8}{'FLOPs of 14B, 480p x 81 frames':>34}   (ratios to joint)")
+    for name in forms:
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["joint"], strict=True))
+        a, b = here[name] / here["joint"], full[name] / full["joint"]
+        print(f"{name:8}{statistics.median(times[name]):9.3f}{ratio:8.2f}{a:8.2f}{b:34.2f}")
+    error = jnp.linalg.norm(outputs["cached"] - outputs["split"]) / jnp.linalg.norm(outputs["split"])
+    print(f"cached against split, relative L2: {error:.1e}")
+
+
+if __name__ == "__main__":
+    app.run(main)
