@@ -8,46 +8,71 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from av.container import InputContainer
+from av.error import FFmpegError
+from PIL import Image, ImageOps
 
 from omnitransfer_jax.errors import RequestError
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+EARLIER = 1e-6  # seconds; times closer than that are the same
 
-def read_clip(path: str | Path, *, frames: int, fps: float, height: int, width: int, start: float = 0.0) -> np.ndarray:
+
+def read_clip(
+    path: str | Path, *, frames: int, fps: float, height: int, width: int, start: float = 0.0, end: float | None = None
+) -> np.ndarray:
     """`frames` frames at `fps` from `start` seconds on, scaled to cover `height` x `width` and cropped to its centre: uint8 "T H W 3".
 
-    Each frame is the last one shown at or before its time. A clip that is missing, broken, without video or too short is a `RequestError`.
+    Each frame is the last one shown at or before its time; nothing from `end` seconds on is taken. A clip that is missing, broken,
+    without video or too short is a `RequestError` that begins with its path.
     """
     times = [start + i / fps for i in range(frames)]
+    times = [time for time in times if end is None or time < end - EARLIER]
     picked: list[np.ndarray] = []
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise RequestError(f"{path}: no video stream; give a clip that has one")
-            stream = container.streams.video[0]
-            stream.thread_type = "SLICE"  # frame threads hide damage and dead-lock with fork
-            stream.codec_context.thread_count = 1
+        # A clip may name other files or addresses to play; nothing but the file itself is opened.
+        with av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+            stream = _video_stream(container, path)
             aspect = stream.sample_aspect_ratio or Fraction(1)
-            shown, origin, end = None, None, 0.0
+            shown, origin, until = None, None, 0.0
             for frame in container.decode(stream):
+                _check_frame(frame, path)
                 origin = frame.time if origin is None else origin
                 now = frame.time - origin
-                while shown is not None and len(picked) < frames and times[len(picked)] < now - 1e-6:
+                while shown is not None and len(picked) < len(times) and times[len(picked)] < now - EARLIER:
                     picked.append(_pixels(shown, aspect, height, width))
-                if len(picked) == frames:
+                if len(picked) == len(times):
                     break
-                shown, end = frame, now + _duration(stream)
-            while shown is not None and len(picked) < frames and times[len(picked)] < end - 1e-6:
+                shown, until = frame, now + _duration(stream)
+            while shown is not None and len(picked) < len(times) and times[len(picked)] < until - EARLIER:
                 picked.append(_pixels(shown, aspect, height, width))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise RequestError(f"{path}: cannot be decoded ({error.strerror}); give an undamaged video file") from None
     if len(picked) < frames:
-        raise RequestError(
-            f"{path}: {len(picked)} frames at {fps:g} fps from {start:g} s, {frames} needed; take a longer clip or fewer frames"
-        )
+        span = f"from {start:g} s" + ("" if end is None else f" to {end:g} s")
+        raise RequestError(f"{path}: {len(picked)} frames at {fps:g} fps {span}, {frames} needed; take a longer clip or fewer frames")
     return np.stack(picked)
+
+
+def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
+    """The first video stream, set up to be decoded."""
+    if not container.streams.video:
+        raise RequestError(f"{path}: no video stream; give a clip that has one")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise RequestError(f"{path}: cannot be decoded (its codec is unknown); give an H.264 mp4")
+    stream.thread_type = "SLICE"  # frame threads hide damage and dead-lock with fork
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
+    if frame.is_corrupt:  # the decoder filled in what it could not read
+        raise RequestError(f"{path}: cannot be decoded (a damaged picture); give an undamaged video file")
+    if frame.time is None:
+        raise RequestError(f"{path}: its frames have no times, as in a raw stream; put it into an mp4 file")
 
 
 def _duration(stream: av.VideoStream) -> float:
@@ -71,12 +96,17 @@ def _pixels(frame: av.VideoFrame, aspect: Fraction, height: int, width: int) -> 
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 "H W 3", turned upright as its EXIF tag says."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise RequestError(f"{path}: not an image that can be read ({error}); give a PNG or JPEG") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{path}: not an image that can be read ({error}); give a PNG, JPEG or WebP") from None
+
+
+def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture, uint8 "H W 3", in the size of a clip: scaled and cropped as `read_clip` does it."""
+    return _pixels(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"), Fraction(1), height, width)
 
 
 def write_clip(path: str | Path, video: np.ndarray, fps: float) -> None:

@@ -9,12 +9,13 @@ dataset. A pair that cannot be used is reported, here and in DIR/rejected.jsonl,
 
 import hashlib
 import json
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from absl import flags
@@ -27,6 +28,7 @@ from data_pipelines.manifest import Row, read_manifest
 from launch import command
 from omnitransfer_jax import checkpoint, tasks
 from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.run_checkpoint import imported_weights
 
 FLAGS = flags.FlagValues()
 MANIFEST = flags.DEFINE_string("manifest", None, "the pairs, one JSON object a line (docs/data.md)", required=True, flag_values=FLAGS)
@@ -40,6 +42,7 @@ SHARD_INDEX = flags.DEFINE_integer(
 SHARD_COUNT = flags.DEFINE_integer("shard_count", None, "number of processes that share the work; JAX's own if absent", flag_values=FLAGS)
 
 REJECTED_FILE = "rejected.jsonl"
+RANDOM = "random"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -55,8 +58,8 @@ def main(config: Config) -> None:
     paths = [records.shard_path(folder, i, len(shards)) for i in range(len(shards))]
     missing = [i for i in range(index, len(shards), count) if not is_done(paths[i])]
     if missing or not (folder / records.EMPTY_TEXT_FILE).exists():
-        if "random" in weights:
-            print("train.init_from is empty: the encoders have random weights, so these records show that every part runs and no more")
+        if weights == RANDOM:
+            print("no weights in train.init_from: the encoders are random, so these records show that every part runs and no more")
         encoders = load_encoders(config, config.train.init_from)
         records.write_empty_text(folder, encoders.text(""))
         with tqdm(total=sum(len(shards[i]) for i in missing), unit="pair", disable=None) as bar:
@@ -73,11 +76,11 @@ def process() -> tuple[int, int]:
     return index, count
 
 
-def weights_of(config: Config) -> dict[str, Any]:
+def weights_of(config: Config) -> str | dict[str, str]:
     """What the encoders are, in the words the records keep."""
-    folder = config.train.init_from
+    folder = imported_weights(config.train.init_from)
     if not folder:
-        return {"random": config.seed}
+        return RANDOM
     checkpoint.require_model(folder, config)
     return {"path": str(Path(folder).resolve()), checkpoint.MODEL_FILE: sha256(Path(folder) / checkpoint.MODEL_FILE)}
 
@@ -96,11 +99,11 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
                 kept[row.task] += 1
             except RequestError as error:
                 rejected.append({"id": row.id, "task": row.task, "shard": path.name, **told(error, row)})
-                tqdm.write(f"refused {row.id}: {error}")
+                say(f"refused {row.id}: {error}")
             bar.update()
             bar.set_postfix(refused=len(rejected))
         records.write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected}).encode())
-    tqdm.write(f"{path.name}: {kept.total()} kept, {len(rejected)} refused, {time.monotonic() - started:.1f} s")
+    say(f"{path.name}: {kept.total()} kept, {len(rejected)} refused, {time.monotonic() - started:.1f} s")
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[Item, Future[Result]]]:
@@ -123,6 +126,12 @@ def told(error: RequestError, row: Row) -> dict[str, str]:
     paths = [row.reference.path, row.target.path, *([row.first_frame] if row.first_frame else [])]
     path = next(str(path) for path in paths if str(error).startswith(f"{path}: "))
     return {"path": path, "reason": str(error).removeprefix(f"{path}: ")}
+
+
+def say(line: str) -> None:
+    """A line on the console, above the progress bar, at once."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def tally_path(shard: Path) -> Path:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32
@@ -16,12 +17,18 @@ MATRIX = r"(.*\.)?kernel|patch_embedding"
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Decoupled weight decay on matrices alone; epsilon is AdamW's usual 1e-8, outside the root."""
-    return optax.chain(
+    adamw = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2),
         optax.add_decayed_weights(config.weight_decay, mask=matrices),
         optax.scale_by_learning_rate(lambda updates: learning_rate(updates, config)),
     )
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
+            return adamw.update(grads, state, params)
+
+    return optax.GradientTransformation(adamw.init, update)
 
 
 def learning_rate(updates: Int32[Array, ""], config: OptimizerConfig) -> Float[Array, ""]:
@@ -32,4 +39,3 @@ def learning_rate(updates: Int32[Array, ""], config: OptimizerConfig) -> Float[A
 def matrices(params: Mapping[str, Any]) -> dict[str, bool]:
     """Which parameters decay, by path."""
     return {path: re.fullmatch(MATRIX, path) is not None for path in params}
-

@@ -1,4 +1,7 @@
-"""The parts of the model as the commands need them: one at a time, from a checkpoint, or random where there is none."""
+"""The parts of the model as the commands need them: one at a time, from imported weights or a run, or random where there is neither.
+
+A folder is one of launch.import_weights or the workdir of launch.train; empty stands for random weights.
+"""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -8,7 +11,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from configs.base import Config
-from omnitransfer_jax import checkpoint
+from omnitransfer_jax import checkpoint, run_checkpoint
 from omnitransfer_jax.models.clip_vision import CLIPVision
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import WanDiT
@@ -21,32 +24,37 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 def load_dit(folder: str, config: Config) -> WanDiT:
     """The diffusion transformer, its weights in the dtype it computes in, as the original holds them."""
-    return _load(folder, "dit", lambda rngs: WanDiT(config.dit, rngs=rngs), config.seed, config.dit.dtype)
+    if run_checkpoint.is_run(folder):
+        model = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
+        return with_params(model, run_checkpoint.load_dit(folder, flat_params(model), dtype=config.dit.dtype))
+    return _load(folder, "dit", lambda rngs: WanDiT(config.dit, rngs=rngs), config.dit.dtype)
 
 
 def load_vae(folder: str, config: Config) -> WanVAE:
     """The video autoencoder."""
-    return _load(folder, "vae", lambda rngs: WanVAE(config.vae, rngs=rngs), config.seed)
+    return _load(folder, "vae", lambda rngs: WanVAE(config.vae, rngs=rngs))
 
 
 def load_text_encoder(folder: str, config: Config) -> UMT5Encoder:
     """The text encoder."""
-    return _load(folder, "text", lambda rngs: UMT5Encoder(config.text, rngs=rngs), config.seed)
+    return _load(folder, "text", lambda rngs: UMT5Encoder(config.text, rngs=rngs))
 
 
 def load_image_encoder(folder: str, config: Config) -> CLIPVision:
     """The image encoder."""
-    return _load(folder, "image", lambda rngs: CLIPVision(config.image, rngs=rngs), config.seed)
+    return _load(folder, "image", lambda rngs: CLIPVision(config.image, rngs=rngs))
 
 
 def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     """The checkpoint's tokenizer; bytes where there is no checkpoint."""
-    return load_tokenizer(folder) if folder else byte_tokenizer()
+    source = run_checkpoint.imported_weights(folder)
+    return load_tokenizer(source) if source else byte_tokenizer()
 
 
-def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], seed: int, dtype: str | None = None) -> Model:
-    """One part from `folder`, or with random weights drawn from `seed` if there is no folder."""
-    if not folder:  # this generator compiles several times as fast, and nobody needs these weights to be the same on every backend
-        return jax.jit(lambda: make(nnx.Rngs(jax.random.key(seed, impl="unsafe_rbg"))))()
+def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], dtype: str | None = None) -> Model:
+    """One part from `folder`, from where the run in `folder` started, or with random weights, always the same ones."""
+    source = run_checkpoint.imported_weights(folder)
+    if not source:  # this generator compiles several times as fast, and nobody needs these weights to be the same on every backend
+        return jax.jit(lambda: make(nnx.Rngs(jax.random.key(0, impl="unsafe_rbg"))))()
     model = abstract(make)
-    return with_params(model, checkpoint.load_part(folder, name, flat_params(model), dtype=dtype))
+    return with_params(model, checkpoint.load_part(source, name, flat_params(model), dtype=dtype))

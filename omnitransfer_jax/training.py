@@ -193,7 +193,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, key: Array, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
         drawn = corrupt(key, batch, config)
         loss, grads = gradients(state, batch, drawn, empty_text)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, moments = optimizer.update(grads, state.moments, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         decay = config.train.ema
@@ -202,7 +202,7 @@ def make_train_step(
         moved = (trainable, moments, ema)
         stayed = (state.trainable, state.moments, state.ema)
         trainable, moments, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
-        skipped = state.skipped + ~finite
+        skipped = state.skipped + (~finite).astype(jnp.int32)
         state = TrainState(state.step + 1, trainable, state.frozen, moments, ema, skipped)
         return state, {"loss": loss, "grad_norm": norm, "skipped": skipped}
 

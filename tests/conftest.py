@@ -1,6 +1,7 @@
 """What holds in every test: strict dtypes and ranks, exact float32 products, shapes checked by jaxtyping (pyproject.toml)."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,11 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A program that several tests compile is compiled once.
+CACHE = tempfile.TemporaryDirectory(prefix="omnitransfer_programs_")
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -1,0 +1,38 @@
+"""Trains: --config=stage1|stage2|stage3 --workdir=DIR. Started again on the same workdir it goes on where it stopped.
+
+    python -m launch.train --config=stage1 --workdir=runs/stage1 --data.path=records --train.init_from=checkpoints/wan_i2v
+    python -m launch.train --config=stage1 --dry_run
+
+The workdir holds the configuration, metrics.jsonl, TensorBoard events and checkpoints (docs/training.md). SIGTERM or Ctrl-C saves after
+the current step and ends.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from configs.base import Config, require
+from data_pipelines.batches import batches, empty_text
+from launch import command
+from omnitransfer_jax import run
+from omnitransfer_jax.dry_run import describe
+from omnitransfer_jax.mesh import make_mesh
+
+FLAGS = flags.FlagValues()
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=FLAGS)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, memory and FLOPs, and stop.", flag_values=FLAGS)
+
+
+def main(config: Config) -> None:
+    if DRY_RUN.value:
+        print(describe(config))
+        return
+    require(WORKDIR.value, "--workdir: not given, and a training needs it; name the folder of the run")
+    mesh = make_mesh(config.mesh)
+    index, count = run.data_share(mesh)
+    data = batches(config, seed=config.seed, process_index=index, process_count=count)
+    run.train(config, Path(WORKDIR.value), mesh, data, empty_text(config))
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

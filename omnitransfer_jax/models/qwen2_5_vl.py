@@ -1,0 +1,193 @@
+"""Qwen2.5-VL: what OmniTransfer reads its prompt and its clips with, from tokens and pixels to the states before the output layer.
+
+A prompt holds one placeholder token for each feature of an image or video. In order:
+
+    patches, grid = patchify(clip, config.vision), grid_of(*clip.shape[:3], config.vision)
+    x = place(model.embed(tokens), tokens, model.see(patches, (grid,)), config.video_token)
+    states = model(x, position_ids(config, tokens, mask, video_grids=[grid], seconds_per_grid=[0.5]), mask)
+
+Further inputs, such as learnt queries, join `x` at the end; any text token holds their place in `tokens` and `mask`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from configs.base import QwenConfig, require
+from omnitransfer_jax.models.attention import CHUNK
+from omnitransfer_jax.models.layers import Linear, RMSNorm
+from omnitransfer_jax.models.qwen2_5_vision import Grid, QwenVision, SwiGLU, frequencies, rotate
+
+
+def position_ids(
+    config: QwenConfig,
+    tokens: Int[np.ndarray, "B S"],
+    mask: Bool[np.ndarray, "B S"],
+    image_grids: Sequence[Grid] = (),
+    video_grids: Sequence[Grid] = (),
+    seconds_per_grid: Sequence[float] = (),
+) -> Int32[np.ndarray, "3 B S"]:
+    """Position of every token in time, height and width, computed on the host.
+
+    Text counts on in all three alike. The features of an image or video stand at their cells of its grid, counted from where the
+    text before it ended; a video's time goes by `seconds_per_grid`, the seconds from one temporal step to the next, one number for
+    each video. Text goes on after the longer side of the grid. Grids are those of all rows of the batch, in the order of their
+    placeholders; padding (mask False), wherever it is, stands at 0.
+    """
+    require(
+        len(seconds_per_grid) == len(video_grids),
+        f"{len(seconds_per_grid)} seconds_per_grid: there are {len(video_grids)} videos; give one number for each",
+    )
+    intervals = [np.float32(config.vision.tokens_per_second) * np.float32(seconds) for seconds in seconds_per_grid]
+    pending = {
+        config.image_token: [(grid, np.float32(1)) for grid in image_grids],
+        config.video_token: list(zip(video_grids, intervals, strict=True)),
+    }
+    positions = np.zeros((3, *tokens.shape), np.int32)
+    for row, seen in enumerate(mask):
+        shown = tokens[row, seen]
+        parts: list[np.ndarray] = []
+        at = start = 0
+        while at < len(shown):
+            if shown[at] not in pending:
+                parts.append(np.full((3, 1), start))
+                at, start = at + 1, start + 1
+                continue
+            token = int(shown[at])
+            require(len(pending[token]) > 0, f"row {row}, token {at}: a placeholder {token} without a grid; give one for each clip")
+            grid, interval = pending[token].pop(0)
+            parts.append(start + _grid_positions(grid, config.vision.merge, interval))
+            count = parts[-1].shape[1]
+            held = int((shown[at : at + count] == token).sum())
+            require(held == count, f"row {row}: {held} placeholders {token} for the {count} features of the grid {grid}; write {count}")
+            at, start = at + count, start + max(grid[1:]) // config.vision.merge
+        positions[:, row, seen] = np.concatenate(parts, axis=1) if parts else 0
+    left = sum(map(len, pending.values()))
+    require(left == 0, f"{left} grids more than there are placeholders in the tokens; give one for each clip")
+    return positions
+
+
+def _grid_positions(grid: Grid, merge: int, interval: np.float32) -> np.ndarray:
+    """(time, row, column) of each feature; the time is cut to a whole number, in float32 as in the original."""
+    t, h, w = grid
+    time, rows, columns = np.indices((t, h // merge, w // merge)).reshape(3, -1)
+    return np.stack([(time.astype(np.float32) * interval).astype(np.int64), rows, columns])
+
+
+def place(embeddings: Float[Array, "B S D"], tokens: Int[Array, "B S"], features: Float[Array, "V D"], token: int) -> Float[Array, "B S D"]:
+    """`features`, in order, where `tokens` holds the placeholder `token`; there must be V of them, which `position_ids` checks."""
+    held = tokens == token
+    index = jnp.cumsum(held.reshape(-1)).reshape(tokens.shape) - 1
+    return jnp.where(held[:, :, None], features.astype(embeddings.dtype)[index], embeddings)
+
+
+class Qwen2_5VL(nnx.Module):  # noqa: N801
+    """Embedding, vision tower, language model and output layer, each by itself; the file's docstring shows how they meet."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = QwenVision(config, rngs=rngs)
+        self.token_embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.dim)) * config.dim**-0.5)
+        self.layers = nnx.vmap(lambda key: Layer(config, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), config.num_layers))
+        self.norm = RMSNorm(config.dim, config.eps)
+        self.output = None if config.tied else Linear(config.dim, config.vocab_size, bias=False, rngs=rngs)
+
+    def see(self, patches: Float[Array, "P X"], grids: tuple[Grid, ...]) -> Float32[Array, "V D"]:
+        """The features of images and videos, behind one another, from their patches and static grids."""
+        return self.vision(patches, grids)
+
+    def embed(self, tokens: Int[Array, "B S"]) -> Float32[Array, "B S D"]:
+        """What the language model takes for each token; a placeholder's is replaced by `place`."""
+        return self.token_embedding[tokens].astype(jnp.float32)
+
+    def __call__(
+        self, embeddings: Float[Array, "B S D"], positions: Int[Array, "3 B S"], mask: Bool[Array, "B S"]
+    ) -> Float32[Array, "B S D"]:
+        """The last states, after the final norm. A token sees itself and those before it, but no padding (mask False).
+
+        The states of padding itself mean nothing.
+        """
+        table = rotation(positions, self.config)
+        graphdef, layers = nnx.split(self.layers)
+
+        @jax.checkpoint
+        def step(x, layer):
+            return nnx.merge(graphdef, layer)(x, table, mask), None
+
+        x, _ = jax.lax.scan(step, embeddings.astype(jnp.float32), layers)
+        return self.norm(x)
+
+    def logits(self, states: Float[Array, "*lead D"]) -> Float32[Array, "*lead vocabulary"]:
+        """Score of every next token."""
+        x = states.astype(jnp.dtype(self.config.dtype))
+        scores = x @ self.token_embedding.astype(x.dtype).T if self.output is None else self.output(x)
+        return scores.astype(jnp.float32)
+
+
+class Layer(nnx.Module):
+    """Causal self-attention and a gated MLP, each behind its norm; the residual stream is float32."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(config.dtype)
+        self.norm1 = RMSNorm(config.dim, config.eps)
+        self.attention = CausalAttention(config, rngs=rngs)
+        self.norm2 = RMSNorm(config.dim, config.eps)
+        self.mlp = SwiGLU(config.dim, config.ffn_dim, bias=False, rngs=rngs)
+
+    def __call__(self, x: Float32[Array, "B S D"], table: Float32[Array, "2 B S k"], mask: Bool[Array, "B S"]) -> Float32[Array, "B S D"]:
+        x = x + self.attention(self.norm1(x).astype(self.dtype), table, mask).astype(jnp.float32)
+        return x + self.mlp(self.norm2(x).astype(self.dtype)).astype(jnp.float32)
+
+
+class CausalAttention(nnx.Module):
+    """Attention to oneself and what came before, with fewer heads for keys and values than for queries."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
+        self.head_dim = config.dim // config.num_heads
+        self.query = Linear(config.dim, config.dim, rngs=rngs)
+        self.key, self.value = (Linear(config.dim, config.num_kv_heads * self.head_dim, rngs=rngs) for _ in range(2))
+        self.out = Linear(config.dim, config.dim, bias=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S D"], table: Float32[Array, "2 B S k"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
+        q, k, v = (rearrange(project(x), "B S (N K) -> B S N K", K=self.head_dim) for project in (self.query, self.key, self.value))
+        out = causal_attention(rotate(q, table), rotate(k, table), v, mask)
+        return self.out(rearrange(out, "B S N K -> B S (N K)"))
+
+
+def causal_attention(
+    q: Float[Array, "B S N K"], k: Float[Array, "B S n K"], v: Float[Array, "B S n K"], mask: Bool[Array, "B S"]
+) -> Float[Array, "B S N K"]:
+    """Exact attention, the softmax in float32, `CHUNK` queries at a time: memory grows with the sequence, not with its square.
+
+    Each of the n heads of keys and values serves N / n neighbouring heads of queries.
+    """
+    (B, S, N, K), n = q.shape, k.shape[2]
+    chunk = min(CHUNK, S)
+    count = -(-S // chunk)
+    q = jnp.pad(q, ((0, 0), (0, count * chunk - S), (0, 0), (0, 0)))
+    rows, columns = jnp.arange(count * chunk).reshape(count, chunk), jnp.arange(S)
+
+    @jax.checkpoint
+    def queries(block):
+        rows, q = block
+        seen = (columns[None] <= rows[:, None])[None] & mask[:, None]
+        scores = jnp.einsum("BcngK,BsnK->Bngcs", q, k, preferred_element_type=jnp.float32) * K**-0.5
+        # Finite, so that a row of padding that sees nothing stays a number, and so do gradients.
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+        return jnp.einsum("Bngcs,BsnK->BcngK", weights.astype(v.dtype), v)
+
+    out = jax.lax.map(queries, (rows, q.reshape(B, count, chunk, n, N // n, K).swapaxes(0, 1)))
+    return out.swapaxes(0, 1).reshape(B, count * chunk, N, K)[:, :S]
+
+
+def rotation(positions: Int[Array, "3 B S"], config: QwenConfig) -> Float32[Array, "2 B S k"]:
+    """Cosines and sines: the fastest frequencies turn with time, the next with height, the slowest with width."""
+    axes = np.repeat(np.arange(3), config.rope_sections)
+    angles = jnp.moveaxis(positions[axes], 0, -1).astype(jnp.float32)
+    angles = angles * jnp.asarray(frequencies(config.rope_theta, config.dim // config.num_heads))[None, None]
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])

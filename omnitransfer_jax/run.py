@@ -1,0 +1,225 @@
+"""A training run, from where it starts to its last checkpoint.
+
+    mesh -> where it starts -> compile -> [ batch -> step -> log the step before -> checkpoint ] x steps
+
+Started again on the same workdir it goes on after its latest checkpoint, as if it had never stopped: bit for bit on the same devices.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Key
+from orbax.checkpoint import v1 as ocp
+
+from configs.base import Config, require
+from omnitransfer_jax import checkpoint, run_checkpoint
+from omnitransfer_jax.log import RunLog
+from omnitransfer_jax.mesh import DATA, specs
+from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
+from omnitransfer_jax.optimizer import learning_rate, make_optimizer
+from omnitransfer_jax.params import flat_params
+from omnitransfer_jax.training import (
+    Batch,
+    Params,
+    TrainState,
+    abstract_batch,
+    abstract_params,
+    abstract_state,
+    init_state,
+    make_train_step,
+)
+
+RANDOM_LIMIT = 200_000_000  # parameters; a larger network is not worth training from random weights, so their absence is a mistake
+PATIENCE = 10  # updates in a row that may fail to be finite
+
+Step = Callable[[TrainState, Batch, Array, Array], tuple[TrainState, dict[str, Array]]]
+
+
+def train(
+    config: Config, workdir: Path, mesh: Mesh, data: grain.DatasetIterator[dict[str, np.ndarray]], empty_text: Float[np.ndarray, "S E"]
+) -> None:
+    """Trains up to `config.train.steps`; `data` gives this process's share of each batch, as `data_share` says."""
+    config, workdir = with_absolute_paths(config), workdir.absolute()
+    optimizer = make_optimizer(config.optimizer)
+    spec = specs(abstract_params(config), SHARDING, config.mesh.data)
+    like = abstract_state(config, mesh, spec, optimizer)
+    with run_checkpoint.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
+        done, steps = checkpoints.latest.step if checkpoints.latest else 0, config.train.steps
+        if done >= steps:
+            print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
+            return
+        state = start(config, workdir, checkpoints, like, optimizer, data)
+        if jax.process_index() == 0:
+            run_checkpoint.write_config(workdir, config)
+        step = compile_step(config, mesh, spec, like, optimizer)
+        everywhere = NamedSharding(mesh, P())
+        key, empty = jax.device_put((root_keys(config)[1], empty_text), everywhere)
+        finite, pending = Finiteness(int(state.skipped)), {}
+        with RunLog(workdir, config.train, done) as log:
+
+            def settle(n: int, metrics: Mapping[str, Array]) -> None:
+                """Waits for step `n` and tells of it."""
+                values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                log.write(n, values)
+                finite.watch(n, values["skipped"])
+
+            for n in range(done + 1, steps + 1):
+                with log.waiting():
+                    batch = to_mesh(next(data), mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step(state, batch, key, empty)
+                if pending:
+                    settle(n - 1, pending)
+                pending, stop = metrics, stopping(n)
+                if stop or n == steps or n % config.checkpoint.every == 0:
+                    settle(n, metrics)  # before it is saved, for a resumed run does not log it again
+                    pending = {}
+                    run_checkpoint.save(checkpoints, n, state, data)
+                if stop and n < steps:
+                    print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)
+                    return
+
+
+def start(
+    config: Config,
+    workdir: Path,
+    checkpoints: ocp.training.Checkpointer,
+    like: TrainState,
+    optimizer: optax.GradientTransformation,
+    data: grain.DatasetIterator[dict[str, np.ndarray]],
+) -> TrainState:
+    """The state to go on from, placed as `like`; `data` moves to where it was."""
+    params, origin = like.trainable | like.frozen, config.train.init_from
+    place = {path: leaf.sharding for path, leaf in params.items()}
+    if checkpoints.latest:  # 1. The run's own latest checkpoint,
+        run_checkpoint.require_same_run(workdir, config)
+        print(f"{workdir}: going on after step {checkpoints.latest.step}", flush=True)
+        return run_checkpoint.restore(checkpoints, like, data)
+    if run_checkpoint.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
+        run_checkpoint.require_same_dit(origin, config.dit)
+        weights = run_checkpoint.load_dit(origin, params, place, jnp.float32)
+    elif origin:  # 3. else imported weights,
+        checkpoint.require_model(origin, config)
+        weights = checkpoint.load_part(origin, "dit", params, place, jnp.float32)
+    else:  # 4. else random ones.
+        weights = random_params(config, place)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(lambda weights: init_state(weights, config, optimizer), donate_argnums=0, out_shardings=places)(weights)
+
+
+def random_params(config: Config, place: Mapping[str, NamedSharding]) -> Params:
+    """The transformer's parameters drawn from the seed, of a network that is small enough to learn from there."""
+    size = sum(leaf.size for leaf in abstract_params(config).values())
+    require(
+        size <= RANDOM_LIMIT,
+        f"train.init_from is empty, and {size / 1e9:.1f} billion parameters do not start from random weights: "
+        f"give --train.init_from=DIR, made with {checkpoint.IMPORT}",
+    )
+    return jax.jit(lambda key: flat_params(WanDiT(config.dit, rngs=nnx.Rngs(key))), out_shardings=dict(place))(root_keys(config)[0])
+
+
+def root_keys(config: Config) -> Key[Array, "2"]:
+    """The keys of the initial weights and of the steps."""
+    return jax.random.split(jax.random.key(config.seed))
+
+
+def compile_step(config: Config, mesh: Mesh, spec: Mapping[str, P], like: TrainState, optimizer: optax.GradientTransformation) -> Step:
+    """The training step as a program for `mesh`; step n draws from the key folded with n, and the state it is given is used up."""
+    train_step = make_train_step(config, mesh, spec, optimizer)
+
+    def step(state: TrainState, batch: Batch, key: Array, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
+        after, metrics = train_step(state, batch, jax.random.fold_in(key, state.step), empty_text)
+        return after, metrics | {"learning_rate": learning_rate(state.step - state.skipped, config.optimizer)}
+
+    rows, everywhere = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), abstract_batch(config))
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
+    empty_text = jax.ShapeDtypeStruct(batch.text.shape[1:], batch.text.dtype, sharding=everywhere)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like), everywhere
+    started = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=places).lower(like, batch, key, empty_text).compile()
+    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+    return compiled
+
+
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of how many equal parts of every batch this process reads.
+
+    Processes that hold the same samples and divide their tokens read the same part.
+    """
+    rows = sorted({row for row, devices in enumerate(mesh.devices) for device in devices if device.process_index == jax.process_index()})
+    return rows[0] // len(rows), mesh.shape[DATA] // len(rows)
+
+
+def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This process's samples as its part of the batch over all devices."""
+    rows = NamedSharding(mesh, P(DATA))
+    return Batch(**{name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()})
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration as the workdir keeps it: its paths mean the same from any folder."""
+
+    def absolute(path: str) -> str:
+        return str(epath.Path(path).absolute()) if path else ""
+
+    data, train = replace(config.data, path=absolute(config.data.path)), replace(config.train, init_from=absolute(config.train.init_from))
+    return replace(config, data=data, train=train)
+
+
+class Finiteness:
+    """Ends a run whose updates have stopped being finite; each of them was left out of the weights."""
+
+    def __init__(self, skipped: int):
+        self.skipped, self.in_a_row = skipped, 0
+
+    def watch(self, step: int, skipped: int) -> None:
+        """Takes the number of updates left out up to `step`."""
+        self.in_a_row = self.in_a_row + 1 if skipped > self.skipped else 0
+        self.skipped = skipped
+        if self.in_a_row == PATIENCE:
+            raise FloatingPointError(
+                f"step {step}: loss or gradients were not finite {PATIENCE} times in a row; the weights are those of step "
+                f"{step - PATIENCE}. Look for a damaged record, or lower --optimizer.learning_rate"
+            )
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Gives stopping(step): whether the run was asked to stop, by SIGTERM or SIGINT; a second signal ends the process at once.
+
+    Several processes have to stop at the same step; there JAX receives SIGTERM and finds the step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        os.write(2, b"stopping after this step; again to stop at once\n")  # print may be interrupted by us and cannot be entered twice
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""The whole road, by its commands: clips -> records -> training, stopped and continued -> a video for every task and a combination."""
+
+import json
+
+from PIL import Image
+
+from data_pipelines import clips, example
+from launch import command, encode, sample, train
+from omnitransfer_jax import tasks
+
+TINY = ["--config=stage1:tiny", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--dit.num_layers=1"]
+
+
+def run(module, *args):
+    assert command.execute(module.main, module.FLAGS, [*TINY, *args]) == 0
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def travel(tmp_path, manifest, pairs):
+    """`pairs` is task -> (reference, first frame or None)."""
+    records, workdir = tmp_path / "records", tmp_path / "run"
+    run(encode, f"--manifest={manifest}", f"--out={records}")
+    training = [f"--data.path={records}", f"--workdir={workdir}"]
+    run(train, *training, "--train.steps=30")
+    run(train, *training, "--train.steps=60")
+    seen = losses(workdir)
+    assert len(seen) == 60
+    assert sum(seen[-10:]) < 0.8 * sum(seen[:10])
+
+    wanted = [[task] for task in pairs] + [["style", "motion"]]
+    for chosen in wanted:
+        out = tmp_path / f"{'_'.join(chosen)}.mp4"
+        request = [arg for task in chosen for arg in (f"--task={task}", f"--reference={pairs[task][0]}")]
+        frame = next((pairs[task][1] for task in chosen if pairs[task][1]), None)
+        request += [f"--first_frame={frame}"] if frame else ["--prompt=a person walks on the beach"]
+        run(sample, *request, f"--checkpoint={workdir}", f"--out={out}", "--sampler.steps=2")
+        height, width = (32, 48)
+        if frame:
+            rows, columns, _ = clips.read_image(frame).shape
+            height, width = sample.same_area(rows / columns, 32 * 48, 16)
+        assert clips.read_clip(out, frames=9, fps=8, height=height, width=width).std() > 0
+
+
+def test_on_clips_the_project_makes(tmp_path):
+    manifest = example.write_example(tmp_path / "clips")
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    here = manifest.parent
+    pairs = {row["task"]: (here / row["reference"], here / row["first_frame"] if "first_frame" in row else None) for row in rows}
+    assert set(pairs) == set(tasks.NAMES)
+    for task, (reference, frame) in pairs.items():
+        if frame is None and task in ("motion", "camera", "effect"):  # the target's own first frame
+            target = next(here / row["target"] for row in rows if row["task"] == task)
+            frame = tmp_path / f"{task}.png"
+            Image.fromarray(clips.read_clip(target, frames=1, fps=8, height=32, width=48)[0]).save(frame)
+            pairs[task] = (reference, frame)
+    travel(tmp_path, manifest, pairs)
+
+
+def test_on_real_clips(shared, tmp_path):
+    """The five sets the paper's authors show: reference, first frame, their result as the target."""
+    folder = shared / "clips" / "omnitransfer"
+    sets = {"camera": "Camera__{}2", "effect": "Effect__{}1", "motion": "Motion__{}1", "id": "ID__{}1", "style": "Style__{}1"}
+    rows, pairs = [], {}
+    for task, name in sets.items():
+        reference, target, frame = (folder / (name.format(kind) + end) for kind, end in (("ref", ".mp4"), ("result", ".mp4"), ("ref", ".jpg")))
+        row = {"id": task, "task": task, "reference": str(reference), "target": str(target), "prompt": ""}
+        rows.append(row | ({"first_frame": str(frame)} if frame.exists() else {}))
+        pairs[task] = (reference, frame if frame.exists() else None)
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    travel(tmp_path, manifest, pairs)

@@ -1,0 +1,56 @@
+"""AdamW as PyTorch has it, the warm-up, and what decays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from configs.base import OptimizerConfig
+from configs.wan import I2V_14B
+from omnitransfer_jax.mesh import MESH_AXIS, specs
+from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
+from omnitransfer_jax.optimizer import learning_rate, make_optimizer, matrices
+from omnitransfer_jax.params import abstract, flat_params
+from tests.compare import relative_l2
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_equals_pytorch():
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, weight_decay=0.1, clip_norm=2.0)
+    start = {"blocks.up.kernel": draw(0, 2, 3, 4), "blocks.up.bias": draw(1, 2, 4), "patch_embedding": draw(2, 1, 2, 2, 3, 4)}
+    theirs = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in start.items()}
+    matrix, vector = [theirs["blocks.up.kernel"], theirs["patch_embedding"]], [theirs["blocks.up.bias"]]
+    torch_adamw = torch.optim.AdamW([{"params": matrix, "weight_decay": 0.1}, {"params": vector, "weight_decay": 0.0}], lr=1e-2)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(torch_adamw, lambda done: min(1.0, (done + 1) / 4))
+    optimizer = make_optimizer(config)
+    ours = jax.tree.map(jnp.asarray, start)
+    state = optimizer.init(ours)
+    for step in range(6):
+        scale = 0.1 if step == 2 else 1.0  # that one is below the clipping norm
+        grads = {path: scale * draw(10 * step + i, *x.shape) for i, (path, x) in enumerate(start.items())}
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, ours)
+        ours = {path: x + updates[path] for path, x in ours.items()}
+        for path, p in theirs.items():
+            p.grad = torch.tensor(grads[path])
+        norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 2.0)
+        assert (norm < 2.0) == (step == 2)
+        torch_adamw.step()
+        warm_up.step()
+    assert max(relative_l2(ours[path] - start[path], theirs[path].detach().numpy() - start[path]) for path in start) <= 1e-5
+
+
+@pytest.mark.parametrize(("warmup", "done", "share"), [(4, 0, 0.25), (4, 3, 1.0), (4, 9, 1.0), (1, 0, 1.0), (0, 0, 1.0)])
+def test_warm_up_is_linear_then_constant(warmup, done, share):
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=warmup)
+    assert float(learning_rate(jnp.int32(done), config)) == pytest.approx(2.0 * share)
+
+
+def test_matrices_are_what_maps_in_to_out():
+    params = flat_params(abstract(lambda rngs: WanDiT(I2V_14B, rngs=rngs)))
+    maps = {path for path, spec in specs(params, SHARDING, 1).items() if MESH_AXIS["in"] in tuple(spec)}
+    assert {path for path, decays in matrices(params).items() if decays} == maps
+    assert 0 < len(maps) < len(params)

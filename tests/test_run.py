@@ -1,0 +1,320 @@
+"""A run as a whole: resumed it equals one that never stopped, bit for bit; where it starts, how it stops, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import stage1
+from configs.base import MeshConfig
+from omnitransfer_jax import checkpoint, run, run_checkpoint
+from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.mesh import make_mesh, specs
+from omnitransfer_jax.models.wan_dit import SHARDING
+from omnitransfer_jax.optimizer import make_optimizer
+from omnitransfer_jax.training import abstract_params, abstract_state
+from tests.tiny_run import TINY, batches, sample, train
+
+# beartype's opinion of flax's own annotation of nnx.State
+pytestmark = pytest.mark.filterwarnings("ignore:.*typing.Hashable deprecated")
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled(tmp_path_factory):
+    """Every run of this file has the same step, in this process and in others: it is compiled once."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield values
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run of 8 steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train(TINY, workdir)
+    return workdir
+
+
+def with_steps(steps):
+    return replace(TINY, train=replace(TINY.train, steps=steps))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def parts_of_a_run(config):
+    """Mesh, optimizer and abstract state."""
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer)
+    return mesh, optimizer, abstract_state(config, mesh, specs(abstract_params(config), SHARDING, config.mesh.data), optimizer)
+
+
+def left_by(workdir, config=TINY) -> dict[str, np.ndarray]:
+    """Everything in the latest checkpoint of a run, the batch that would come next, and all losses."""
+    _, _, like = parts_of_a_run(config)
+    data = batches(config)
+    with run_checkpoint.open_checkpoints(workdir, config.checkpoint) as checkpoints:
+        state = run_checkpoint.restore(checkpoints, like, data)
+    leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    metrics = {
+        name: np.array([line[name] for line in lines(workdir)]) for name in ("step", "loss", "grad_norm", "learning_rate", "skipped")
+    }
+    return leaves | metrics | {"next": next(data)["target"]}
+
+
+def assert_same(workdir, other):
+    ours, theirs = left_by(workdir), left_by(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
+
+
+def start_process(workdir, compiled, *options):
+    env = os.environ | {name.upper(): str(value) for name, value in compiled.items()} | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    command = [sys.executable, "-m", "tests.tiny_run", str(workdir), *options]
+    return subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, workdir, step):
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or f'"step": {step},' not in path.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_a_workdir_holds_what_is_promised(whole):
+    assert [line["step"] for line in lines(whole)] == list(range(1, 9))
+    assert saved_steps(whole) == ["6", "8"]  # of 2, 4, 6, 8 the latest two
+    assert run_checkpoint.read_config(whole) == TINY
+    assert len(list(whole.glob("events.*"))) == 1
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_resumed_equals_uninterrupted(whole, tmp_path, stop):
+    train(with_steps(stop), tmp_path)
+    train(TINY, tmp_path)
+    assert_same(tmp_path, whole)
+
+
+def test_killed_equals_uninterrupted(whole, tmp_path, compiled):
+    process = start_process(tmp_path, compiled, "milliseconds=100")
+    wait_for_step(process, tmp_path, 5)
+    process.kill()
+    process.communicate()
+    assert lines(tmp_path)[-1]["step"] < 8
+    train(TINY, tmp_path)
+    assert_same(tmp_path, whole)
+    assert saved_steps(tmp_path) == ["6", "8"]  # nothing is left of a save that was cut off
+
+
+def test_asked_to_stop_it_saves_first(whole, tmp_path, compiled):
+    process = start_process(tmp_path, compiled, "milliseconds=100")
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 0
+    done = lines(tmp_path)[-1]["step"]
+    assert done < 8
+    assert saved_steps(tmp_path)[-1] == str(done)
+    assert f"stopped after step {done} of 8; the same command goes on from there" in out
+    assert "again to stop at once" in err
+    train(TINY, tmp_path)
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_is_not_caught(number):
+    before = signal.getsignal(number)
+    with run.stop_signals() as stopping:
+        assert not stopping(1)
+        os.kill(os.getpid(), number)
+        assert stopping(2)
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
+
+
+def test_what_a_cut_off_save_left_is_removed(tmp_path):
+    left = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp-1"
+    left.mkdir(parents=True)
+    with run_checkpoint.open_checkpoints(tmp_path, TINY.checkpoint) as checkpoints:
+        assert checkpoints.latest is None
+    assert saved_steps(tmp_path) == []
+
+
+def test_a_finished_run_does_nothing(whole, capsys):
+    before = left_by(whole)
+    train(TINY, whole)
+    assert "8 steps are done, 8 are asked for; raise --train.steps" in capsys.readouterr().out
+    assert all(np.array_equal(before[name], value) for name, value in left_by(whole).items())
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "told"),
+    [
+        ("train", {"batch_size": 4}, "--train.batch_size=4: the run in .* was started with 2; give that, or another --workdir"),
+        ("optimizer", {"learning_rate": 1.0}, "--optimizer.learning_rate=1.0: .* 0.003"),
+        ("dit", {"num_heads": 4}, "--dit.num_heads=4: .* 2"),
+    ],
+)
+def test_another_run_is_refused(whole, part, change, told):
+    config = replace(TINY, **{part: replace(getattr(TINY, part), **change)})
+    with pytest.raises(RequestError, match=told):
+        run_checkpoint.require_same_run(whole, config)
+
+
+def test_what_may_change(whole):
+    config = replace(
+        TINY,
+        train=replace(TINY.train, steps=99, log_every=7),
+        checkpoint=replace(TINY.checkpoint, every=1, keep=9),
+        mesh=MeshConfig(data=2),
+        dit=replace(TINY.dit, remat="full"),
+    )
+    run_checkpoint.require_same_run(whole, config)
+
+
+def test_a_refused_run_is_left_as_it_was(whole):
+    before = left_by(whole)
+    with pytest.raises(RequestError, match="optimizer.b1"):
+        train(replace(with_steps(9), optimizer=replace(TINY.optimizer, b1=0.5)), whole)
+    assert all(np.array_equal(before[name], value) for name, value in left_by(whole).items())
+    assert run_checkpoint.read_config(whole) == TINY
+
+
+def started(config, workdir):
+    """The state a run with this configuration starts from."""
+    _, optimizer, like = parts_of_a_run(config)
+    with run_checkpoint.open_checkpoints(workdir, config.checkpoint) as checkpoints:
+        return run.start(config, workdir, checkpoints, like, optimizer, batches(config))
+
+
+def test_starts_from_random_weights_of_the_seed(tmp_path):
+    one, same, other = (started(replace(TINY, seed=seed), tmp_path / str(i)) for i, seed in enumerate((3, 3, 4)))
+    assert all(np.array_equal(x, same.trainable[path]) for path, x in one.trainable.items())
+    assert not np.array_equal(one.trainable["head.kernel"], other.trainable["head.kernel"])
+    assert all(np.array_equal(x, one.trainable[path]) for path, x in one.ema.items())
+    assert (int(one.step), int(one.skipped)) == (0, 0)
+
+
+def test_starts_from_another_run(whole, tmp_path):
+    config = replace(TINY, train=replace(TINY.train, init_from=str(whole), trainable=("dit/head.*",)))
+    state = started(config, tmp_path)
+    averaged = {name: value for name, value in left_by(whole).items() if name.startswith(".ema")}
+    found = state.trainable | state.frozen
+    assert averaged.keys() == {f".ema['{path}']" for path in found}
+    assert all(np.array_equal(averaged[f".ema['{path}']"], x) for path, x in found.items())
+    assert set(state.trainable) == {"head.kernel", "head.bias", "head_modulation"}
+    assert int(state.step) == 0
+
+
+def test_starts_from_imported_weights(tmp_path):
+    folder = tmp_path / "imported"
+    params = {path: np.full(leaf.shape, i, np.float16) for i, (path, leaf) in enumerate(abstract_params(TINY).items())}
+    checkpoint.save_part(folder, "dit", params.items())
+    checkpoint.write_model(folder, {"dit": TINY.dit})
+    state = started(replace(TINY, train=replace(TINY.train, init_from=str(folder))), tmp_path / "run")
+    assert all(x.dtype == np.float32 and np.array_equal(x, params[path]) for path, x in state.trainable.items())
+
+
+def test_the_full_size_does_not_start_from_random_weights(tmp_path):
+    config = stage1.get_config()
+    place = {path: leaf.sharding for path, leaf in parts_of_a_run(config)[2].trainable.items()}
+    with pytest.raises(RequestError, match="train.init_from is empty, and 16.4 billion .* python -m launch.import_weights"):
+        run.random_params(config, place)
+
+
+def test_another_network_is_no_start(whole, tmp_path):
+    config = replace(TINY, dit=replace(TINY.dit, num_heads=4), train=replace(TINY.train, init_from=str(whole)))
+    with pytest.raises(RequestError, match="--dit.num_heads=4: the run in .* has 2"):
+        started(config, tmp_path)
+
+
+def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
+    params = abstract_params(TINY)
+    saved = left_by(whole)
+    average = run_checkpoint.load_dit(whole, params, dtype="bfloat16")
+    assert average.keys() == params.keys()
+    assert all(x.dtype == "bfloat16" and np.array_equal(x, saved[f".ema['{path}']"].astype(x.dtype)) for path, x in average.items())
+    plain = replace(TINY, train=replace(TINY.train, steps=1, ema=0.0, trainable=("dit/head.*",)))
+    train(plain, tmp_path)
+    saved, found = left_by(tmp_path, plain), run_checkpoint.load_dit(tmp_path, params)
+    assert found.keys() == params.keys()
+    assert all(np.array_equal(x, saved.get(f".trainable['{path}']", saved.get(f".frozen['{path}']"))) for path, x in found.items())
+
+
+def test_sampling_refuses_another_network(whole, tmp_path):
+    smaller = replace(TINY, dit=replace(TINY.dit, ffn_dim=16))
+    with pytest.raises(RequestError, match=r"not the transformer of this configuration, 3 of its parameters differ, blocks\.ffn"):
+        run_checkpoint.load_dit(whole, abstract_params(smaller))
+    run_checkpoint.write_config(tmp_path, TINY)
+    with pytest.raises(RequestError, match="this run has no checkpoint yet"):
+        run_checkpoint.load_dit(tmp_path, abstract_params(TINY))
+
+
+def test_the_other_parts_are_where_the_first_run_started(tmp_path):
+    imported, first, second = (str(tmp_path / name) for name in ("imported", "first", "second"))
+    run_checkpoint.write_config(first, replace(TINY, train=replace(TINY.train, init_from=imported)))
+    run_checkpoint.write_config(second, replace(TINY, train=replace(TINY.train, init_from=first)))
+    assert run_checkpoint.imported_weights(second) == imported
+    run_checkpoint.write_config(first, TINY)
+    assert run_checkpoint.imported_weights(second) == ""
+    assert run_checkpoint.imported_weights(imported) == imported
+
+
+def test_paths_in_the_workdir_mean_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(TINY, train=replace(TINY.train, init_from="weights"), data=replace(TINY.data, path="records"))
+    found = run.with_absolute_paths(config)
+    assert (found.train.init_from, found.data.path) == (str(tmp_path / "weights"), str(tmp_path / "records"))
+    assert run.with_absolute_paths(TINY) == TINY
+
+
+def test_a_field_of_another_version_is_named(whole, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(asdict(TINY) | {"colour": 3}))
+    with pytest.raises(RequestError, match=r"config.json: colour of Config is unknown"):
+        run_checkpoint.read_config(tmp_path)
+    with pytest.raises(RequestError, match="no training run, config.json is absent"):
+        run_checkpoint.read_config(tmp_path / "nowhere")
+
+
+def test_updates_that_are_not_finite_end_the_run(tmp_path):
+    """From the third sample on all data is broken: nothing moves any more, and after ten steps the run says so."""
+    config = replace(with_steps(40), train=replace(TINY.train, steps=40, batch_size=2))
+
+    def broken(i):
+        return sample(i) | {"target": np.full_like(sample(i)["target"], np.nan)}
+
+    with pytest.raises(FloatingPointError, match="step 10: .* 10 times in a row; the weights are those of step 0"):
+        train(config, tmp_path, broken)
+    assert [(line["step"], line["loss"], line["skipped"]) for line in lines(tmp_path)] == [(n, None, n) for n in range(1, 11)]
+    state = left_by(tmp_path, config)
+    assert all(np.array_equal(x, state[name.replace("ema", "trainable")]) for name, x in state.items() if name.startswith(".ema"))
+
+
+def test_only_failures_in_a_row_count():
+    finite = run.Finiteness(5)
+    for step in range(1, 60):
+        finite.watch(step, 5 + step - step // 10)  # nine of ten fail
+    finite = run.Finiteness(5)
+    with pytest.raises(FloatingPointError):
+        for step in range(1, 11):
+            finite.watch(step, 5 + step)
