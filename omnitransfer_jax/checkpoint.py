@@ -71,7 +71,7 @@ def load_part(
             f"give the --config it was made for, or import again: {IMPORT}"
         )
     if not isinstance(sharding, Mapping):
-        sharding = dict.fromkeys(stored, sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        sharding = dict.fromkeys(stored, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     targets = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path]) for path, leaf in stored.items()}
     return dict(_read(folder, name, targets))
 

@@ -73,7 +73,7 @@ def load_dit(
         f"give the configuration in {epath.Path(workdir) / CONFIG_FILE}",
     )
     if not isinstance(sharding, Mapping):
-        sharding = dict.fromkeys(found, sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        sharding = dict.fromkeys(found, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     loaded = {}
     for path, (name, leaf) in found.items():  # one by one: Orbax needs as much memory again for what it reads at once
         target = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path])
@@ -158,7 +158,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 def _latest(workdir: epath.PathLike) -> epath.Path:
     """The folder of the newest complete checkpoint."""
     root = epath.Path(workdir).absolute() / CHECKPOINTS
-    steps = [int(path.name) for path in root.iterdir() if path.name.isdecimal()] if root.exists() else []
+    steps = [found.step for found in ocp.path.step.standard_name_format().find_all(root)] if root.exists() else []
     if not steps:
         raise RequestError(f"{workdir}: this run has no checkpoint yet; wait for its first, or start from what it started from")
     return root / str(max(steps))

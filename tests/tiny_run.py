@@ -1,4 +1,7 @@
-"""The smallest run with every branch alive, and data for it without files; as a process: python -m tests.tiny_run WORKDIR [NAME=NUMBER ...]."""
+"""The smallest run with every branch alive, and data for it without files; also a process, as which tests can stop it.
+
+python -m tests.tiny_run WORKDIR [NAME=NUMBER ...]
+"""
 
 import sys
 import time
@@ -30,9 +33,12 @@ TINY = replace(
 EMPTY_TEXT = np.full((6, 8), 0.1, np.float32)
 
 
-def sample(i: int, seed: int = 0) -> dict[str, np.ndarray]:
+def sample(i: int) -> dict[str, np.ndarray]:
     """One sample; all tasks take turns."""
-    draw = lambda *shape: np.random.default_rng([seed, i]).standard_normal(shape).astype(np.float32)
+
+    def draw(*shape: int) -> np.ndarray:
+        return np.random.default_rng(i).standard_normal(shape).astype(np.float32)
+
     task = i % len(tasks.TASKS)
     first = np.float32(tasks.TASKS[task].family == "temporal")
     condition = np.concatenate([np.zeros((2, 4, 8, 4), np.float32), draw(2, 4, 8, 16)], -1)

@@ -100,7 +100,7 @@ class QwenVision(nnx.Module):
         graphdef, blocks = nnx.split(self.blocks)
 
         def within_windows(q, k, v):
-            return windows.attend(q, k, v, jax.nn.dot_product_attention)
+            return windows.attend(q, k, v, window_attention)
 
         def within_frames(q, k, v):
             return frames.attend(q[to_frames], k[to_frames], v[to_frames], attention)[from_frames]
@@ -188,6 +188,12 @@ class Segments(NamedTuple):
         batches = zip(self.sizes, *(jnp.split(x, ends) for x in (q, k, v)), strict=True)
         outs = [kernel(*(x.reshape(*size, *x.shape[1:]) for x in qkv)) for size, *qkv in batches]
         return jnp.concatenate([out.reshape(-1, *out.shape[2:]) for out in outs])
+
+
+def window_attention(q: Float[Array, "W L N K"], k: Float[Array, "W L N K"], v: Float[Array, "W L N K"]) -> Float[Array, "W L N K"]:
+    """Attention of all windows at once, the softmax in float32: a window is so small that its scores take no more than its patches."""
+    scores = jnp.einsum("WqNK,WsNK->WNqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jnp.einsum("WNqs,WsNK->WqNK", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 def frequencies(theta: float, width: int) -> Float32[np.ndarray, "{width//2}"]:

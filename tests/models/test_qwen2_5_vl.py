@@ -18,7 +18,7 @@ from tests.compare import relative_l2
 
 VISION = QwenVisionConfig(dim=16, ffn_dim=24, num_layers=2, num_heads=2, patch=2, window=8, full_attention=(1,))  # 2 x 2 features a window
 TINY = QwenConfig(
-    vocab_size=32, dim=24, ffn_dim=40, num_layers=2, num_heads=4, num_kv_heads=2, rope_sections=(1, 1, 1),
+    vocab_size=32, dim=24, ffn_dim=40, num_layers=2, num_heads=4, num_kv_heads=2, rope_sections=(1, 1, 1), rope_theta=100.0,
     image_token=30, video_token=31, vision_start=29, vision=VISION, dtype="float32",
 )  # fmt: skip
 GRID = (2, 6, 10)  # patches: 3 x 5 features a frame, which windows do not divide
@@ -53,12 +53,12 @@ def read(model, embeddings, positions, mask):
 
 
 def reached(model, patches) -> np.ndarray:
-    """[feature of one frame, patch]: whether another value in the patch alters the feature, frame by frame."""
+    """[feature, patch] of one frame: whether the feature changes with the patch. Each alteration is a frame of one long clip."""
     h, w = GRID[1:]
-    count = h * w
-    changed = jnp.stack([patches[:count].at[i].add(1.0) for i in range(count)]).reshape(count * count, -1)
-    base, moved = see(model, patches[:count], ((1, h, w),)), see(model, changed, ((count, h, w),))
-    return np.abs(moved.reshape(count, FEATURES, -1) - base[None]).max(-1).T > 1e-6
+    frame = patches[: h * w]
+    altered = jnp.stack([frame, *(frame.at[i].add(1.0) for i in range(h * w))]).reshape(-1, frame.shape[1])
+    features = see(model, altered, ((1 + h * w, h, w),)).reshape(1 + h * w, FEATURES, -1)
+    return np.abs(features[1:] - features[:1]).max(-1).T > 1e-5
 
 
 def with_full_attention(model, layers: tuple[int, ...]):
@@ -145,7 +145,7 @@ def test_causal_attention_in_chunks(length):
     """Equal to attention written out, heads in groups; gradients too."""
     q, k, v = (jax.random.normal(jax.random.key(i), (2, length, n, 8)) for i, n in enumerate((6, 2, 2)))
     mask = jnp.arange(length)[None] >= jnp.array([0, 20])[:, None]
-    weight = jax.random.normal(jax.random.key(4), q.shape) * mask[:, :, None, None]
+    weight = jax.random.normal(jax.random.key(4), q.shape) * mask[:, :, None, None].astype(jnp.float32)
 
     def plain(q, k, v, mask):
         seen = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None]
