@@ -287,6 +287,30 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """What the transformer is told by Qwen2.5-VL instead of UMT5 (paper section 4.4; the numbers are InstructX's, the paper has none)."""
+
+    enabled: bool = False
+    """Whether it is: stages 2 and 3."""
+    queries: int = 256
+    """MetaQueries of each task (Q), and so rows of context."""
+    frames: int = 13
+    """Frames of the reference that the language model sees, evenly spaced."""
+    frame_pixels: int = 128 * 28 * 28
+    """Most pixels of a frame it sees; 28 x 28 of them become one token."""
+    prompt_tokens: int = 256
+    """Room for template and prompt; a longer prompt is cut."""
+    connector_dim: int = 4096
+    """Hidden width of the connector."""
+    into: Literal["text_embedder", "blocks"] = "text_embedder"
+    """Where the connector leads: Wan's pretrained text projection, or past it, straight to the width of the blocks."""
+
+    def validate(self) -> None:
+        for name in ("queries", "frames", "frame_pixels", "prompt_tokens", "connector_dim"):
+            require(getattr(self, name) >= 1, f"alignment.{name}={getattr(self, name)}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoConfig:
     """The video a run makes."""
 
@@ -450,6 +474,12 @@ class Config:
     """The text encoder."""
     image: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
     """The image encoder; a text-to-video network leaves it unused."""
+    mllm: QwenConfig = field(default_factory=QwenConfig)
+    """The multimodal language model; used from stage 2 on."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """The language model's adapters."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """How the language model speaks to the transformer."""
     video: VideoConfig = field(default_factory=VideoConfig)
     """The video to make."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -469,7 +499,8 @@ class Config:
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
-        for part in (self.dit, self.vae, self.text, self.image, self.sampler, self.data, self.train, self.optimizer, self.checkpoint):
+        models = (self.dit, self.vae, self.text, self.image, self.mllm, self.lora, self.alignment)
+        for part in (*models, self.sampler, self.data, self.train, self.optimizer, self.checkpoint):
             part.validate()
         vae, dit = self.vae, self.dit
         for video, at in ((self.video, "video"), (self.data.reference, "data.reference")):

@@ -9,7 +9,20 @@ python -m launch.sample --config=wan --checkpoint=DIR --first_frame=IMAGE --prom
 
 from dataclasses import replace
 
-from configs.base import CLIPVisionConfig, Config, DiTConfig, SamplerConfig, UMT5Config, VAEConfig, VideoConfig, variant_of
+from configs.base import (
+    AlignmentConfig,
+    CLIPVisionConfig,
+    Config,
+    DiTConfig,
+    LoRAConfig,
+    QwenConfig,
+    QwenVisionConfig,
+    SamplerConfig,
+    UMT5Config,
+    VAEConfig,
+    VideoConfig,
+    variant_of,
+)
 
 I2V_14B = DiTConfig()
 T2V_14B = replace(I2V_14B, in_channels=16, image_dim=None)
@@ -26,6 +39,22 @@ VARIANTS = {
         vae=VAEConfig(base_dim=8),
         text=UMT5Config(vocab_size=384, dim=32, head_dim=8, ffn_dim=48, num_layers=2, num_heads=4, dtype="float32"),
         image=CLIPVisionConfig(dim=32, ffn_dim=64, num_layers=3, num_heads=2, image_size=28, dtype="float32"),
+        mllm=QwenConfig(
+            vocab_size=384,
+            dim=48,
+            ffn_dim=64,
+            num_layers=2,
+            num_heads=3,
+            num_kv_heads=1,
+            rope_sections=(2, 3, 3),
+            vision_start=261,
+            image_token=263,
+            video_token=264,
+            dtype="float32",
+            vision=QwenVisionConfig(dim=32, ffn_dim=48, num_layers=2, num_heads=2, full_attention=(1,)),
+        ),
+        lora=LoRAConfig(rank=4, alpha=4.0),
+        alignment=AlignmentConfig(queries=8, frames=5, frame_pixels=2 * 28 * 28, prompt_tokens=96, connector_dim=48),
         video=VideoConfig(frames=17, height=64, width=96),
         sampler=SamplerConfig(steps=8),
     ),
