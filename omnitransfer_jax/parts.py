@@ -4,20 +4,23 @@ A folder is one of launch.import_weights or the workdir of launch.train; empty s
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import jax
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
-from configs.base import Config
+from configs.base import Config, require
 from omnitransfer_jax import checkpoint, run_checkpoint
 from omnitransfer_jax.models.clip_vision import CLIPVision
+from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.params import abstract, flat_params, with_params
 from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer
+from omnitransfer_jax.weights.parts import MLLM_TOKENIZER
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -45,10 +48,25 @@ def load_image_encoder(folder: str, config: Config) -> CLIPVision:
     return _load(folder, "image", lambda rngs: CLIPVision(config.image, rngs=rngs))
 
 
+def load_mllm(folder: str, config: Config) -> Qwen2_5VL:
+    """The multimodal language model, its vision tower included."""
+    return _load(folder, "mllm", lambda rngs: Qwen2_5VL(config.mllm, rngs=rngs))
+
+
 def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     """The checkpoint's tokenizer; bytes where there is no checkpoint."""
     source = run_checkpoint.imported_weights(folder)
     return load_tokenizer(source) if source else byte_tokenizer()
+
+
+def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
+    """The language model's tokenizer in the checkpoint; bytes and Qwen's special tokens where there is no checkpoint."""
+    source = run_checkpoint.imported_weights(folder)
+    if not source:
+        return byte_tokenizer()
+    place = Path(source, MLLM_TOKENIZER)
+    require((place / "tokenizer.json").is_file(), f"{place}: no tokenizer.json; copy the one of the Qwen2.5-VL folder there")
+    return load_tokenizer(place)
 
 
 def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], dtype: str | None = None) -> Model:
