@@ -69,7 +69,8 @@ def train(
             run_checkpoint.write_config(workdir, config)
         step = compile_step(config, mesh, spec, like, optimizer)
         everywhere = NamedSharding(mesh, P())
-        key, empty = jax.device_put((root_keys(config)[1], empty_text), everywhere)
+        key = jax.jit(lambda: root_keys(config)[1], out_shardings=everywhere)()
+        empty = jax.device_put(np.asarray(empty_text), everywhere)
         finite, pending = Finiteness(int(state.skipped)), {}
         with RunLog(workdir, config.train, done) as log:
 
@@ -131,7 +132,11 @@ def random_params(config: Config, place: Mapping[str, NamedSharding]) -> Params:
         f"train.init_from is empty, and {size / 1e9:.1f} billion parameters do not start from random weights: "
         f"give --train.init_from=DIR, made with {checkpoint.IMPORT}",
     )
-    return jax.jit(lambda key: flat_params(WanDiT(config.dit, rngs=nnx.Rngs(key))), out_shardings=dict(place))(root_keys(config)[0])
+
+    def draw() -> Params:
+        return flat_params(WanDiT(config.dit, rngs=nnx.Rngs(root_keys(config)[0])))
+
+    return jax.jit(draw, out_shardings=dict(place))()
 
 
 def root_keys(config: Config) -> Key[Array, "2"]:
@@ -170,7 +175,7 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
 def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     """This process's samples as its part of the batch over all devices."""
     rows = NamedSharding(mesh, P(DATA))
-    return Batch(**{name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()})
+    return Batch(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), dict(batch)))
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -23,8 +23,6 @@ from omnitransfer_jax.optimizer import make_optimizer
 from omnitransfer_jax.training import abstract_params, abstract_state, init_state
 from tests.tiny_run import EMPTY_TEXT, TINY, batches, sample, train
 
-# beartype's opinion of flax's own annotation of nnx.State
-pytestmark = pytest.mark.filterwarnings("ignore:.*typing.Hashable deprecated")
 HERE = Path(__file__).parents[1]
 
 

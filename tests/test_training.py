@@ -28,8 +28,6 @@ from omnitransfer_jax.training import (
 )
 from tests.tiny_run import EMPTY_TEXT, TINY, batches, sample
 
-# beartype's opinion of flax's own annotation of nnx.State
-pytestmark = pytest.mark.filterwarnings("ignore:.*typing.Hashable deprecated")
 PARTLY = replace(TINY, train=replace(TINY.train, trainable=(r"dit/blocks\..*attention.*", "dit/head.*")))
 
 
