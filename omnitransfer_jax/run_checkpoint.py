@@ -1,9 +1,10 @@
 """What a training run leaves behind: its configuration, and checkpoints that it, another run and sampling start from.
 
     WORKDIR/config.json          the resolved configuration
-    WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped) and data (the position)
+    WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped) and data
 
-A checkpoint is whole or it is not there: Orbax writes it under another name first.
+A checkpoint is whole or it is not there: Orbax writes it under another name first. `data` is the number of batches read, the same for
+all processes, so a run may go on with another number of them.
 """
 
 import json
@@ -38,12 +39,13 @@ def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> ocp.t
 
 def save(checkpoints: ocp.training.Checkpointer, step: int, state: TrainState, data: grain.DatasetIterator) -> None:
     """Starts to write state and data position; returns when both may change again."""
-    checkpoints.save_checkpointables_async(step, _items(state) | {"data": data}, force=True)
+    checkpoints.save_checkpointables_async(step, _items(state) | {"data": data.get_state()}, force=True)
 
 
 def restore(checkpoints: ocp.training.Checkpointer, like: TrainState, data: grain.DatasetIterator) -> TrainState:
     """The latest state, placed as `like`; `data` is moved to where it was."""
-    items = checkpoints.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data})
+    items = checkpoints.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data.get_state()})
+    data.set_state(items["data"])
     step, moments, skipped = items["progress"]
     trainable, frozen, ema = (items.get(name, {}) for name in PARAMETERS)
     return TrainState(step, trainable, frozen, moments, ema, skipped)

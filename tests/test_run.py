@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -86,8 +87,10 @@ def assert_same(workdir, other):
     assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
 
 
-def start_process(workdir, compiled, *options):
+def start_process(workdir, compiled, *options, devices=1):
     env = os.environ | {name.upper(): str(value) for name, value in compiled.items()} | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    if devices > 1:  # the default number must not change the flags: they are part of what a compiled program is found by
+        env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
     command = [sys.executable, "-m", "tests.tiny_run", str(workdir), *options]
     return subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -139,6 +142,28 @@ def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
     train(TINY, tmp_path)
     assert_same(tmp_path, whole)
     assert saved_steps(tmp_path) == ["6", "8"]  # nothing is left of a save that was cut off
+
+
+def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path, compiled):
+    """Two processes of two devices each; which of them hears the signal does not matter."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = [f"port={port}", "processes=2", "data=2", "context=2", "milliseconds=300"]
+    both = [start_process(tmp_path, compiled, *options, f"process={i}", devices=2) for i in range(2)]
+    wait_for_step(both[0], tmp_path, 2)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate()[0].splitlines()[-1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    reached = int(saved_steps(tmp_path)[-1])
+    assert reached < 8
+    assert said == [f"stopped after step {reached} of 8; the same command goes on from there"] * 2
+
+    train(TINY, tmp_path)
+    ours, theirs = left_by(tmp_path), left_by(whole)
+    np.testing.assert_array_equal(ours["next"], theirs["next"])
+    np.testing.assert_array_equal(ours["step"], theirs["step"])
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)  # a mesh changes rounding, and steps carry it on
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -47,7 +47,6 @@ VISION_FIELDS = {
     "temporal_patch": "temporal_patch_size",
     "merge": "spatial_merge_size",
     "window": "window_size",
-    "full_attention": "fullatt_block_indexes",
     "tokens_per_second": "tokens_per_second",
 }
 
@@ -154,7 +153,7 @@ def config_from_json(json: dict[str, Any]) -> QwenConfig:
     for key, (value, supported) in found.items():
         require(value in supported, f"config.json: {key}={value!r}: supported is {supported[0]!r}; take a Qwen2.5-VL checkpoint")
     places = [(text, (*FIELDS.values(), "rope_theta", "mrope_section", "tie_word_embeddings"))]
-    places += [(json, tuple(TOKENS.values())), (vision, tuple(VISION_FIELDS.values()))]
+    places += [(json, tuple(TOKENS.values())), (vision, (*VISION_FIELDS.values(), "fullatt_block_indexes"))]
     missing = [key for place, keys in places for key in keys if place.get(key) is None]
     require(not missing, f"config.json: no {', '.join(missing)}: all are needed; take the file of a Qwen2.5-VL checkpoint")
     return QwenConfig(
@@ -162,8 +161,9 @@ def config_from_json(json: dict[str, Any]) -> QwenConfig:
         **{ours: json[theirs] for ours, theirs in TOKENS.items()},
         rope_theta=text["rope_theta"],
         rope_sections=tuple(rope["mrope_section"]),
-        tied=text["tie_word_embeddings"],
+        tied=bool(text["tie_word_embeddings"]),
         vision=QwenVisionConfig(
-            **{ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()} | {"full_attention": tuple(vision["fullatt_block_indexes"])}
+            **{ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()},
+            full_attention=tuple(vision["fullatt_block_indexes"]),
         ),
     )
