@@ -18,7 +18,7 @@ from configs.base import MeshConfig
 from omnitransfer_jax import checkpoint, run, run_checkpoint
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.mesh import make_mesh, specs
-from omnitransfer_jax.models.wan_dit import SHARDING
+from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.optimizer import make_optimizer
 from omnitransfer_jax.training import abstract_params, abstract_state, init_state
 from tests.tiny_run import EMPTY_TEXT, TINY, batches, sample, train

@@ -19,6 +19,16 @@ from omnitransfer_jax.models.layers import Linear
 from omnitransfer_jax.models.lora import add_lora
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    (r"mllm\.layers\..*\.(kernel|lora\.down)", ("layers", "in", "out")),
+    (r"mllm\.layers\..*\.lora\.up", ("layers", None, "out")),
+    (r"mllm\.layers\..*\.(bias|scale)", ("layers", "vector")),
+    (r"mllm\.token_embedding", ("in", "out")),
+    (r"(?!mllm\.layers\.).*\.kernel", ("in", "out")),
+    (r"(?!mllm\.layers\.).*\.(bias|scale)", ("vector",)),
+    (r"queries", (None, None, "vector")),
+]
+
 
 class Shown(NamedTuple):
     """What the language model sees of each sample, padded to one length (data_pipelines/shown.py)."""
