@@ -12,11 +12,12 @@ from data_pipelines import records
 ARRAYS = ("target", "condition", "reference", "image")
 
 
-def batches(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+def batches(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[dict[str, Any]]:
     """Endless batches of the records in `config.data.path`; this process's share of each, `1 / process_count` of the samples.
 
         task int32 "B"   has_image float32 "B"   text "B S E"   image "B I J"
         target "B F H w C"   condition "B F H w c"   reference "B f h w C"   all float32
+        shown, with alignment.enabled: tokens int32 "B S", mask bool "B S", positions int32 "B 3 S", source int32 "B S", features "B V D"
 
     Every epoch has its own order, drawn from `seed` (none with `data.shuffle=False`), and batches run on across its end. A batch over all
     processes does not depend on how many they are: each takes a contiguous share, in the order of the processes. The iterator's
@@ -27,7 +28,7 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
     examples = grain.MapDataset.source(records.Records(_folder(config), config)).seed(seed % 2**32)
     if config.data.shuffle:
         examples = examples.shuffle()
-    shares = examples.repeat().map(lambda record: decode(record, config.dit.text_len)).batch(size // process_count, drop_remainder=True)
+    shares = examples.repeat().map(lambda record: decode(record, config)).batch(size // process_count, drop_remainder=True)
     threads = config.data.threads
     return iter(shares[process_index::process_count].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
@@ -37,10 +38,13 @@ def empty_text(config: Config) -> np.ndarray:
     return records.empty_text(_folder(config), config.dit.text_len)
 
 
-def decode(record: dict[str, Any], text_len: int) -> dict[str, np.ndarray]:
+def decode(record: dict[str, Any], config: Config) -> dict[str, Any]:
     """One sample of a batch from its record."""
     sample = {name: records.from_bits(record[name]) for name in ARRAYS}
-    sample["text"] = records.pad_rows(records.from_bits(record["text"]), text_len)
+    sample["text"] = records.pad_rows(records.from_bits(record["text"]), config.dit.text_len)
+    if config.alignment.enabled:
+        shown = {name: record[f"shown_{name}"] for name in records.SHOWN}
+        sample["shown"] = shown | {"features": records.from_bits(shown["features"])}
     return sample | {"task": np.int32(record["task"]), "has_image": np.float32(record["has_image"])}
 
 

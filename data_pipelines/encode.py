@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.base import Config, VideoConfig
-from data_pipelines import clips
+from data_pipelines import clips, shown
 from data_pipelines.manifest import Clip, Row, refuse_same
 from data_pipelines.records import shapes, to_bits
 from omnitransfer_jax import parts, tasks
@@ -43,6 +43,10 @@ class Encoders(NamedTuple):
     """First frame "H W 3" in [-1, 1] -> features "I J"."""
     text: Callable[[str], np.ndarray]
     """Prompt -> features "S E", the rows of its tokens alone."""
+    look: shown.Look | None = None
+    """First frame or None, and reference, both in [-1, 1] -> features "V D" for the language model; None without alignment."""
+    show: Callable[[str, str, bool], dict[str, np.ndarray]] | None = None
+    """Task, prompt and whether there is a first frame -> what else the language model is shown (`shown.show`)."""
 
 
 def load_encoders(config: Config, folder: str) -> Encoders:
@@ -64,7 +68,13 @@ def load_encoders(config: Config, folder: str) -> Encoders:
     def one(encode: Callable[[Any], jax.Array]) -> Callable[[np.ndarray], np.ndarray]:
         return lambda x: np.asarray(encode(jnp.asarray(x)[None]))[0]
 
-    return Encoders(one(encode_video), one(encode_first_frame), np.asarray(encode_first_frame(None))[0], one(encode_image), text)
+    encoders = Encoders(one(encode_video), one(encode_first_frame), np.asarray(encode_first_frame(None))[0], one(encode_image), text)
+    if not config.alignment.enabled:
+        return encoders
+    show = partial(shown.show, config, parts.load_mllm_vocabulary(folder))
+    for task in tasks.NAMES:  # what is wrong with templates or vocabulary is wrong with every record, so it is said now
+        show(task, "", True)
+    return encoders._replace(look=shown.look(config, parts.load_mllm(folder, config)), show=show)
 
 
 def read_pixels(row: Row, config: Config) -> Pixels:
@@ -90,10 +100,14 @@ def encode(row: Row, pixels: Pixels, encoders: Encoders, config: Config) -> dict
     else:
         first_frame = clips.to_unit(pixels.first_frame)
         arrays |= {"condition": encoders.condition(first_frame), "image": encoders.image(first_frame)}
+    scalars = {"id": row.id, "task": tasks.task_index(row.task), "has_image": np.float32(pixels.first_frame is not None)}
+    if encoders.look and encoders.show:
+        first_frame = None if pixels.first_frame is None else clips.to_unit(pixels.first_frame)
+        arrays["shown_features"] = encoders.look(first_frame, clips.to_unit(pixels.reference))
+        scalars |= {f"shown_{name}": array for name, array in encoders.show(row.task, row.prompt, first_frame is not None).items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise RequestError(f"{row.target.path}: the {name} of {row.id!r} is encoded as NaN or infinity; encode in float32")
-    scalars = {"id": row.id, "task": tasks.task_index(row.task), "has_image": np.float32(pixels.first_frame is not None)}
     return scalars | {name: to_bits(array) for name, array in arrays.items()}
 
 

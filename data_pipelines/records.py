@@ -6,9 +6,10 @@
     DIR/empty_text.npy                              the encoding of the empty prompt
 
 Real numbers are kept as bfloat16, whose bits go into uint16, for TFDS has no name for bfloat16: half the disk of float32, and the
-precision the network computes in. Shards are not compressed: latents gain nothing from it, and compressed ones are slower to open.
+precision the network computes in. Records for stages 2 and 3 hold, beside the same, what the language model is shown. Shards are not compressed: latents gain nothing from it, and compressed ones are slower to open.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from configs.base import Config, VideoConfig, require
+from data_pipelines import shown
+from omnitransfer_jax import tasks
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.models.omnitransfer import MASK_CHANNELS
 
@@ -34,6 +37,7 @@ NAME, SPLIT = "records", "train"
 TFDS_FILES = ("dataset_info.json", "features.json")
 MADE_FILE, EMPTY_TEXT_FILE = "records.json", "empty_text.npy"
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read, as random access wants it
+SHOWN = {"tokens": np.int32, "mask": np.bool_, "positions": np.int32, "source": np.int32, "features": np.uint16}  # of shown.shapes
 ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
 
 
@@ -62,10 +66,14 @@ def schema(config: Config) -> tfds.features.FeaturesDict:
     task       index into `tasks.TASKS`
     text       the prompt's features, "S E", as many rows as it has tokens
     has_image  1 if the target starts from a given frame; 0 if not, and then `image` is zeros that stand for nothing
+    shown_*    with `alignment.enabled`: the arrays of `shown.shapes`
     """
     arrays = {**shapes(config), "text": (None, config.text.dim)}
     tensors = {name: tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes") for name, shape in arrays.items()}
     scalars = {"task": tfds.features.Scalar(np.int32), "has_image": tfds.features.Scalar(np.float32)}
+    if config.alignment.enabled:
+        for name, shape in shown.shapes(config).items():
+            tensors[f"shown_{name}"] = tfds.features.Tensor(shape=shape, dtype=SHOWN[name], encoding="bytes")
     return tfds.features.FeaturesDict({"id": tfds.features.Text(), **scalars, **tensors})
 
 
@@ -138,6 +146,23 @@ def finish(folder: Path, config: Config, lengths: Sequence[int]) -> None:
     tfds.folder_dataset.write_metadata(data_dir=folder, features=schema(config), split_infos=[split], check_data=False)
 
 
+def require_shown(folder: Path, made: Mapping[str, Any], config: Config) -> None:
+    """A `RequestError` unless the records hold what the language model of `config` is shown."""
+    require(
+        "alignment" in made["config"],
+        f"{folder}: records without what alignment.enabled needs, features for the language model; "
+        f"make others with a configuration that has it: {ENCODE}",
+    )
+    needs = _flat(_alignment(config))
+    found = _flat({name: made["config"].get(name) for name in _alignment(config)})
+    changed = [
+        f"{key}={found.get(key)} there, {needs.get(key)} now"
+        for key in {**found, **needs}
+        if found.get(key) != needs.get(key) and key != "mllm.dtype"  # how it computes, not what it is
+    ]
+    require(not changed, f"{folder}: records for another alignment ({'; '.join(changed)}); give those numbers, or make others: {ENCODE}")
+
+
 class Records:
     """The records of a folder by number: dictionaries of numpy arrays, as `schema` has them."""
 
@@ -149,6 +174,8 @@ class Records:
         builder: Any = tfds.builder_from_directory(folder)
         features: Any = schema(config)
         found, needs = builder.info.features.shape, features.shape
+        if config.alignment.enabled:
+            require_shown(folder, made, config)
         wrong = [f"{name} is {_times(found[name])}, not {_times(needs[name])}" for name in needs if found[name] != needs[name]]
         rows, length = made["config"]["dit"]["text_len"], config.dit.text_len
         wrong += [f"prompts have up to {rows} rows, dit.text_len is {length}"] if rows > length else []
@@ -211,11 +238,23 @@ def _configuration(config: Config) -> dict[str, Any]:
     encoders = {name: asdict(getattr(config, name)) for name in ("vae", "text", "image")}
     for name in ("encode_frames", "decode_frames"):  # they change the memory alone
         encoders["vae"].pop(name)
-    return {
-        "video": asdict(config.video),
-        "data": {"reference": asdict(config.data.reference)},
-        "dit": {"text_len": config.dit.text_len},
-    } | encoders
+    alignment = _alignment(config) if config.alignment.enabled else {}
+    return (
+        {
+            "video": asdict(config.video),
+            "data": {"reference": asdict(config.data.reference)},
+            "dit": {"text_len": config.dit.text_len},
+        }
+        | encoders
+        | alignment
+    )
+
+
+def _alignment(config: Config) -> dict[str, Any]:
+    """The fields that decide what the language model is shown, in words of JSON."""
+    fields = {name: getattr(config.alignment, name) for name in ("frames", "frame_pixels", "prompt_tokens")}
+    templates = hashlib.sha256("\n".join(task.template for task in tasks.TASKS).encode()).hexdigest()
+    return json.loads(json.dumps({"alignment": fields | {"templates": templates}, "mllm": asdict(config.mllm)}))
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:

@@ -3,8 +3,11 @@
 The source is a diffusers folder (transformer/, vae/, text_encoder/, image_encoder/, tokenizer/), the original's folder (its pickles
 converted to safetensors), or a single .safetensors file of the diffusion transformer, ComfyUI's included. Whatever parts are there
 are imported, one after the other, so memory holds a few leaves of one part. Nothing is written unless all of them are whole.
+The language model of stages 2 and 3 is a Qwen2.5-VL folder as published, as the source of a second call with the same --out, or as
+the folder mllm/ in the first one's source.
 
 python -m launch.import_weights --source=Wan2.1-I2V-14B-480P-Diffusers --out=checkpoints/wan_i2v
+python -m launch.import_weights --source=Qwen2.5-VL-3B-Instruct --out=checkpoints/wan_i2v
 """
 
 import json
@@ -25,7 +28,7 @@ from omnitransfer_jax import checkpoint
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.weights import convert, files
 from omnitransfer_jax.weights.files import DTYPES, Tensor
-from omnitransfer_jax.weights.parts import PARTS, TOKENIZERS, Layout, Part
+from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, MLLM_TOKENIZER_FILES, PARTS, TOKENIZERS, Layout, Part
 
 FLAGS = flags.FlagValues()
 SOURCE = flags.DEFINE_string("source", None, "folder or .safetensors file to read", required=True, flag_values=FLAGS)
@@ -65,7 +68,10 @@ def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
     if source.is_file():
         yield PARTS[0], files.find(source), None
         return
-    in_folders = [part for part in PARTS if (source / part.diffusers[0]).is_dir()]
+    if is_mllm(source):
+        yield MLLM, files.find(source, f"{MLLM.diffusers[1]}*.safetensors"), "diffusers"
+        return
+    in_folders = [part for part in (*PARTS, MLLM) if (source / part.diffusers[0]).is_dir()]
     if in_folders:
         for part in in_folders:
             folder, stem = part.diffusers
@@ -77,10 +83,18 @@ def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
     if not present:
         raise RequestError(
             f"{source}: neither a diffusers folder ({', '.join(part.diffusers[0] + '/' for part in PARTS)}) nor the original's "
-            f"({', '.join(pattern for _, pattern in patterns)}); give the folder that holds one of them"
+            f"({', '.join(pattern for _, pattern in patterns)}), and no Qwen2.5-VL folder; give the folder that holds one of them"
         )
     for part, pattern in present:
         yield part, files.find(source, pattern), "original"
+
+
+def is_mllm(folder: Path) -> bool:
+    """Whether `folder` is a Qwen2.5-VL one, as its config.json says."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == "qwen2_5_vl"
+    except (OSError, json.JSONDecodeError):
+        return False
 
 
 def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtype | None) -> Found:
@@ -88,8 +102,8 @@ def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtyp
     tensors, sizes = files.inspect(paths), candidates(part, paths[0].with_name("config.json"), layout)
     attempts = []
     for config, name in sizes:
-        table, shapes = part.entries(config, name), part.shapes(config)
-        selected, expected = convert.select(tensors, table, part.prefixes, part.ignored), convert.specs(table, shapes)
+        table, shapes, ignored = part.entries(config, name), part.shapes(config), (*part.ignored, *part.ignored_of(config))
+        selected, expected = convert.select(tensors, table, part.prefixes, ignored), convert.specs(table, shapes)
         misshaped = [key for key, spec in expected.items() if key in selected and selected[key].shape != spec.shape]
         distance = len(set(selected) ^ set(expected)) + len(misshaped)
         attempts.append((distance, Found(part, config, name, selected, convert.problems(selected, table, shapes, dtype))))
@@ -129,13 +143,20 @@ def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
 
 
 def import_tokenizer(source: Path, out: epath.Path) -> None:
-    """Copies the vocabulary, if the source has one and the checkpoint does not."""
+    """Copies each vocabulary that the source has and the checkpoint does not."""
     for place in TOKENIZERS.values():
         if (source / place).is_dir() and not (out / "tokenizer").exists():
             (out / "tokenizer").mkdir(parents=True)
             for file in sorted(path for path in (source / place).iterdir() if path.is_file()):
                 epath.Path(file).copy(out / "tokenizer" / file.name)
             print("tokenizer: copied")
+    place = source if is_mllm(source) else source / MLLM.diffusers[0]
+    found = [place / name for name in MLLM_TOKENIZER_FILES if is_mllm(place) and (place / name).is_file()]
+    if found and not (out / MLLM_TOKENIZER).exists():
+        (out / MLLM_TOKENIZER).mkdir(parents=True)
+        for file in found:
+            epath.Path(file).copy(out / MLLM_TOKENIZER / file.name)
+        print(f"{MLLM_TOKENIZER}: copied")
 
 
 def report(out: epath.Path) -> None:
@@ -146,6 +167,8 @@ def report(out: epath.Path) -> None:
             print(f"{part.name}: not there; {part.absent}")
     if not (out / "tokenizer").exists():
         print("tokenizer: not there; no prompt can be read")
+    if MLLM.name in stored and not (out / MLLM_TOKENIZER).exists():
+        print(f"{MLLM_TOKENIZER}: not there; no prompt can be shown to the language model")
     fits = [
         variant
         for variant, config in wan.VARIANTS.items()

@@ -4,7 +4,12 @@ A folder is one of launch.import_weights or the workdir of launch.train; empty s
 """
 
 from collections.abc import Callable
+<<<<<<< HEAD
 from typing import Any, TypeVar
+=======
+from pathlib import Path
+from typing import TypeVar
+>>>>>>> main
 
 import jax
 from flax import nnx
@@ -14,12 +19,17 @@ from configs.base import Config, require
 from omnitransfer_jax import checkpoint, run_checkpoint
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision
+<<<<<<< HEAD
 from omnitransfer_jax.models.omnitransfer import OmniTransfer
+=======
+from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
+>>>>>>> main
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.params import abstract, flat_params, with_params
 from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer
+from omnitransfer_jax.weights.parts import MLLM_TOKENIZER
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -54,12 +64,18 @@ def load_image_encoder(folder: str, config: Config) -> CLIPVision:
     return _load(folder, "image", lambda rngs: CLIPVision(config.image, rngs=rngs))
 
 
+def load_mllm(folder: str, config: Config) -> Qwen2_5VL:
+    """The multimodal language model, its vision tower included."""
+    return _load(folder, "mllm", lambda rngs: Qwen2_5VL(config.mllm, rngs=rngs))
+
+
 def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     """The checkpoint's tokenizer; bytes where there is no checkpoint."""
     source = run_checkpoint.imported_weights(folder)
     return load_tokenizer(source) if source else byte_tokenizer()
 
 
+<<<<<<< HEAD
 def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> Any:
     """One part of the model that the run in `folder` trains."""
     model = getattr(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), part)
@@ -67,6 +83,16 @@ def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> 
     loaded = run_checkpoint.load_params(folder, params, dtype=dtype)
     require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
     return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
+=======
+def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
+    """The language model's tokenizer in the checkpoint; bytes and Qwen's special tokens where there is no checkpoint."""
+    source = run_checkpoint.imported_weights(folder)
+    if not source:
+        return byte_tokenizer()
+    place = Path(source, MLLM_TOKENIZER)
+    require((place / "tokenizer.json").is_file(), f"{place}: no tokenizer.json; copy the one of the Qwen2.5-VL folder there")
+    return load_tokenizer(place)
+>>>>>>> main
 
 
 def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], dtype: str | None = None) -> Model:

@@ -21,14 +21,16 @@ class Task(NamedTuple):
     """What the reference's mask channels hold (section 4.1)."""
     takes: str
     """What is taken from the reference."""
+    template: str
+    """What the language model is told of the task, before the prompt (section 4.4; the paper gives no text)."""
 
 
 TASKS = (
-    Task("id", "appearance", -2.0, "identity"),
-    Task("style", "appearance", -3.0, "style"),
-    Task("motion", "temporal", -1.0, "motion"),
-    Task("camera", "temporal", -1.0, "camera movement"),
-    Task("effect", "temporal", -1.0, "visual effect"),
+    Task("id", "appearance", -2.0, "identity", "Keep the identity of the reference and place it in a new scene."),
+    Task("style", "appearance", -3.0, "style", "Take the style of the reference and keep none of its content."),
+    Task("motion", "temporal", -1.0, "motion", "Take the motion of the reference and keep the look of the first frame."),
+    Task("camera", "temporal", -1.0, "camera movement", "Take the camera movement of the reference and keep the scene of the first frame."),
+    Task("effect", "temporal", -1.0, "visual effect", "Take the visual effect of the reference and keep the subject of the first frame."),
 )
 NAMES = tuple(task.name for task in TASKS)
 

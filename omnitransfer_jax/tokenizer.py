@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from configs.base import require
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
+QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # ids 259 to 264
 PLACES = ("", "tokenizer", "google/umt5-xxl")  # the folder itself, of a diffusers checkpoint, of an original one
 
 
@@ -48,10 +49,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary of 259 that needs no file: UTF-8 bytes from id 3 on. For models with random weights."""
+    """A vocabulary of 265 that needs no file: UTF-8 bytes from id 3 on, then `QWEN_SPECIAL`. For models with random weights."""
     vocabulary = [PAD, EOS, UNKNOWN, *(f"<0x{byte:02X}>" for byte in range(256))]
     ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token=UNKNOWN, byte_fallback=True))
+    tokenizer.add_special_tokens(list(QWEN_SPECIAL))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)

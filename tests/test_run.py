@@ -126,12 +126,13 @@ def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
 
     stopped = start_process(tmp_path, compiled, "milliseconds=100")
     out = []
-    for line in stopped.stdout:
-        out.append(line)
-        if line.startswith("compiled"):
-            stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait() == 0
-    assert "again to stop at once" in stopped.stderr.read()
+    with stopped:
+        for line in stopped.stdout:
+            out.append(line)
+            if line.startswith("compiled"):
+                stopped.send_signal(signal.SIGTERM)
+        assert "again to stop at once" in stopped.stderr.read()
+    assert stopped.returncode == 0
     assert any("going on after step" in line for line in out) == bool(saved)
     reached = int(saved[-1]) + 1 if saved else 1
     assert out[-1] == f"stopped after step {reached} of 8; the same command goes on from there\n"

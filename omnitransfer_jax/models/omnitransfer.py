@@ -33,7 +33,12 @@ class OmniTransfer(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.dit = WanDiT(config.dit, rngs=rngs)
         self.alignment = Alignment(config, rngs=rngs) if config.alignment.enabled else None
-        self.embed_text = not (config.alignment.enabled and config.alignment.into == "blocks")
+        self.embed_text = embeds_text(config)
+
+
+def embeds_text(config: Config) -> bool:
+    """Whether the context goes through Wan's text projection: always, but for a connector that leads straight into the blocks."""
+    return not (config.alignment.enabled and config.alignment.into == "blocks")
 
 
 SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices

@@ -1,4 +1,7 @@
-"""The parts of a Wan model: what each is called here, in a diffusers folder and in the original's, and which table carries it over."""
+"""The parts of a Wan model: what each is called here, in a diffusers folder and in the original's, and which table carries it over.
+
+Beside them stands the language model of the alignment, which is published by itself.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -8,15 +11,18 @@ from typing import Any, Literal, NamedTuple
 from flax import nnx
 
 from omnitransfer_jax.models.clip_vision import CLIPVision
+from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.params import abstract, flat_params
-from omnitransfer_jax.weights import clip_vision, umt5, wan_dit, wan_vae
+from omnitransfer_jax.weights import clip_vision, qwen2_5_vl, umt5, wan_dit, wan_vae
 from omnitransfer_jax.weights.table import Entry
 
 Layout = Literal["diffusers", "original"]
 TOKENIZERS: dict[Layout, str] = {"diffusers": "tokenizer", "original": "google/umt5-xxl"}  # where each layout keeps the vocabulary
+MLLM_TOKENIZER = "mllm_tokenizer"  # the language model's, in our checkpoint
+MLLM_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")  # and where it is published
 
 
 class Part(NamedTuple):
@@ -35,6 +41,8 @@ class Part(NamedTuple):
     """What a checkpoint without it cannot do."""
     prefixes: Sequence[str] = ()
     ignored: Sequence[str] = ()
+    ignored_of: Callable[[Any], Sequence[str]] = lambda config: ()
+    """What else is ignored for this configuration."""
 
     def shapes(self, config: Any) -> Mapping[str, Any]:
         """The leaves of the model of this configuration, as shapes."""
@@ -61,6 +69,10 @@ PARTS = (
         "image", CLIPVision, clip_vision, ("image_encoder", "model"), "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
         "no first frame can be encoded; text-to-video needs none", clip_vision.OPTIONAL_PREFIXES, clip_vision.IGNORED,
     ),
+)  # fmt: skip
+MLLM = Part(
+    "mllm", Qwen2_5VL, qwen2_5_vl, ("mllm", "model"), "model", "no alignment, which stages 2 and 3 need",
+    qwen2_5_vl.OPTIONAL_PREFIXES, (), qwen2_5_vl.ignored,
 )  # fmt: skip
 
 

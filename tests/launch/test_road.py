@@ -67,7 +67,8 @@ def test_on_real_clips(shared, tmp_path):
     sets = {"camera": "Camera__{}2", "effect": "Effect__{}1", "motion": "Motion__{}1", "id": "ID__{}1", "style": "Style__{}1"}
     rows, pairs = [], {}
     for task, name in sets.items():
-        reference, target, frame = (folder / (name.format(kind) + end) for kind, end in (("ref", ".mp4"), ("result", ".mp4"), ("ref", ".jpg")))
+        reference, target = (folder / f"{name.format(kind)}.mp4" for kind in ("ref", "result"))
+        frame = reference.with_suffix(".jpg")
         row = {"id": task, "task": task, "reference": str(reference), "target": str(target), "prompt": ""}
         rows.append(row | ({"first_frame": str(frame)} if frame.exists() else {}))
         pairs[task] = (reference, frame if frame.exists() else None)
