@@ -148,7 +148,7 @@ def tell(config: Config, request: Request) -> jax.Array:
         say = jax.jit(lambda alignment, seen, task: alignment(seen, task))
         said = []
         for (task, _), seen in zip(request.references, features, strict=True):
-            prompt = shown.show(config, vocabulary, task, request.prompt, frame is not None)
+            prompt = shown.show(config, vocabulary, tasks.NAMES[task], request.prompt, frame is not None)
             batch = jax.tree.map(lambda x: jnp.asarray(x)[None], prompt | {"features": seen})
             said.append(say(alignment, Shown(**batch), jnp.array([task])))
     told = jnp.concatenate(said, axis=1)

@@ -25,20 +25,8 @@ FORMAT = 1
 MODEL_FILE = "model.json"
 GROUP_BYTES = 2**28  # leaves that go to or come from the disk together, unless one alone is larger
 CHUNK_BYTES = 2**26  # a process reads the chunks its shard of an array touches, so they are small, and cut along the widest axes
-<<<<<<< HEAD
-RUN_FIELDS = {
-    "dtype",
-    "attention",
-    "references",
-    "remat",
-    "text_len",
-    "encode_frames",
-    "decode_frames",
-}  # how a model runs, not which one it is
-=======
 # How a model runs, not which one it is.
 RUN_FIELDS = {"dtype", "attention", "references", "remat", "text_len", "encode_frames", "decode_frames"}
->>>>>>> main
 Item = TypeVar("Item")
 IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
 

@@ -4,12 +4,8 @@ A folder is one of launch.import_weights or the workdir of launch.train; empty s
 """
 
 from collections.abc import Callable
-<<<<<<< HEAD
-from typing import Any, TypeVar
-=======
 from pathlib import Path
-from typing import TypeVar
->>>>>>> main
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -19,11 +15,8 @@ from configs.base import Config, require
 from omnitransfer_jax import checkpoint, run_checkpoint
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision
-<<<<<<< HEAD
 from omnitransfer_jax.models.omnitransfer import OmniTransfer
-=======
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
->>>>>>> main
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
@@ -75,7 +68,6 @@ def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     return load_tokenizer(source) if source else byte_tokenizer()
 
 
-<<<<<<< HEAD
 def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> Any:
     """One part of the model that the run in `folder` trains."""
     model = getattr(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), part)
@@ -83,7 +75,8 @@ def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> 
     loaded = run_checkpoint.load_params(folder, params, dtype=dtype)
     require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
     return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
-=======
+
+
 def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     """The language model's tokenizer in the checkpoint; bytes and Qwen's special tokens where there is no checkpoint."""
     source = run_checkpoint.imported_weights(folder)
@@ -92,7 +85,6 @@ def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     place = Path(source, MLLM_TOKENIZER)
     require((place / "tokenizer.json").is_file(), f"{place}: no tokenizer.json; copy the one of the Qwen2.5-VL folder there")
     return load_tokenizer(place)
->>>>>>> main
 
 
 def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], dtype: str | None = None) -> Model:
