@@ -145,20 +145,39 @@ def imported_params(folder: str, config: Config, params: Mapping[str, Any], plac
 
 
 def random_params(config: Config, params: Mapping[str, Any], place: Mapping[str, NamedSharding]) -> Params:
-    """`params` drawn from the seed, of networks that are small enough to learn from there."""
-    for prefix, part in IMPORTED.items():
-        size = sum(leaf.size for path, leaf in params.items() if path.startswith(prefix) and ".lora." not in path)
-        require(
-            size <= RANDOM_LIMIT,
-            f"train.init_from={config.train.init_from!r} has no weights for {part}, and its {size / 1e9:.1f} billion parameters do not "
-            f"start from random ones: give --train.init_from=DIR, made with {checkpoint.IMPORT}",
-        )
+    """`params` drawn from the seed."""
+    require_small(config, params)
 
     def draw(key: Array) -> Params:
         drawn = flat_params(OmniTransfer(config, rngs=nnx.Rngs(key)))
         return {path: drawn[path] for path in params}
 
     return jax.jit(draw, out_shardings={path: place[path] for path in params})(root_keys(config)[0])
+
+
+def require_weights(config: Config) -> None:
+    """A `RequestError` that says which weights are missing, if a run of this configuration could not start; nothing is read."""
+    origin = config.train.init_from
+    require(
+        not origin or run_checkpoint.is_run(origin) or (epath.Path(origin) / checkpoint.MODEL_FILE).exists(),
+        f"train.init_from={origin!r}: neither imported weights nor a run; import them with {checkpoint.IMPORT}",
+    )
+    if not origin:
+        require_small(config, abstract_params(config))
+
+
+def require_small(config: Config, params: Mapping[str, Any]) -> None:
+    """A `RequestError` unless the networks `params` belong to are small enough to learn from random weights."""
+    sizes = {
+        part: sum(leaf.size for path, leaf in params.items() if path.startswith(prefix) and ".lora." not in path)
+        for prefix, part in IMPORTED.items()
+    }
+    missing = [f"{part} ({size / 1e9:.1f} billion parameters)" for part, size in sizes.items() if size > RANDOM_LIMIT]
+    require(
+        not missing,
+        f"train.init_from={config.train.init_from!r} has no weights for {' and '.join(missing)}, too large to start from random ones: "
+        f"give --train.init_from=DIR, made with {checkpoint.IMPORT}",
+    )
 
 
 def root_keys(config: Config) -> Key[Array, "2"]:
