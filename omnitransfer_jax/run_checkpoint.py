@@ -56,8 +56,9 @@ def load_params(
     dtype: Any = None,
     only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
-    """Those of `params` (of these, `only` some paths) that the run's latest checkpoint has, averaged if the run keeps an average; arguments as for `checkpoint.load_part`.
+    """Those of `params` that the run's latest checkpoint has, or `only` some paths, averaged if the run keeps an average.
 
+    Arguments are as for `checkpoint.load_part`.
     A part (`dit`, `alignment`) of another model is a `RequestError`. What the run kept frozen, in the narrower dtype it computed
     in, is taken from the run before, where it was trained, as long as that is there.
     """

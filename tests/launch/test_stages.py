@@ -1,9 +1,8 @@
 """Stage 1 -> 2 -> 3 by their commands: what each leaves alone, what it moves, and what can be done with the result."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from peft import PeftModel
@@ -48,7 +47,8 @@ def travel(tmp_path, manifest, pairs):
             "--train.ema=0",
         )
         origin = workdir
-    first, second, third = (weights(tmp_path / s.__name__.split(".")[-1], s.get_config("tiny")) for s in (stage1, stage2, stage3))
+    runs = {"stage1": stage1, "stage2": stage2, "stage3": stage3}
+    first, second, third = (weights(tmp_path / name, stage.get_config("tiny")) for name, stage in runs.items())
 
     assert all((second[path] == leaf).all() for path, leaf in first.items())  # stage 2 leaves the transformer as it was, bit for bit
     moved = {path for path in third if (third[path] != second[path]).any()}
@@ -67,6 +67,7 @@ def travel(tmp_path, manifest, pairs):
     return third
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
 def test_on_clips_the_project_makes(tmp_path):
     manifest = example.write_example(tmp_path / "clips")
     trained = travel(tmp_path, manifest, example_pairs(manifest, tmp_path))
