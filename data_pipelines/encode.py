@@ -43,14 +43,13 @@ class Encoders(NamedTuple):
     """First frame "H W 3" in [-1, 1] -> features "I J"."""
     text: Callable[[str], np.ndarray]
     """Prompt -> features "S E", the rows of its tokens alone."""
-    look: shown.Look | None = None
-    """First frame or None, and reference, both in [-1, 1] -> features "V D" for the language model; None without alignment."""
-    show: Callable[[str, str, bool], dict[str, np.ndarray]] | None = None
-    """Task, prompt and whether there is a first frame -> what else the language model is shown (`shown.show`)."""
+    shown: Callable[[str, str, np.ndarray | None, np.ndarray], dict[str, np.ndarray]] | None
+    """Task, prompt, first frame or None and reference in [-1, 1] -> the arrays of `shown.shapes`; None without alignment."""
 
 
 def load_encoders(config: Config, folder: str) -> Encoders:
     """The encoders of a checkpoint; with random weights if `folder` is empty."""
+    encode_shown = load_shown(config, folder) if config.alignment.enabled else None  # first: all but the vision tower is let go
     vae, text_encoder = parts.load_vae(folder, config), parts.load_text_encoder(folder, config)
     image_encoder, vocabulary = parts.load_image_encoder(folder, config), parts.load_vocabulary(folder)
     size = config.video
@@ -68,13 +67,27 @@ def load_encoders(config: Config, folder: str) -> Encoders:
     def one(encode: Callable[[Any], jax.Array]) -> Callable[[np.ndarray], np.ndarray]:
         return lambda x: np.asarray(encode(jnp.asarray(x)[None]))[0]
 
-    encoders = Encoders(one(encode_video), one(encode_first_frame), np.asarray(encode_first_frame(None))[0], one(encode_image), text)
-    if not config.alignment.enabled:
-        return encoders
+    return Encoders(
+        one(encode_video),
+        one(encode_first_frame),
+        np.asarray(encode_first_frame(None))[0],
+        one(encode_image),
+        text,
+        encode_shown,
+    )
+
+
+def load_shown(config: Config, folder: str) -> Callable[[str, str, np.ndarray | None, np.ndarray], dict[str, np.ndarray]]:
+    """`Encoders.shown` with the weights and the vocabulary of a checkpoint."""
     show = partial(shown.show, config, parts.load_mllm_vocabulary(folder))
     for task in tasks.NAMES:  # what is wrong with templates or vocabulary is wrong with every record, so it is said now
         show(task, "", True)
-    return encoders._replace(look=shown.look(config, parts.load_mllm(folder, config)), show=show)
+    look = shown.look(config, parts.load_mllm(folder, config))
+
+    def encode_shown(task: str, prompt: str, first_frame: np.ndarray | None, reference: np.ndarray) -> dict[str, np.ndarray]:
+        return show(task, prompt, first_frame is not None) | {"features": look(first_frame, reference)}
+
+    return encode_shown
 
 
 def read_pixels(row: Row, config: Config) -> Pixels:
@@ -90,25 +103,25 @@ def read_pixels(row: Row, config: Config) -> Pixels:
 
 def encode(row: Row, pixels: Pixels, encoders: Encoders, config: Config) -> dict[str, Any]:
     """The record of a row (`records.schema`). Encodings that are not finite are a `RequestError`."""
+    first_frame = None if pixels.first_frame is None else clips.to_unit(pixels.first_frame)
+    reference = clips.to_unit(pixels.reference)
     arrays = {
         "target": encoders.video(clips.to_unit(pixels.target)),
-        "reference": encoders.video(clips.to_unit(pixels.reference)),
+        "reference": encoders.video(reference),
         "text": encoders.text(row.prompt),
     }
-    if pixels.first_frame is None:
+    if first_frame is None:
         arrays |= {"condition": encoders.no_condition, "image": np.zeros(shapes(config)["image"], np.float32)}
     else:
-        first_frame = clips.to_unit(pixels.first_frame)
         arrays |= {"condition": encoders.condition(first_frame), "image": encoders.image(first_frame)}
-    scalars = {"id": row.id, "task": tasks.task_index(row.task), "has_image": np.float32(pixels.first_frame is not None)}
-    if encoders.look and encoders.show:
-        first_frame = None if pixels.first_frame is None else clips.to_unit(pixels.first_frame)
-        arrays["shown_features"] = encoders.look(first_frame, clips.to_unit(pixels.reference))
-        scalars |= {f"shown_{name}": array for name, array in encoders.show(row.task, row.prompt, first_frame is not None).items()}
+    others: dict[str, Any] = {"id": row.id, "task": tasks.task_index(row.task), "has_image": np.float32(first_frame is not None)}
+    if encoders.shown is not None:
+        others |= {f"shown_{name}": array for name, array in encoders.shown(row.task, row.prompt, first_frame, reference).items()}
+        arrays["shown_features"] = others.pop("shown_features")
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise RequestError(f"{row.target.path}: the {name} of {row.id!r} is encoded as NaN or infinity; encode in float32")
-    return scalars | {name: to_bits(array) for name, array in arrays.items()}
+    return others | {name: to_bits(array) for name, array in arrays.items()}
 
 
 def _read(clip: Clip, size: VideoConfig) -> np.ndarray:

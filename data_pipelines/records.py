@@ -6,7 +6,8 @@
     DIR/empty_text.npy                              the encoding of the empty prompt
 
 Real numbers are kept as bfloat16, whose bits go into uint16, for TFDS has no name for bfloat16: half the disk of float32, and the
-precision the network computes in. Records for stages 2 and 3 hold, beside the same, what the language model is shown. Shards are not compressed: latents gain nothing from it, and compressed ones are slower to open.
+precision the network computes in. Shards are not compressed: latents gain nothing from it, and compressed ones are slower to open.
+With `alignment.enabled` records hold, beside all the rest, what the language model is shown (shown.py).
 """
 
 import hashlib
@@ -238,16 +239,13 @@ def _configuration(config: Config) -> dict[str, Any]:
     encoders = {name: asdict(getattr(config, name)) for name in ("vae", "text", "image")}
     for name in ("encode_frames", "decode_frames"):  # they change the memory alone
         encoders["vae"].pop(name)
-    alignment = _alignment(config) if config.alignment.enabled else {}
-    return (
-        {
-            "video": asdict(config.video),
-            "data": {"reference": asdict(config.data.reference)},
-            "dit": {"text_len": config.dit.text_len},
-        }
-        | encoders
-        | alignment
-    )
+    if config.alignment.enabled:
+        encoders |= _alignment(config)
+    return {
+        "video": asdict(config.video),
+        "data": {"reference": asdict(config.data.reference)},
+        "dit": {"text_len": config.dit.text_len},
+    } | encoders
 
 
 def _alignment(config: Config) -> dict[str, Any]:

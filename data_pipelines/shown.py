@@ -143,7 +143,7 @@ def _instruction(config: Config, vocabulary: PreTrainedTokenizerFast, task: str,
     needed = len(_text(vocabulary, template))
     require(
         needed <= room,
-        f"alignment.prompt_tokens={room}: the template of {task} alone has {needed} tokens; give --alignment.prompt_tokens={needed} or more",
+        f"alignment.prompt_tokens={room}: the template of {task} alone has {needed}; give --alignment.prompt_tokens={needed} or more",
     )
     return _text(vocabulary, f"{template} {prompt}" if prompt else template)[:room]
 

@@ -1,8 +1,9 @@
 """Our checkpoint of a model: a folder with one Orbax checkpoint a part, and the configuration that tells what they are.
 
     DIR/model.json              format version and the configuration of each part
-    DIR/{dit,vae,text,image}/   parameters by path, as `params.flat_params` names them
+    DIR/{dit,vae,text,image,mllm}/   parameters by path, as `params.flat_params` names them
     DIR/tokenizer/              the text encoder's vocabulary, as transformers stores it
+    DIR/mllm_tokenizer/         the language model's
 
 Parts are read and written some leaves at a time, so neither needs a part twice in memory.
 """
@@ -10,7 +11,7 @@ Parts are read and written some leaves at a time, so neither needs a part twice 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 import jax
@@ -115,10 +116,9 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
         raise RequestError(f"{path}: format {content['format']}, this version reads {FORMAT}; import again: {IMPORT}")
     kinds, parts = get_type_hints(Config), {}
     for name, values in content["parts"].items():
-        unknown = sorted(set(values) - {field.name for field in fields(kinds[name])}) if name in kinds else [name]
-        if unknown:
-            raise RequestError(f"{path}: {name} has {', '.join(unknown)}, unknown to this version; import again: {IMPORT}")
-        parts[name] = kinds[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        if name not in kinds:
+            raise RequestError(f"{path}: {name} has {name}, unknown to this version; import again: {IMPORT}")
+        parts[name] = _configuration(kinds[name], values, f"{path}: {name}")
     return parts
 
 
@@ -138,6 +138,20 @@ def differences(part: Any, other: Any) -> list[tuple[str, Any]]:
     """The fields that make `other` another model than `part`, with its values; how a model runs is not looked at."""
     names = [field.name for field in fields(part) if field.name not in RUN_FIELDS]
     return [(name, getattr(other, name)) for name in names if getattr(other, name) != getattr(part, name)]
+
+
+def _configuration(kind: Any, values: Mapping[str, Any], at: str) -> Any:
+    """A configuration of type `kind` from JSON; `at` begins the message about a field it does not know."""
+    unknown = sorted(set(values) - {field.name for field in fields(kind)})
+    if unknown:
+        raise RequestError(f"{at} has {', '.join(unknown)}, unknown to this version; import again: {IMPORT}")
+    hints, found = get_type_hints(kind), {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]):
+            found[name] = _configuration(hints[name], value, f"{at}.{name}")
+        else:
+            found[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**found)
 
 
 def _context() -> ocp.Context:

@@ -83,7 +83,9 @@ def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     if not source:
         return byte_tokenizer()
     place = Path(source, MLLM_TOKENIZER)
-    require((place / "tokenizer.json").is_file(), f"{place}: no tokenizer.json; copy the one of the Qwen2.5-VL folder there")
+    require(
+        (place / "tokenizer.json").is_file(), f"{place}: no tokenizer.json; import the Qwen2.5-VL folder it came in: {checkpoint.IMPORT}"
+    )
     return load_tokenizer(place)
 
 

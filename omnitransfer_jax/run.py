@@ -71,7 +71,8 @@ def train(
             run_checkpoint.write_config(workdir, config)
         step = compile_step(config, mesh, spec, like, optimizer)
         everywhere = NamedSharding(mesh, P())
-        key, empty = jax.device_put((root_keys(config)[1], empty_text), everywhere)
+        key = jax.jit(lambda: root_keys(config)[1], out_shardings=everywhere)()
+        empty = jax.device_put(np.asarray(empty_text), everywhere)
         finite, pending = Finiteness(int(state.skipped)), {}
         with RunLog(workdir, config.train, done) as log:
 
@@ -148,11 +149,11 @@ def random_params(config: Config, params: Mapping[str, Any], place: Mapping[str,
     """`params` drawn from the seed."""
     require_small(config, params)
 
-    def draw(key: Array) -> Params:
-        drawn = flat_params(OmniTransfer(config, rngs=nnx.Rngs(key)))
+    def draw() -> Params:
+        drawn = flat_params(OmniTransfer(config, rngs=nnx.Rngs(root_keys(config)[0])))
         return {path: drawn[path] for path in params}
 
-    return jax.jit(draw, out_shardings={path: place[path] for path in params})(root_keys(config)[0])
+    return jax.jit(draw, out_shardings={path: place[path] for path in params})()
 
 
 def require_weights(config: Config) -> None:

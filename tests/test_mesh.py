@@ -63,21 +63,14 @@ def compare() -> None:
     print(json.dumps({"leaves": len(grads), "alive": len(alive), "cases": report}))
 
 
-@pytest.fixture(scope="module")
-def report():
+def test_sharded_equals_single():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     done = subprocess.run([sys.executable, "-m", "tests.test_mesh"], env=env, cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_sharded_equals_single(report, case):
-    assert report["alive"] >= 0.9 * report["leaves"]
-    loss, gradient = report["cases"][case]
-    assert loss <= 1e-6
-    assert gradient <= 1e-5
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["alive"] == report["leaves"]  # no gradient vanishes
+    assert {name: (loss, gradient) for name, (loss, gradient) in report["cases"].items() if loss > 1e-6 or gradient > 1e-5} == {}
 
 
 PRESETS = {f"wan:{name}": config for name, config in wan.VARIANTS.items()} | {

@@ -23,8 +23,6 @@ from omnitransfer_jax.optimizer import make_optimizer
 from omnitransfer_jax.training import abstract_params, abstract_state, init_state
 from tests.tiny_run import EMPTY_TEXT, TINY, batches, sample, train
 
-# beartype's opinion of flax's own annotation of nnx.State
-pytestmark = pytest.mark.filterwarnings("ignore:.*typing.Hashable deprecated")
 HERE = Path(__file__).parents[1]
 
 
@@ -260,14 +258,14 @@ def test_another_network_is_no_start(whole, tmp_path):
 def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
     params = abstract_params(TINY)
     saved = left_by(whole)
-    average = run_checkpoint.load_dit(whole, params, dtype="bfloat16")
+    average = run_checkpoint.load_params(whole, params, dtype="bfloat16")
     assert average.keys() == params.keys()
     assert all(x.dtype == "bfloat16" and np.array_equal(x, saved[f".ema['{path}']"].astype(x.dtype)) for path, x in average.items())
     plain = replace(TINY, train=replace(TINY.train, steps=1, ema=0.0, trainable=("dit/head.*",)))
     state = started(plain, tmp_path)
     with run_checkpoint.open_checkpoints(tmp_path, plain.checkpoint) as checkpoints:
         run_checkpoint.save(checkpoints, 1, state, batches(plain))
-    found = run_checkpoint.load_dit(tmp_path, params)
+    found = run_checkpoint.load_params(tmp_path, params)
     assert found.keys() == params.keys()
     assert all(np.array_equal(x, (state.trainable | state.frozen)[path]) for path, x in found.items())
 
@@ -275,10 +273,10 @@ def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
 def test_sampling_refuses_another_network(whole, tmp_path):
     smaller = replace(TINY, dit=replace(TINY.dit, ffn_dim=16))
     with pytest.raises(RequestError, match=r"not the transformer of this configuration, 3 of its parameters differ, blocks\.ffn"):
-        run_checkpoint.load_dit(whole, abstract_params(smaller))
+        run_checkpoint.load_params(whole, abstract_params(smaller))
     run_checkpoint.write_config(tmp_path, TINY)
     with pytest.raises(RequestError, match=r"this run has no checkpoint yet"):
-        run_checkpoint.load_dit(tmp_path, abstract_params(TINY))
+        run_checkpoint.load_params(tmp_path, abstract_params(TINY))
 
 
 def test_the_other_parts_are_where_the_first_run_started(tmp_path):

@@ -50,6 +50,13 @@ def test_every_byte_fits_the_tiny_vocabulary():
     assert tokenizer.decode(tokens[mask][:-1]) == text
 
 
+def test_qwens_special_tokens_are_single_ids():
+    names = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    mllm = get_config("tiny").mllm
+    assert byte_tokenizer()("a".join(names), add_special_tokens=False)["input_ids"][::2] == [259, 260, 261, 262, 263, 264]
+    assert (mllm.vision_start, mllm.image_token, mllm.video_token) == (261, 263, 264)
+
+
 def test_saved_and_loaded(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     expected = tokenize(byte_tokenizer(), PROMPTS, 12)

@@ -11,7 +11,8 @@ from configs import stage1
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.flow import draw_time
 from omnitransfer_jax.mesh import make_mesh, specs
-from omnitransfer_jax.models.wan_dit import ALONE, SHARDING, WanDiT
+from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
+from omnitransfer_jax.models.wan_dit import ALONE, WanDiT
 from omnitransfer_jax.optimizer import make_optimizer
 from omnitransfer_jax.params import abstract, with_params
 from omnitransfer_jax.training import (
@@ -28,8 +29,6 @@ from omnitransfer_jax.training import (
 )
 from tests.tiny_run import EMPTY_TEXT, TINY, batches, sample
 
-# beartype's opinion of flax's own annotation of nnx.State
-pytestmark = pytest.mark.filterwarnings("ignore:.*typing.Hashable deprecated")
 PARTLY = replace(TINY, train=replace(TINY.train, trainable=(r"dit/blocks\..*attention.*", "dit/head.*")))
 
 

@@ -58,7 +58,9 @@ def batches(config: Config, make=sample, share: tuple[int, int] = (0, 1)) -> gra
     """Endless batches of 7 samples in shuffled order, or one process's share of them."""
     samples = grain.MapDataset.range(7).seed(config.seed).shuffle().map(make).repeat()
     index, parts = share
-    return iter(samples.batch(config.train.batch_size // parts)[index::parts].to_iter_dataset(grain.ReadOptions(num_threads=1)))
+    return iter(
+        samples.batch(config.train.batch_size // parts, drop_remainder=True)[index::parts].to_iter_dataset(grain.ReadOptions(num_threads=1))
+    )
 
 
 def train(config: Config, workdir: Path, make=sample) -> None:

@@ -1,0 +1,53 @@
+"""The command: what a dry run tells, and what is refused."""
+
+import json
+
+import pytest
+
+from launch import command, train
+
+
+def execute(*args):
+    return command.execute(train.main, train.FLAGS, args)
+
+
+def test_a_dry_run_of_the_full_size(capsys):
+    assert execute("--config=stage1", "--dry_run", "--mesh.data=16", "--mesh.context=4", "--train.ema=0.99") == 0
+    out = capsys.readouterr().out
+    config, _, rest = out.partition("\n\n")
+    assert json.loads(config)["mesh"] == {"data": 16, "context": 4}
+    rows = {line.split()[0]: line.split()[1:] for line in rest.splitlines() if line}
+    assert rows["total"] == ["16,394,878,784", "0"]
+    blocks = sum(int(count[0].replace(",", "")) for name, count in rows.items() if name.startswith("dit/blocks."))
+    assert blocks == 16_394_878_784 - 241_340_224  # all but what stands before and after the blocks
+    spread = 16_394_878_784 * 4 / 16 / 2**30
+    sizes = {name: float(rows[name][0]) for name in ("parameters", "gradients", "optimizer", "average", "sum")}
+    assert sizes["gradients"] == sizes["average"] == pytest.approx(spread, rel=1e-2)  # a little is on every device
+    assert sizes["optimizer"] == pytest.approx(2 * sizes["gradients"], abs=2e-3)
+    assert sizes["sum"] == pytest.approx(5 * sizes["gradients"], abs=5e-3)
+    assert "FLOPs per step: 1.96e+17 (16 samples of 12.25 PFLOP" in out
+
+
+def test_a_dry_run_tells_frozen_from_trainable(capsys):
+    assert execute("--config=stage1:tiny", "--dry_run", "--train.trainable", "dit/head.*") == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("dit/")}
+    assert rows["dit/head"][0] != "0"
+    assert rows["dit/head"][1] == "0"
+    assert all(rows[name][0] == "0" for name in rows if not name.startswith("dit/head"))
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--data.path=records"], "--workdir: not given"),
+        (["--workdir={}", "--mesh.data=4"], "mesh.data=4 times mesh.context=1 is 4 devices"),
+        (["--workdir={}"], "data.path is empty"),
+        (["--workdir={}", "--dry_run", "--train.trainable", "vae/.*"], "'vae/.*' matches no parameter"),
+    ],
+)
+def test_refusals_are_one_line(args, told, tmp_path, capsys):
+    assert execute("--config=stage1:tiny", *(arg.format(tmp_path / "run") for arg in args)) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
