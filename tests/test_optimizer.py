@@ -9,8 +9,7 @@ import torch
 from configs.base import OptimizerConfig
 from configs.wan import I2V_14B
 from omnitransfer_jax.mesh import MESH_AXIS, specs
-from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
-from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
 from omnitransfer_jax.optimizer import learning_rate, make_optimizer, matrices
 from omnitransfer_jax.params import abstract, flat_params
 from tests.compare import relative_l2
