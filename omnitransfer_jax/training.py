@@ -19,10 +19,9 @@ from jax.tree_util import DictKey
 from jaxtyping import Array, Float, Int32
 
 from configs.base import Config, TrainConfig, VideoConfig, require
-from data_pipelines.shown import lengths
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
 from omnitransfer_jax.mesh import CONTEXT, DATA, complete, layer_completer
-from omnitransfer_jax.models.alignment import Shown
+from omnitransfer_jax.models.alignment import Shown, lengths
 from omnitransfer_jax.models.omnitransfer import OmniTransfer, open_reference
 from omnitransfer_jax.models.wan_dit import Shard
 from omnitransfer_jax.params import abstract, flat_params, with_params
