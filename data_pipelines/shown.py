@@ -10,46 +10,23 @@ the MetaQueries come behind, in models/alignment.py. Templates are those of `tas
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from configs.base import Config, VideoConfig, require
+from configs.base import Config, require
 from omnitransfer_jax import tasks
-from omnitransfer_jax.models.qwen2_5_vision import Grid, QwenVision, fit, grid_of, patchify
+from omnitransfer_jax.models.alignment import ASSISTANT, BREAK, USER, Size, lengths, sizes
+from omnitransfer_jax.models.qwen2_5_vision import QwenVision, patchify
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL, position_ids
 from omnitransfer_jax.tokenizer import clean_prompt
 
 START, END, VISION_START, VISION_END, IMAGE, VIDEO = (
     "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 )  # fmt: skip
-USER, BREAK, ASSISTANT = "user\n", "\n", "assistant\n"
-FIXED = 2 * 2 + 3 + len(USER + BREAK + ASSISTANT)  # two clips' brackets, the turns' marks, and text of at most a token a byte
 Look = Callable[[np.ndarray | None, np.ndarray], np.ndarray]
-
-
-class Size(NamedTuple):
-    """A clip as the vision tower sees it."""
-
-    height: int
-    width: int
-    grid: Grid
-    features: int
-    """Tokens of the language model."""
-
-
-def sizes(config: Config) -> tuple[Size, Size]:
-    """Of the first frame and of the reference."""
-    return _size(config, config.video, 1), _size(config, config.data.reference, config.alignment.frames)
-
-
-def lengths(config: Config) -> tuple[int, int]:
-    """Tokens S and features V of every sample; S is enough for any vocabulary that knows single bytes."""
-    features = sum(size.features for size in sizes(config))
-    return FIXED + features + config.alignment.prompt_tokens, features
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -121,14 +98,6 @@ def seconds_per_step(config: Config) -> float:
     """Seconds of the reference from one temporal step of its features to the next, counted as Qwen's: duration / frames seen."""
     reference = config.data.reference
     return reference.frames / reference.fps / config.alignment.frames * config.mllm.vision.temporal_patch
-
-
-def _size(config: Config, video: VideoConfig, frames: int) -> Size:
-    vision = config.mllm.vision
-    square = (vision.patch * vision.merge) ** 2
-    height, width = fit(video.height, video.width, vision, min_pixels=square, max_pixels=config.alignment.frame_pixels)
-    grid = grid_of(frames, height, width, vision)
-    return Size(height, width, grid, grid[0] * grid[1] * grid[2] // vision.merge**2)
 
 
 def _see(vision: QwenVision, clip: jax.Array, *, size: Size) -> jax.Array:

@@ -10,17 +10,22 @@ python -m launch.export --config=wan --checkpoint=checkpoints/wan_i2v --layout=d
 import json
 import math
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from etils import epath
+from safetensors.numpy import save_file
 
 from configs.base import Config
 from launch import command
-from omnitransfer_jax import checkpoint
+from omnitransfer_jax import checkpoint, run_checkpoint, tasks
 from omnitransfer_jax.errors import RequestError
-from omnitransfer_jax.weights import convert
+from omnitransfer_jax.models.alignment import Alignment
+from omnitransfer_jax.params import abstract, flat_params
+from omnitransfer_jax.weights import convert, lora, qwen2_5_vl
 from omnitransfer_jax.weights.files import SHARD_BYTES
 from omnitransfer_jax.weights.parts import PARTS, TOKENIZERS, Part
 
@@ -39,17 +44,36 @@ COMPONENTS = {  # what model_index.json calls each part
     "image": ("image_encoder", "transformers", "CLIPVisionModel"),
 }
 
+ALIGNMENT_README = """# What OmniTransfer adds to Wan2.1 from stage 2 on
+
+`mllm_lora/` is a PEFT adapter of Qwen2.5-VL's language model. `alignment.safetensors` holds, in PyTorch's layout:
+
+| tensor | shape |
+|---|---|
+{shapes}
+
+`queries` are the MetaQueries, one set a task, in the order {tasks}. A task's set is appended to the embedded prompt
+[first frame, reference video, template, prompt]; the last hidden states at their places, after the final norm, go through
+`connector.first`, GELU (tanh), `connector.second`, GELU (tanh), `connector.third`. The result takes the place of the UMT5 features
+in the cross-attention of the target (into: {into}); several tasks' results lie behind one another. References do not read it.
+"""
+
 
 def main(config: Config) -> None:
-    source, out = epath.Path(CHECKPOINT.value), Path(OUT.value)
-    stored = checkpoint.require_model(source, config)
+    trained, out = epath.Path(CHECKPOINT.value), Path(OUT.value)
+    if is_run := run_checkpoint.is_run(CHECKPOINT.value):
+        run_checkpoint.require_same_model(trained, config)
+    source = epath.Path(run_checkpoint.imported_weights(CHECKPOINT.value))
+    stored = (*(checkpoint.require_model(source, config) if str(source) != "." else ()), *(["dit"] if is_run else []))
     if out.exists() and any(out.iterdir()):
         raise RequestError(f"{out}: not empty; give a new folder with --out, or empty this one")
     parts = [part for part in PARTS if part.name in stored and (LAYOUT.value != "comfyui" or part.name == "dit")]
     if LAYOUT.value == "comfyui" and not parts:
         raise RequestError(f"{source}: this checkpoint has no dit, which is what ComfyUI's layout holds; take --layout=diffusers")
     for part in parts:
-        export_part(part, config, source, out)
+        export_part(part, config, source, trained if is_run and part.name == "dit" else None, out)
+    if is_run and config.alignment.enabled and LAYOUT.value != "comfyui":
+        export_alignment(config, trained, out / "alignment")
     if LAYOUT.value == "diffusers":
         write_pipeline(config, [part.name for part in parts], source, out)
         copy_tokenizer(source, out / TOKENIZERS["diffusers"])
@@ -57,8 +81,8 @@ def main(config: Config) -> None:
         copy_tokenizer(source, out / TOKENIZERS["original"])
 
 
-def export_part(part: Part, config: Config, source: epath.Path, out: Path) -> None:
-    """Writes one part, leaf by leaf, and its config.json where the layout has one."""
+def export_part(part: Part, config: Config, source: epath.Path, run: epath.Path | None, out: Path) -> None:
+    """Writes one part of the imported weights, or as a `run` trained it, leaf by leaf, and its config.json where the layout has one."""
     start, model, layout = time.monotonic(), getattr(config, part.name), LAYOUT.value
     if layout == "diffusers":
         folder, stem, prefix, shard_bytes = out / part.diffusers[0], part.diffusers[1], "", SHARD_BYTES
@@ -68,14 +92,51 @@ def export_part(part: Part, config: Config, source: epath.Path, out: Path) -> No
         name = str(FLAGS["config"].value).replace(":", "_")
         folder, stem, prefix, shard_bytes = out / "diffusion_models", name, part.prefixes[0], math.inf
     table = part.entries(model, "diffusers" if layout == "diffusers" else "original")
-    leaves = checkpoint.part_leaves(source, part.name)
-    written = convert.save(checkpoint.read_part(source, part.name), leaves, table, folder, stem, prefix=prefix, shard_bytes=shard_bytes)
+    leaves = part.shapes(model) if run else checkpoint.part_leaves(source, part.name)
+    arrays = trained_leaves(run, part.name, leaves) if run else checkpoint.read_part(source, part.name)
+    written = convert.save(arrays, leaves, table, folder, stem, prefix=prefix, shard_bytes=shard_bytes)
     if layout == "diffusers":
         write_json(folder / "config.json", part.table.config_json(model))
     elif layout == "original" and part.name == "dit":
         write_json(folder / "config.json", part.table.config_json(model, "original"))
     size = sum(path.stat().st_size for path in written)
     print(f"{part.name}: {len(written)} files, {size / 1e9:.3g} GB, {time.monotonic() - start:.1f} s", flush=True)
+
+
+def trained_leaves(run: epath.Path, part: str, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves of a part as the run's latest checkpoint has them, one at a time."""
+    params = {f"{part}.{path}": leaf for path, leaf in leaves.items()}
+    for path in leaves:
+        yield path, np.asarray(run_checkpoint.load_params(run, params, only={f"{part}.{path}"})[f"{part}.{path}"])
+
+
+def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
+    """What stages 2 and 3 add to the transformer: the language model's adapters as PEFT reads them, queries and connector, and a README."""
+    model = flat_params(abstract(lambda rngs: Alignment(config, rngs=rngs)))
+    added = {path: leaf for path, leaf in model.items() if not path.startswith("mllm.") or ".lora." in path}
+    params = {f"alignment.{path}": leaf for path, leaf in model.items()}
+    loaded = run_checkpoint.load_params(run, params, only={f"alignment.{path}" for path in added})
+    arrays = {path.removeprefix("alignment."): np.asarray(x) for path, x in loaded.items()}
+    adapters = {path.removeprefix("mllm."): x for path, x in arrays.items() if ".lora." in path}
+    table = lora.entries(qwen2_5_vl.entries(config.mllm, "original"), adapters, lora.PEFT_PREFIX)
+    (out / "mllm_lora").mkdir(parents=True)
+    tensors = {e.theirs: e.layout.to_theirs(adapters[e.ours] if e.layer is None else adapters[e.ours][e.layer]) for e in table}
+    save_file(
+        {name: np.ascontiguousarray(x) for name, x in tensors.items()}, out / "mllm_lora" / "adapter_model.safetensors", {"format": "pt"}
+    )
+    write_json(out / "mllm_lora" / "adapter_config.json", dict(lora.adapter_config(config.lora, table)))
+    rest = {path: x for path, x in arrays.items() if ".lora." not in path}
+    names = {path: path.replace(".kernel", ".weight") for path in rest}
+    save_file(
+        {names[p]: np.ascontiguousarray(x.T if p.endswith(".kernel") else x) for p, x in rest.items()},
+        out / "alignment.safetensors",
+        {"format": "pt"},
+    )
+    shapes = "\n".join(
+        f"| `{names[p]}` | {' x '.join(map(str, (x.T if p.endswith('.kernel') else x).shape))} |" for p, x in sorted(rest.items())
+    )
+    (out / "README.md").write_text(ALIGNMENT_README.format(shapes=shapes, tasks=", ".join(tasks.NAMES), into=config.alignment.into))
+    print(f"alignment: {len(tensors)} adapter tensors, {len(rest)} of queries and connector", flush=True)
 
 
 def write_pipeline(config: Config, parts: list[str], source: epath.Path, out: Path) -> None:

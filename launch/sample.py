@@ -20,10 +20,11 @@ from absl import flags
 from tqdm import tqdm
 
 from configs.base import Config, VideoConfig, require
-from data_pipelines import clips
+from data_pipelines import clips, shown
 from launch import command
 from omnitransfer_jax import parts, tasks
 from omnitransfer_jax.models import omnitransfer
+from omnitransfer_jax.models.alignment import Shown
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.resize import bicubic_resize
@@ -73,6 +74,10 @@ def read_request(config: Config) -> Request:
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
     )
     chosen = [tasks.task_index(name) for name in TASK.value]
+    require(
+        bool(chosen) or not config.alignment.enabled,
+        "no --task: from stage 2 on the model is told of references; give --task and --reference, or --config=stage1 or wan",
+    )
     first_frame = FIRST_FRAME.value
     require(
         bool(first_frame) or not chosen or any(tasks.TASKS[i].family == "appearance" for i in chosen),
@@ -100,10 +105,7 @@ def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:
 def encode(config: Config, request: Request) -> Conditions:
     """Everything the network reads beside the noise."""
     video, folder = request.video, CHECKPOINT.value
-    with stage("text encoder"):
-        prompts = [request.prompt, clean_prompt(config.sampler.negative_prompt)]
-        tokens, mask = tokenize(parts.load_vocabulary(folder), prompts, config.dit.text_len)
-        text = jax.jit(omnitransfer.encode_text)(parts.load_text_encoder(folder, config), jnp.asarray(tokens), jnp.asarray(mask))
+    text = tell(config, request) if config.alignment.enabled else encode_prompts(config, request)
     image = frame = None
     if request.first_frame is not None:
         picture = jnp.asarray(clips.to_unit(request.first_frame))[None]
@@ -123,6 +125,34 @@ def encode(config: Config, request: Request) -> Conditions:
                 encoded = encode_clip(vae, jnp.asarray(clips.to_unit(clip))[None])
                 references.append(omnitransfer.open_reference(encoded, jnp.array([task]), patches(config, video), rank))
     return Conditions(text[:1], text[1:], image, latents, tuple(references))
+
+
+def encode_prompts(config: Config, request: Request) -> jax.Array:
+    """The prompt and the negative prompt by UMT5, "2 S E"."""
+    prompts = [request.prompt, clean_prompt(config.sampler.negative_prompt)]
+    with stage("text encoder"):
+        tokens, mask = tokenize(parts.load_vocabulary(CHECKPOINT.value), prompts, config.dit.text_len)
+        encoder = parts.load_text_encoder(CHECKPOINT.value, config)
+        return jax.jit(omnitransfer.encode_text)(encoder, jnp.asarray(tokens), jnp.asarray(mask))
+
+
+def tell(config: Config, request: Request) -> jax.Array:
+    """What the language model says of every reference, one behind another, and the zeros of the unconditional pass, "2 S E"."""
+    folder, first = CHECKPOINT.value, request.first_frame
+    with stage("vision tower"):
+        frame = None if first is None else clips.to_unit(clips.fit(first, request.video.height, request.video.width))
+        look = shown.look(config, parts.load_mllm(folder, config))
+        features = [look(frame, clips.to_unit(clip)) for _, clip in request.references]
+    with stage("language model"):
+        vocabulary, alignment = parts.load_mllm_vocabulary(folder), parts.load_alignment(folder, config)
+        say = jax.jit(lambda alignment, seen, task: alignment(seen, task))
+        said = []
+        for (task, _), seen in zip(request.references, features, strict=True):
+            prompt = shown.show(config, vocabulary, tasks.NAMES[task], request.prompt, frame is not None)
+            batch = jax.tree.map(lambda x: jnp.asarray(x)[None], prompt | {"features": seen})
+            said.append(say(alignment, Shown(**batch), jnp.array([task])))
+    told = jnp.concatenate(said, axis=1)
+    return jnp.concatenate([told, jnp.zeros_like(told)])
 
 
 def patches(config: Config, video: VideoConfig) -> tuple[int, int, int]:
@@ -145,7 +175,7 @@ def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
 
         def denoise(dit, conditions, noise):
-            return omnitransfer.denoise(dit, conditions, noise, config.sampler, lambda _: bar.update())
+            return omnitransfer.denoise(dit, conditions, noise, config.sampler, lambda _: bar.update(), omnitransfer.embeds_text(config))
 
         latents = jax.jit(denoise)(dit, conditions, noise).block_until_ready()
         jax.effects_barrier()

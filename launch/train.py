@@ -28,6 +28,7 @@ def main(config: Config) -> None:
         print(describe(config))
         return
     require(WORKDIR.value, "--workdir: not given, and a training needs it; name the folder of the run")
+    run.require_weights(config)
     mesh = make_mesh(config.mesh)
     index, count = run.data_share(mesh)
     data = batches(config, seed=config.seed, process_index=index, process_count=count)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import jax
 from jax.sharding import PartitionSpec as P
 
 from configs.base import Config
 from omnitransfer_jax.flops import train_step
 from omnitransfer_jax.mesh import DATA, specs
-from omnitransfer_jax.models.wan_dit import SHARDING
+from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.training import abstract_params, split_trainable
 
 GIB, PETA = 2**30, 1e15
@@ -24,14 +25,21 @@ def describe(config: Config) -> str:
 
 
 def parameter_table(config: Config) -> str:
-    """Trainable and frozen parameters of each part of the transformer, the only model a training holds."""
+    """Trainable and frozen parameters of each part that a training holds."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for column, params in enumerate(split_trainable(abstract_params(config), config.train)):
         for path, leaf in params.items():
-            counts["dit/" + ".".join(path.split(".")[: 2 if path.startswith("blocks.") else 1])][column] += leaf.size
+            counts[group(path)][column] += leaf.size
     rows = [*sorted(counts.items()), ("total", [sum(column) for column in zip(*counts.values(), strict=True)])]
     lines = [f"{name:<32} {trainable:>18,} {frozen:>18,}" for name, (trainable, frozen) in rows]
     return "\n".join([f"{'parameters':<32} {'trainable':>18} {'frozen':>18}", *lines])
+
+
+def group(path: str) -> str:
+    """The row a parameter is counted in: its part and module, in stacked layers the module of a layer."""
+    part, *names = path.split(".")
+    depth = {"blocks": 2, "mllm": 3}.get(names[0], 1)
+    return f"{part}/" + ".".join(names[:depth])
 
 
 def memory_table(config: Config) -> str:
@@ -39,6 +47,7 @@ def memory_table(config: Config) -> str:
     params, data, context = abstract_params(config), config.mesh.data, config.mesh.context
     trainable, frozen = split_trainable(params, config.train)
     spec = specs(params, SHARDING, data)
+    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, config.dit.dtype) for path, leaf in frozen.items()}
     own = bytes_per_device(trainable, spec, data)
     sizes = {
         "parameters": own + bytes_per_device(frozen, spec, data),

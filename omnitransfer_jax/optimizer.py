@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 from configs.base import OptimizerConfig
 
 # Stacked layers give biases two axes and modulations three, so the name tells what a matrix is, not the shape.
-MATRIX = r"(.*\.)?kernel|patch_embedding"
+MATRIX = r"(.*\.)?(kernel|patch_embedding|lora\.down|lora\.up)"
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -5,7 +5,7 @@ A folder is one of launch.import_weights or the workdir of launch.train; empty s
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.base import Config, require
 from omnitransfer_jax import checkpoint, run_checkpoint
+from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision
+from omnitransfer_jax.models.omnitransfer import OmniTransfer
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import WanDiT
@@ -28,9 +30,16 @@ Model = TypeVar("Model", bound=nnx.Module)
 def load_dit(folder: str, config: Config) -> WanDiT:
     """The diffusion transformer, its weights in the dtype it computes in, as the original holds them."""
     if run_checkpoint.is_run(folder):
-        model = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
-        return with_params(model, run_checkpoint.load_dit(folder, flat_params(model), dtype=config.dit.dtype))
+        return _load_trained(folder, config, "dit", config.dit.dtype)
     return _load(folder, "dit", lambda rngs: WanDiT(config.dit, rngs=rngs), config.dit.dtype)
+
+
+def load_alignment(folder: str, config: Config) -> Alignment:
+    """The language model with its adapters, the queries and the connector, as a run of stage 2 or 3 left them."""
+    if run_checkpoint.is_run(folder):
+        return _load_trained(folder, config, "alignment", None)
+    require(not folder, f"{folder}: imported weights have no queries and no connector; give the workdir of a stage 2 or 3 training")
+    return _load("", "alignment", lambda rngs: Alignment(config, rngs=rngs))
 
 
 def load_vae(folder: str, config: Config) -> WanVAE:
@@ -57,6 +66,15 @@ def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     """The checkpoint's tokenizer; bytes where there is no checkpoint."""
     source = run_checkpoint.imported_weights(folder)
     return load_tokenizer(source) if source else byte_tokenizer()
+
+
+def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> Any:
+    """One part of the model that the run in `folder` trains."""
+    model = getattr(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), part)
+    params = {f"{part}.{path}": leaf for path, leaf in flat_params(model).items()}
+    loaded = run_checkpoint.load_params(folder, params, dtype=dtype)
+    require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
+    return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
 
 
 def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:

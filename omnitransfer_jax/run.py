@@ -31,7 +31,8 @@ from configs.base import Config, require
 from omnitransfer_jax import checkpoint, run_checkpoint
 from omnitransfer_jax.log import RunLog
 from omnitransfer_jax.mesh import DATA, specs
-from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
+from omnitransfer_jax.models.alignment import Shown
+from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
 from omnitransfer_jax.optimizer import learning_rate, make_optimizer
 from omnitransfer_jax.params import flat_params
 from omnitransfer_jax.training import (
@@ -46,6 +47,7 @@ from omnitransfer_jax.training import (
 )
 
 RANDOM_LIMIT = 200_000_000  # parameters; a larger network is not worth training from random weights, so their absence is a mistake
+IMPORTED = {"dit.": "dit", "alignment.mllm.": "mllm"}  # where paths begin, and the part of launch.import_weights they come from
 PATIENCE = 10  # updates in a row that may fail to be finite
 
 Step = Callable[[TrainState, Batch, Array, Array], tuple[TrainState, dict[str, Array]]]
@@ -112,31 +114,71 @@ def start(
         run_checkpoint.require_same_run(workdir, config)
         print(f"{workdir}: going on after step {checkpoints.latest.step}", flush=True)
         return run_checkpoint.restore(checkpoints, like, data)
+    weights = {}
     if run_checkpoint.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
-        run_checkpoint.require_same_dit(origin, config.dit)
-        weights = run_checkpoint.load_dit(origin, params, place, jnp.float32)
-    elif origin:  # 3. else imported weights,
-        checkpoint.require_model(origin, config)
-        weights = checkpoint.load_part(origin, "dit", params, place, jnp.float32)
-    else:  # 4. else random ones.
-        weights = random_params(config, place)
+        run_checkpoint.require_same_model(origin, config)
+        weights = run_checkpoint.load_params(origin, params, place, jnp.float32)
+    source = run_checkpoint.imported_weights(origin)
+    if source:  # 3. else imported weights,
+        weights |= imported_params(source, config, {path: leaf for path, leaf in params.items() if path not in weights}, place)
+    left = {path: leaf for path, leaf in params.items() if path not in weights}
+    if left:  # 4. else random ones: what no checkpoint can have, and everything if there is none.
+        weights |= random_params(config, left, place)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(lambda weights: init_state(weights, config, optimizer), donate_argnums=0, out_shardings=places)(weights)
 
 
-def random_params(config: Config, place: Mapping[str, NamedSharding]) -> Params:
-    """The transformer's parameters drawn from the seed, of a network that is small enough to learn from there."""
-    size = sum(leaf.size for leaf in abstract_params(config).values())
-    require(
-        size <= RANDOM_LIMIT,
-        f"train.init_from is empty, and {size / 1e9:.1f} billion parameters do not start from random weights: "
-        f"give --train.init_from=DIR, made with {checkpoint.IMPORT}",
-    )
+def imported_params(folder: str, config: Config, params: Mapping[str, Any], place: Mapping[str, NamedSharding]) -> Params:
+    """Those of `params` that are in a folder of launch.import_weights."""
+    checkpoint.require_model(folder, config)
+    found = {}
+    for prefix, part in IMPORTED.items():
+        wanted = {path.removeprefix(prefix): path for path in params if path.startswith(prefix) and ".lora." not in path}
+        if wanted:
+            stored = checkpoint.part_leaves(folder, part)
+            unread = {path: leaf for path, leaf in stored.items() if path.startswith("vision.")}  # the tower stays in the records
+            everywhere = NamedSharding(next(iter(place.values())).mesh, P())
+            leaves = {path: params[name] for path, name in wanted.items()} | unread
+            places = {path: place[name] for path, name in wanted.items()} | dict.fromkeys(unread, everywhere)
+            loaded = checkpoint.load_part(folder, part, leaves, places, jnp.float32)
+            found |= {name: loaded[path] for path, name in wanted.items()}
+    return found
+
+
+def random_params(config: Config, params: Mapping[str, Any], place: Mapping[str, NamedSharding]) -> Params:
+    """`params` drawn from the seed."""
+    require_small(config, params)
 
     def draw() -> Params:
-        return flat_params(WanDiT(config.dit, rngs=nnx.Rngs(root_keys(config)[0])))
+        drawn = flat_params(OmniTransfer(config, rngs=nnx.Rngs(root_keys(config)[0])))
+        return {path: drawn[path] for path in params}
 
-    return jax.jit(draw, out_shardings=dict(place))()
+    return jax.jit(draw, out_shardings={path: place[path] for path in params})()
+
+
+def require_weights(config: Config) -> None:
+    """A `RequestError` that says which weights are missing, if a run of this configuration could not start; nothing is read."""
+    origin = config.train.init_from
+    require(
+        not origin or run_checkpoint.is_run(origin) or (epath.Path(origin) / checkpoint.MODEL_FILE).exists(),
+        f"train.init_from={origin!r}: neither imported weights nor a run; import them with {checkpoint.IMPORT}",
+    )
+    if not origin:
+        require_small(config, abstract_params(config))
+
+
+def require_small(config: Config, params: Mapping[str, Any]) -> None:
+    """A `RequestError` unless the networks `params` belong to are small enough to learn from random weights."""
+    sizes = {
+        part: sum(leaf.size for path, leaf in params.items() if path.startswith(prefix) and ".lora." not in path)
+        for prefix, part in IMPORTED.items()
+    }
+    missing = [f"{part} ({size / 1e9:.1f} billion parameters)" for part, size in sizes.items() if size > RANDOM_LIMIT]
+    require(
+        not missing,
+        f"train.init_from={config.train.init_from!r} has no weights for {' and '.join(missing)}, too large to start from random ones: "
+        f"give --train.init_from=DIR, made with {checkpoint.IMPORT}",
+    )
 
 
 def root_keys(config: Config) -> Key[Array, "2"]:
@@ -175,7 +217,8 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
 def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     """This process's samples as its part of the batch over all devices."""
     rows = NamedSharding(mesh, P(DATA))
-    return Batch(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), dict(batch)))
+    arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), dict(batch))
+    return Batch(**arrays | {"shown": Shown(**arrays["shown"]) if "shown" in arrays else None})
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -8,7 +8,7 @@ all processes, so a run may go on with another number of them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from configs.base import CheckpointConfig, Config, DiTConfig, require
+from configs.base import CheckpointConfig, Config, require
 from omnitransfer_jax import checkpoint
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.training import TrainState
@@ -51,45 +51,58 @@ def restore(checkpoints: ocp.training.Checkpointer, like: TrainState, data: grai
     return TrainState(step, trainable, frozen, moments, ema, skipped)
 
 
-def load_dit(
+def load_params(
     workdir: epath.PathLike,
     params: Mapping[str, Any],
     sharding: jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
-    """The transformer of the run's latest checkpoint, averaged if the run keeps an average; arguments as for `checkpoint.load_part`.
+    """Those of `params` that the run's latest checkpoint has, or `only` some paths, averaged if the run keeps an average.
 
-    Another model's run is a `RequestError`.
+    Arguments are as for `checkpoint.load_part`.
+    A part (`dit`, `alignment`) of another model is a `RequestError`. What the run kept frozen, in the narrower dtype it computed
+    in, is taken from the run before, where it was trained, as long as that is there.
     """
     folder, found = _latest(workdir), {}
     names = [path.name for path in folder.iterdir()]
     for name in ("frozen", "ema" if "ema" in names else "trainable"):
         if name in names:
             found |= {path: (name, leaf) for path, leaf in ocp.metadata(folder, checkpointable_name=name).metadata.items()}
+    shared = {path.partition(".")[0] for path in found} & {path.partition(".")[0] for path in params}
     wrong = sorted(
-        {path for path in {*params, *found} if path not in params or path not in found or params[path].shape != found[path][1].shape}
+        path
+        for path in {*params, *found}
+        if path.partition(".")[0] in shared and (path not in params or path not in found or params[path].shape != found[path][1].shape)
     )
     require(
         not wrong,
-        f"{folder}: not the transformer of this configuration, {len(wrong)} of its parameters differ, {', '.join(wrong[:3])} among them; "
+        f"{folder}: not the model of this configuration, {len(wrong)} of its parameters differ, {', '.join(wrong[:3])} among them; "
         f"give the configuration in {epath.Path(workdir) / CONFIG_FILE}",
     )
     if not isinstance(sharding, Mapping):
         sharding = dict.fromkeys(found, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    loaded = {}
-    for path, (name, leaf) in found.items():  # one by one: Orbax needs as much memory again for what it reads at once
+    wanted = {path for path in params if path in found and (only is None or path in only)}
+    before, frozen = read_config(workdir).train.init_from, {path for path in wanted if found[path][0] == "frozen"}
+    loaded = load_params(before, params, sharding, dtype, frozen) if is_run(before) and frozen else {}
+    for path in sorted(wanted - loaded.keys()):  # one by one: Orbax needs as much memory again for what it reads at once
+        name, leaf = found[path]
         target = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path])
         others = dict.fromkeys((p for p, (part, _) in found.items() if part == name), ocp.PLACEHOLDER)
         loaded[path] = ocp.load(folder, others | {path: target}, checkpointable_name=name)[path]
     return loaded
 
 
-def require_same_dit(workdir: epath.PathLike, config: DiTConfig) -> None:
-    """A `RequestError` for the first field in which `config` is another transformer than the run's."""
-    stored = read_config(workdir).dit
-    for name, found in checkpoint.differences(stored, config):
-        value = getattr(stored, name)
-        raise RequestError(f"--dit.{name}={found!r}: the run in {workdir} has {value!r}; give its --config, or --dit.{name}={value!r}")
+def require_same_model(workdir: epath.PathLike, config: Config) -> None:
+    """A `RequestError` for the first field in which `config` has another transformer than the run, or another aligned model."""
+    stored = read_config(workdir)
+    parts = ("dit", "mllm", "lora") if stored.alignment.enabled else ("dit",)
+    for part in parts:
+        for name, found in checkpoint.differences(getattr(stored, part), getattr(config, part)):
+            value = getattr(getattr(stored, part), name)
+            raise RequestError(
+                f"--{part}.{name}={found!r}: the run in {workdir} has {value!r}; give its --config, or --{part}.{name}={value!r}"
+            )
 
 
 def is_run(folder: str) -> bool:

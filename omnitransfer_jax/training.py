@@ -21,11 +21,13 @@ from jaxtyping import Array, Float, Int32
 from configs.base import Config, TrainConfig, VideoConfig, require
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
 from omnitransfer_jax.mesh import CONTEXT, DATA, complete, layer_completer
-from omnitransfer_jax.models.omnitransfer import open_reference
-from omnitransfer_jax.models.wan_dit import Shard, WanDiT
+from omnitransfer_jax.models.alignment import Shown, lengths
+from omnitransfer_jax.models.omnitransfer import OmniTransfer, open_reference
+from omnitransfer_jax.models.wan_dit import Shard
 from omnitransfer_jax.params import abstract, flat_params, with_params
 
 Params = dict[str, Array]
+LAYERS = "dit.blocks."  # where the paths of the transformer's stacked layers begin
 
 
 class Batch(NamedTuple):
@@ -45,6 +47,8 @@ class Batch(NamedTuple):
     """CLIP features of the first frame."""
     has_image: Float[Array, " B"]
     """1 for image-to-video samples, 0 for the others, whose `image` counts for nothing."""
+    shown: Shown | None = None
+    """What the language model sees, from stage 2 on, where `text` is not read."""
 
 
 class Corruption(NamedTuple):
@@ -71,18 +75,23 @@ class TrainState(NamedTuple):
 
 
 def split_trainable(params: Mapping[str, Any], config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainable, frozen) by `config.trainable`, whose expressions match `dit/` and the whole path."""
-    chosen = {p for p in params if any(re.fullmatch(pattern, f"dit/{p}") for pattern in config.trainable)}
+    """(trainable, frozen) by `config.trainable`, whose expressions match whole names, `dit/blocks...` or `alignment/queries`."""
+    chosen = {p for p in params if any(re.fullmatch(pattern, _name(p)) for pattern in config.trainable)}
     return {p: x for p, x in params.items() if p in chosen}, {p: x for p, x in params.items() if p not in chosen}
+
+
+def _name(path: str) -> str:
+    """A parameter's name for people: its part, a slash, its path in the part."""
+    return path.replace(".", "/", 1)
 
 
 def abstract_params(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of every parameter by path; a `RequestError` if an expression of `train.trainable` names none of them."""
-    params = flat_params(abstract(lambda rngs: WanDiT(config.dit, rngs=rngs)))
+    params = flat_params(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)))
     for pattern in config.train.trainable:
         require(
-            any(re.fullmatch(pattern, f"dit/{path}") for path in params),
-            f"train.trainable: {pattern!r} matches no parameter; they are named like dit/{min(params)}",
+            any(re.fullmatch(pattern, _name(path)) for path in params),
+            f"train.trainable: {pattern!r} matches no parameter; they are named like {_name(min(params))}",
         )
     return params
 
@@ -103,12 +112,30 @@ def abstract_batch(config: Config) -> Batch:
         text=jax.ShapeDtypeStruct((size, dit.text_len, dit.text_dim), jnp.float32),
         image=jax.ShapeDtypeStruct((size, (image.image_size // image.patch) ** 2 + 1, image.dim), jnp.float32),
         has_image=jax.ShapeDtypeStruct((size,), jnp.float32),
+        shown=abstract_shown(config) if config.alignment.enabled else None,
+    )
+
+
+def abstract_shown(config: Config) -> Shown:
+    """Shape and type of what the language model is shown in a batch."""
+    size, (tokens, features) = config.train.batch_size, lengths(config)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *shape), dtype)
+
+    return Shown(
+        tokens=array(jnp.int32, tokens),
+        mask=array(jnp.bool_, tokens),
+        positions=array(jnp.int32, 3, tokens),
+        features=array(jnp.float32, features, config.mllm.dim),
+        source=array(jnp.int32, tokens),
     )
 
 
 def init_state(params: Params, config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     trainable, frozen = split_trainable(params, config.train)
+    frozen = {path: x.astype(config.dit.dtype) for path, x in frozen.items()}  # what it is computed in; there is nothing to accumulate
     ema = jax.tree.map(jnp.copy, trainable) if config.train.ema else {}
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), ema, jnp.zeros((), jnp.int32))
 
@@ -135,12 +162,16 @@ def corrupt(key: Array, batch: Batch, config: Config) -> Corruption:
     )
 
 
-def losses(dit: WanDiT, batch: Batch, drawn: Corruption, empty_text: Float[Array, "S E"], shard: Shard) -> Float[Array, " B"]:
+def losses(model: OmniTransfer, batch: Batch, drawn: Corruption, empty_text: Float[Array, "S E"], shard: Shard) -> Float[Array, " B"]:
     """The loss of each sample: flow matching on the target, which reads its reference."""
     x = interpolate(batch.target, drawn.noise, drawn.time)
-    text = jnp.where(drawn.drop_text[:, None, None] > 0, empty_text[None], batch.text)
-    reference = open_reference(batch.reference, batch.task, dit.grid(x))
-    velocity = dit(
+    if model.alignment is None:
+        text, nothing = batch.text, empty_text[None]
+    else:
+        text, nothing = model.alignment(batch.shown, batch.task), jnp.zeros((1, 1, 1))
+    text = jnp.where(drawn.drop_text[:, None, None] > 0, nothing, text)
+    reference = open_reference(batch.reference, batch.task, model.dit.grid(x))
+    velocity = model.dit(
         jnp.concatenate([x, batch.condition], axis=-1),
         TIMESTEPS * drawn.time,
         text,
@@ -148,6 +179,7 @@ def losses(dit: WanDiT, batch: Batch, drawn: Corruption, empty_text: Float[Array
         batch.has_image,
         (reference,),
         shard=shard,
+        embed_text=model.embed_text,
     )
     return loss_per_example(velocity, batch.target, drawn.noise)
 
@@ -155,13 +187,14 @@ def losses(dit: WanDiT, batch: Batch, drawn: Corruption, empty_text: Float[Array
 def make_loss(config: Config, mesh: Mesh, specs: Mapping[str, P]) -> Callable[[Params, Batch, Corruption, Array], Float[Array, ""]]:
     """The mean loss over a batch as a function of all parameters, computed by all devices of `mesh`.
 
-    Each device holds its part of the parameters (`specs`), of the batch and of every sample's tokens.
+    Each device holds its part of the parameters (`specs`), of the batch and of every sample's tokens. The transformer's layers are
+    completed one at a time; the rest, the language model included, is small beside it and completed at once.
     """
-    blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
-    shard = Shard(CONTEXT, layer_completer({p.removeprefix("blocks."): s for p, s in specs.items() if p.startswith("blocks.")}))
+    blank = abstract(lambda rngs: OmniTransfer(config, rngs=rngs))
+    shard = Shard(CONTEXT, layer_completer({p.removeprefix(LAYERS): s for p, s in specs.items() if p.startswith(LAYERS)}))
 
     def local_loss(params: Params, batch: Batch, drawn: Corruption, empty_text: Array) -> Array:
-        params = {p: x if p.startswith("blocks.") else complete(x, specs[p]) for p, x in params.items()}
+        params = {p: x if p.startswith(LAYERS) else complete(x, specs[p]) for p, x in params.items()}
         mean = losses(with_params(blank, params), batch, drawn, empty_text, shard).mean()
         return jax.lax.pmean(mean, (DATA, CONTEXT))
 

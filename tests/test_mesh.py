@@ -19,7 +19,7 @@ from configs import stage1, wan
 from configs.base import MeshConfig
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.mesh import DATA, make_mesh, shardings, specs
-from omnitransfer_jax.models.wan_dit import SHARDING
+from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.run import to_mesh
 from omnitransfer_jax.training import abstract_params, abstract_state, init_state, make_train_step
 from tests.compare import relative_l2

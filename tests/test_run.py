@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from configs import stage1
+from configs import stage1, stage3
 from configs.base import MeshConfig
 from omnitransfer_jax import checkpoint, run, run_checkpoint
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.mesh import make_mesh, specs
-from omnitransfer_jax.models.wan_dit import SHARDING
+from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.optimizer import make_optimizer
 from omnitransfer_jax.training import abstract_params, abstract_state, init_state
 from tests.tiny_run import EMPTY_TEXT, TINY, batches, sample, train
@@ -242,7 +242,7 @@ def started(config, workdir):
 def test_starts_from_random_weights_of_the_seed(tmp_path):
     one, same, other = (started(replace(TINY, seed=seed), tmp_path / str(i)) for i, seed in enumerate((3, 3, 4)))
     assert all(np.array_equal(x, same.trainable[path]) for path, x in one.trainable.items())
-    assert not np.array_equal(one.trainable["head.kernel"], other.trainable["head.kernel"])
+    assert not np.array_equal(one.trainable["dit.head.kernel"], other.trainable["dit.head.kernel"])
     assert all(np.array_equal(x, one.trainable[path]) for path, x in one.ema.items())
     assert (int(one.step), int(one.skipped)) == (0, 0)
 
@@ -254,24 +254,27 @@ def test_starts_from_another_run(whole, tmp_path):
     found = state.trainable | state.frozen
     assert averaged.keys() == {f".ema['{path}']" for path in found}
     assert all(np.array_equal(averaged[f".ema['{path}']"], x) for path, x in found.items())
-    assert set(state.trainable) == {"head.kernel", "head.bias", "head_modulation"}
+    assert set(state.trainable) == {"dit.head.kernel", "dit.head.bias", "dit.head_modulation"}
     assert int(state.step) == 0
 
 
 def test_starts_from_imported_weights(tmp_path):
     folder = tmp_path / "imported"
     params = {path: np.full(leaf.shape, i, np.float16) for i, (path, leaf) in enumerate(abstract_params(TINY).items())}
-    checkpoint.save_part(folder, "dit", params.items())
+    checkpoint.save_part(folder, "dit", ((path.removeprefix("dit."), leaf) for path, leaf in params.items()))
     checkpoint.write_model(folder, {"dit": TINY.dit})
     state = started(replace(TINY, train=replace(TINY.train, init_from=str(folder))), tmp_path / "run")
     assert all(x.dtype == np.float32 and np.array_equal(x, params[path]) for path, x in state.trainable.items())
 
 
 def test_the_full_size_does_not_start_from_random_weights(tmp_path):
-    config = stage1.get_config()
-    place = {path: leaf.sharding for path, leaf in parts_of_a_run(config)[2].trainable.items()}
-    with pytest.raises(RequestError, match=r"train.init_from is empty, and 16.4 billion .* python -m launch.import_weights"):
-        run.random_params(config, place)
+    with pytest.raises(RequestError, match=r"no weights for dit \(16.4 billion .* python -m launch.import_weights"):
+        run.require_weights(stage1.get_config())
+    with pytest.raises(RequestError, match=r"no weights for dit \(16.4 .* and mllm \(3.1 billion .* python -m launch.import_weights"):
+        run.require_weights(stage3.get_config())
+    absent = replace(stage3.get_config(), train=replace(TINY.train, init_from=str(tmp_path)))
+    with pytest.raises(RequestError, match="neither imported weights nor a run; import them"):
+        run.require_weights(absent)
 
 
 def test_another_network_is_no_start(whole, tmp_path):
@@ -283,25 +286,26 @@ def test_another_network_is_no_start(whole, tmp_path):
 def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
     params = abstract_params(TINY)
     saved = left_by(whole)
-    average = run_checkpoint.load_dit(whole, params, dtype="bfloat16")
+    average = run_checkpoint.load_params(whole, params, dtype="bfloat16")
     assert average.keys() == params.keys()
     assert all(x.dtype == "bfloat16" and np.array_equal(x, saved[f".ema['{path}']"].astype(x.dtype)) for path, x in average.items())
     plain = replace(TINY, train=replace(TINY.train, steps=1, ema=0.0, trainable=("dit/head.*",)))
     state = started(plain, tmp_path)
     with run_checkpoint.open_checkpoints(tmp_path, plain.checkpoint) as checkpoints:
         run_checkpoint.save(checkpoints, 1, state, batches(plain))
-    found = run_checkpoint.load_dit(tmp_path, params)
+    run_checkpoint.write_config(tmp_path, plain)
+    found = run_checkpoint.load_params(tmp_path, params)
     assert found.keys() == params.keys()
     assert all(np.array_equal(x, (state.trainable | state.frozen)[path]) for path, x in found.items())
 
 
 def test_sampling_refuses_another_network(whole, tmp_path):
     smaller = replace(TINY, dit=replace(TINY.dit, ffn_dim=16))
-    with pytest.raises(RequestError, match=r"not the transformer of this configuration, 3 of its parameters differ, blocks\.ffn"):
-        run_checkpoint.load_dit(whole, abstract_params(smaller))
+    with pytest.raises(RequestError, match=r"not the model of this configuration, 3 of its parameters differ, dit\.blocks\.ffn"):
+        run_checkpoint.load_params(whole, abstract_params(smaller))
     run_checkpoint.write_config(tmp_path, TINY)
     with pytest.raises(RequestError, match=r"this run has no checkpoint yet"):
-        run_checkpoint.load_dit(tmp_path, abstract_params(TINY))
+        run_checkpoint.load_params(tmp_path, abstract_params(TINY))
 
 
 def test_the_other_parts_are_where_the_first_run_started(tmp_path):

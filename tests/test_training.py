@@ -11,7 +11,8 @@ from configs import stage1
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.flow import draw_time
 from omnitransfer_jax.mesh import make_mesh, specs
-from omnitransfer_jax.models.wan_dit import ALONE, SHARDING, WanDiT
+from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
+from omnitransfer_jax.models.wan_dit import ALONE
 from omnitransfer_jax.optimizer import make_optimizer
 from omnitransfer_jax.params import abstract, with_params
 from omnitransfer_jax.training import (
@@ -73,7 +74,7 @@ def test_one_program_for_every_mix_of_tasks(step):
 def test_only_the_chosen_parameters_move(step):
     after, _ = step(step.state, batch_of(0, 2))
     assert 0 < len(after.trainable) < len(abstract_params(PARTLY))
-    assert {path.split(".")[0] for path in after.frozen} >= {"patch_embedding", "text_embedder", "time_projection"}
+    assert {path.split(".")[1] for path in after.frozen} >= {"patch_embedding", "text_embedder", "time_projection"}
     assert [path for path, x in after.frozen.items() if not np.array_equal(x, step.state.frozen[path])] == []
     assert [path for path, x in after.trainable.items() if np.array_equal(x, step.state.trainable[path])] == []
     _, adam, _, _ = after.moments
@@ -114,13 +115,13 @@ def test_losses_fall(step):
 
 @jax.jit
 def evaluate(params, batch, drawn):
-    dit = with_params(abstract(lambda rngs: WanDiT(TINY.dit, rngs=rngs)), params)
+    dit = with_params(abstract(lambda rngs: OmniTransfer(TINY, rngs=rngs)), params)
     return losses(dit, batch, drawn, jnp.asarray(EMPTY_TEXT), ALONE)
 
 
 def test_the_loss_is_of_the_velocity_at_the_drawn_time():
     """Against the definition: a network that answers nothing loses the mean square of noise - target."""
-    params = draw_params(TINY) | {"head.kernel": jnp.zeros((24, 64)), "head.bias": jnp.zeros(64)}
+    params = draw_params(TINY) | {"dit.head.kernel": jnp.zeros((24, 64)), "dit.head.bias": jnp.zeros(64)}
     batch = batch_of(0, 2)
     drawn = corrupt(jax.random.key(3), batch, TINY)
     np.testing.assert_allclose(evaluate(params, batch, drawn), np.square(drawn.noise - batch.target).mean((1, 2, 3, 4)), rtol=1e-6)
@@ -156,14 +157,14 @@ def test_corruption_is_drawn_as_configured():
 
 def test_batches_are_as_expected():
     expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_batch(TINY))
-    assert {name: (x.shape, x.dtype) for name, x in next(batches(TINY)).items()} == expected._asdict()
+    assert {name: (x.shape, x.dtype) for name, x in next(batches(TINY)).items()} | {"shown": None} == expected._asdict()
 
 
 def test_parameters_are_chosen_by_path():
     params = abstract_params(PARTLY)
     trainable, frozen = split_trainable(params, PARTLY.train)
     assert trainable.keys() | frozen.keys() == params.keys()
-    assert set(trainable) == {p for p in params if p.startswith("head") or (p.startswith("blocks.") and "attention" in p)}
+    assert set(trainable) == {p for p in params if p.startswith("dit.head") or (p.startswith("dit.blocks.") and "attention" in p)}
     with pytest.raises(RequestError, match=r"'dit/nothing' matches no parameter; they are named like dit/blocks\."):
         abstract_params(replace(TINY, train=replace(TINY.train, trainable=("dit/head.*", "dit/nothing"))))
 
@@ -172,7 +173,7 @@ def test_the_state_lies_as_the_parameters_do():
     config = stage1.get_config()
     mesh, spec = make_mesh(config.mesh), specs(abstract_params(config), SHARDING, 1)
     state = abstract_state(config, mesh, spec, make_optimizer(config.optimizer))
-    path = "blocks.ffn.up.kernel"
+    path = "dit.blocks.ffn.up.kernel"
     _, adam, _, _ = state.moments
     assert state.trainable[path].sharding == adam.mu[path].sharding == adam.nu[path].sharding
     assert state.trainable[path].sharding.spec == spec[path]

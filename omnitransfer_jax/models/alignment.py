@@ -13,11 +13,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from configs.base import Config
+from configs.base import Config, VideoConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.models.layers import Linear
 from omnitransfer_jax.models.lora import add_lora
+from omnitransfer_jax.models.qwen2_5_vision import Grid, fit, grid_of
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
+
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    (r"mllm\.layers\..*\.(kernel|lora\.down)", ("layers", "in", "out")),
+    (r"mllm\.layers\..*\.lora\.up", ("layers", None, "out")),
+    (r"mllm\.layers\..*\.(bias|scale)", ("layers", "vector")),
+    (r"mllm\.token_embedding", ("in", "out")),
+    (r"(?!mllm\.layers\.).*\.kernel", ("in", "out")),
+    (r"(?!mllm\.layers\.).*\.(bias|scale)", ("vector",)),
+    (r"queries", (None, None, "vector")),
+]
 
 
 class Shown(NamedTuple):
@@ -33,6 +44,40 @@ class Shown(NamedTuple):
     """Features of the first frame and of the reference video, from the frozen vision tower."""
     source: Int[Array, "B S"]
     """The row of `features` that stands in a token's place, or -1."""
+
+
+# The words around what is shown, in Qwen's chat form: two clips' brackets, the turns' marks, and text of at most a token a byte.
+USER, BREAK, ASSISTANT = "user\n", "\n", "assistant\n"
+FIXED = 2 * 2 + 3 + len(USER + BREAK + ASSISTANT)
+
+
+class Size(NamedTuple):
+    """A clip as the vision tower sees it."""
+
+    height: int
+    width: int
+    grid: Grid
+    features: int
+    """Tokens of the language model."""
+
+
+def sizes(config: Config) -> tuple[Size, Size]:
+    """Of the first frame and of the reference."""
+    return _size(config, config.video, 1), _size(config, config.data.reference, config.alignment.frames)
+
+
+def lengths(config: Config) -> tuple[int, int]:
+    """Tokens S and features V of every sample; S is enough for any vocabulary that knows single bytes."""
+    features = sum(size.features for size in sizes(config))
+    return FIXED + features + config.alignment.prompt_tokens, features
+
+
+def _size(config: Config, video: VideoConfig, frames: int) -> Size:
+    vision = config.mllm.vision
+    square = (vision.patch * vision.merge) ** 2
+    height, width = fit(video.height, video.width, vision, min_pixels=square, max_pixels=config.alignment.frame_pixels)
+    grid = grid_of(frames, height, width, vision)
+    return Size(height, width, grid, grid[0] * grid[1] * grid[2] // vision.merge**2)
 
 
 class Alignment(nnx.Module):

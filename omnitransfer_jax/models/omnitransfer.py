@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from configs.base import SamplerConfig
+from configs.base import Config, SamplerConfig
 from omnitransfer_jax import samplers, tasks
+from omnitransfer_jax.models import alignment, wan_dit
+from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
 from omnitransfer_jax.models.memory import compress
 from omnitransfer_jax.models.umt5 import UMT5Encoder
@@ -24,11 +27,31 @@ from omnitransfer_jax.models.wan_vae import WanVAE
 MASK_CHANNELS = 4  # one for each video frame of a latent frame (Wan2.1 image2video.py)
 
 
+class OmniTransfer(nnx.Module):
+    """All that ever trains: the transformer, and from stage 2 on the alignment that tells it what to do."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.dit = WanDiT(config.dit, rngs=rngs)
+        self.alignment = Alignment(config, rngs=rngs) if config.alignment.enabled else None
+        self.embed_text = embeds_text(config)
+
+
+def embeds_text(config: Config) -> bool:
+    """Whether the context goes through Wan's text projection: always, but for a connector that leads straight into the blocks."""
+    return not (config.alignment.enabled and config.alignment.into == "blocks")
+
+
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    *((rf"dit\.(?:{pattern})", axes) for pattern, axes in wan_dit.SHARDING),
+    *((rf"alignment\.(?:{pattern})", axes) for pattern, axes in alignment.SHARDING),
+]
+
+
 class Conditions(NamedTuple):
     """What the network reads beside the noise."""
 
     text: Float[Array, "B S E"]
-    """Encoded prompt, zero rows beyond its end."""
+    """Encoded prompt, zero rows beyond its end; from stage 2 on the alignment's context, one task's rows behind another's."""
     negative_text: Float[Array, "B S E"]
     """What the unconditional pass of guidance reads instead."""
     image: Float[Array, "B I J"] | None = None
@@ -81,8 +104,9 @@ def denoise(
     noise: Float[Array, "B F H W C"],
     sampler: SamplerConfig,
     on_step: Callable[[int], None] | None = None,
+    embed_text: bool = True,
 ) -> Float[Array, "B F H W C"]:
-    """Clean latents from `noise`.
+    """Clean latents from `noise`; `embed_text` as in `WanDiT`.
 
     The references' keys and values are computed once, for all steps and both guidance passes; the passes differ in the text alone
     and run one after the other, so they share the memory and need no second copy of the activations.
@@ -95,7 +119,7 @@ def denoise(
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
         def told(text: Array) -> Array:
-            return dit(latents, timestep, text, conditions.image, references=references, memory=memory)
+            return dit(latents, timestep, text, conditions.image, references=references, memory=memory, embed_text=embed_text)
 
         if sampler.guidance == 1:
             return told(conditions.text)

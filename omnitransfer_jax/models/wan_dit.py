@@ -110,11 +110,13 @@ class WanDiT(nnx.Module):
         references: tuple[Reference, ...] = (),
         memory: Memory | None = None,
         shard: Shard = ALONE,
+        embed_text: bool = True,
     ) -> Float[Array, "B F H W c"]:
         """The velocity of `latents` (noise first, then mask and condition) at `timestep` in 0..1000, one per sample or per token.
 
         `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame, of the
         samples where `has_image` is 1. The target reads `references`, or their `memory`, or neither: plain Wan.
+        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is.
         """
         dtype, patches = jnp.dtype(self.config.dtype), self.grid(latents)
         require(memory is None or memory.grid == patches, f"reference memory of a {memory and memory.grid} target: this one is {patches}")
@@ -122,7 +124,8 @@ class WanDiT(nnx.Module):
         time = self.time_embedder(local(timestep, shard) if timestep.ndim == 2 else timestep[:, None])
         if self.image_embedder is not None and image is not None:
             image = self.image_embedder(image.astype(dtype))
-        context = Context(self.text_embedder(text.astype(dtype)), image, has_image)
+        text = text.astype(dtype)
+        context = Context(self.text_embedder(text) if embed_text else text, image, has_image)
         tokens, streams = self.open(references, shard)
         x = self.run((x, *tokens), (Stream(self.project_time(time), table), *streams), context, memory, shard)[0][0]
         return self.project(x, time, patches, shard)

@@ -1,7 +1,7 @@
 """Adapters as other code stores them: the names follow from the table of the model they adapt.
 
-    PEFT      base_model.model.{module}.lora_A.weight, lora_B.weight, and adapter_config.json
-    ComfyUI   diffusion_model.{module}.lora_A.weight, lora_B.weight, the scale folded into B
+PEFT      base_model.model.{module}.lora_A.weight, lora_B.weight, and adapter_config.json
+ComfyUI   diffusion_model.{module}.lora_A.weight, lora_B.weight, the scale folded into B
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -46,32 +46,39 @@ def travel(tmp_path, manifest, pairs):
         assert clips.read_clip(out, frames=9, fps=8, height=height, width=width).std() > 0
 
 
-def test_on_clips_the_project_makes(tmp_path):
-    manifest = example.write_example(tmp_path / "clips")
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    here = manifest.parent
-    pairs = {row["task"]: (here / row["reference"], here / row["first_frame"] if "first_frame" in row else None) for row in rows}
+def example_pairs(manifest, tmp_path):
+    """task -> (reference, first frame or None) of the project's own clips; a temporal target's first frame where none is given."""
+    pairs, here = {}, manifest.parent
+    for row in map(json.loads, manifest.read_text().splitlines()):
+        frame = here / row["first_frame"] if "first_frame" in row else None
+        if frame is None and tasks.TASKS[tasks.task_index(row["task"])].family == "temporal":
+            frame = tmp_path / f"{row['task']}.png"
+            Image.fromarray(clips.read_clip(here / row["target"], frames=1, fps=8, height=32, width=48)[0]).save(frame)
+        pairs[row["task"]] = (here / row["reference"], frame)
     assert set(pairs) == set(tasks.NAMES)
-    for task, (reference, frame) in pairs.items():
-        if frame is None and task in ("motion", "camera", "effect"):  # the target's own first frame
-            target = next(here / row["target"] for row in rows if row["task"] == task)
-            frame = tmp_path / f"{task}.png"
-            Image.fromarray(clips.read_clip(target, frames=1, fps=8, height=32, width=48)[0]).save(frame)
-            pairs[task] = (reference, frame)
-    travel(tmp_path, manifest, pairs)
+    return pairs
 
 
-def test_on_real_clips(shared, tmp_path):
-    """The five sets the paper's authors show: reference, first frame, their result as the target."""
+def real_manifest(shared, tmp_path):
+    """The five sets the paper's authors show, their result as the target: manifest, and pairs as in `example_pairs`."""
     folder = shared / "clips" / "omnitransfer"
     sets = {"camera": "Camera__{}2", "effect": "Effect__{}1", "motion": "Motion__{}1", "id": "ID__{}1", "style": "Style__{}1"}
     rows, pairs = [], {}
     for task, name in sets.items():
         reference, target = (folder / f"{name.format(kind)}.mp4" for kind in ("ref", "result"))
-        frame = reference.with_suffix(".jpg")
+        frame = reference.with_suffix(".jpg") if reference.with_suffix(".jpg").exists() else None
         row = {"id": task, "task": task, "reference": str(reference), "target": str(target), "prompt": ""}
-        rows.append(row | ({"first_frame": str(frame)} if frame.exists() else {}))
-        pairs[task] = (reference, frame if frame.exists() else None)
+        rows.append(row | ({"first_frame": str(frame)} if frame else {}))
+        pairs[task] = (reference, frame)
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    travel(tmp_path, manifest, pairs)
+    return manifest, pairs
+
+
+def test_on_clips_the_project_makes(tmp_path):
+    manifest = example.write_example(tmp_path / "clips")
+    travel(tmp_path, manifest, example_pairs(manifest, tmp_path))
+
+
+def test_on_real_clips(shared, tmp_path):
+    travel(tmp_path, *real_manifest(shared, tmp_path))

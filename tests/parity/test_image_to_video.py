@@ -61,9 +61,7 @@ def test_pixels():
         "image_encoder": build(CLIPVisionModel, CLIPVisionConfig, clip_vision.config_json(IMAGE)),
     }
     scheduler = OriginalGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SAMPLER.shift)
-    pipeline = WanImageToVideoPipeline(
-        tokenizer=byte_tokenizer(), scheduler=scheduler, image_processor=OriginalPreprocessing(), **theirs
-    )
+    pipeline = WanImageToVideoPipeline(tokenizer=byte_tokenizer(), scheduler=scheduler, image_processor=OriginalPreprocessing(), **theirs)
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         image=Image.fromarray(pixels), prompt=PROMPTS[0], negative_prompt=PROMPTS[1], height=HEIGHT, width=WIDTH, num_frames=FRAMES,

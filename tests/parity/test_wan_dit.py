@@ -17,9 +17,7 @@ from tests.compare import relative_l2
 from tests.parity.bridge import gradients, port, randomise, to_ours
 
 TEXT_LEN = 512  # hard-coded in the oracle
-I2V = DiTConfig(
-    dim=48, ffn_dim=64, num_layers=3, num_heads=2, text_dim=24, image_dim=20, freq_dim=32, dtype="float32", remat="none"
-)
+I2V = DiTConfig(dim=48, ffn_dim=64, num_layers=3, num_heads=2, text_dim=24, image_dim=20, freq_dim=32, dtype="float32", remat="none")
 T2V = replace(I2V, in_channels=16, image_dim=None)
 
 
@@ -30,6 +28,7 @@ def oracle(config: DiTConfig) -> torch.nn.Module:
 
 def inputs(config: DiTConfig, frames: int, rows: int, columns: int, per_token: bool):
     draw = np.random.default_rng(1)
+
     def normal(*shape):
         return draw.standard_normal(shape, np.float32)
 
@@ -43,9 +42,7 @@ def inputs(config: DiTConfig, frames: int, rows: int, columns: int, per_token: b
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["scalar_time", "token_time"])
-@pytest.mark.parametrize(
-    ("config", "grid"), [(I2V, (3, 8, 12)), (I2V, (2, 10, 6)), (T2V, (3, 8, 6))], ids=["wide", "tall", "t2v"]
-)
+@pytest.mark.parametrize(("config", "grid"), [(I2V, (3, 8, 12)), (I2V, (2, 10, 6)), (T2V, (3, 8, 6))], ids=["wide", "tall", "t2v"])
 def test_forward_and_gradients(config, grid, per_token):
     theirs, batch = oracle(config), inputs(config, *grid, per_token)
     ours = port(lambda rngs: WanDiT(config, rngs=rngs), theirs, entries(config, "diffusers"))

@@ -1,0 +1,24 @@
+"""Stage 3: everything learns together (paper section 5.1).
+
+Goal    the finished model: transformer, connector, queries and adapters tuned to one another.
+Trains  every parameter of the transformer, queries, connector and LoRA; the language model's own weights stay frozen.
+Cost    5,000 steps of 16 samples, as heavy as stage 1, with the language model besides.
+Result  not run at full size; `tiny` is what the tests run.
+
+    python -m launch.train --config=stage3 --workdir=DIR --data.path=RECORDS --train.init_from=STAGE2
+"""
+
+from dataclasses import replace
+
+from configs import stage2
+from configs.base import Config, variant_of
+
+VARIANTS = {
+    name: replace(config, train=replace(config.train, steps=steps, trainable=("dit/.*", *stage2.TRAINABLE)))
+    for name, config, steps in (("", stage2.FULL, 5_000), ("tiny", stage2.TINY, 40))
+}
+
+
+def get_config(variant: str = "") -> Config:
+    """The configuration named `stage3[:variant]`."""
+    return variant_of(VARIANTS, variant)
