@@ -40,7 +40,7 @@ def empty_text(config: Config) -> np.ndarray:
 
 def decode(record: dict[str, Any], config: Config) -> dict[str, Any]:
     """One sample of a batch from its record."""
-    sample = {name: records.from_bits(record[name]) for name in ARRAYS}
+    sample: dict[str, Any] = {name: records.from_bits(record[name]) for name in ARRAYS}
     sample["text"] = records.pad_rows(records.from_bits(record["text"]), config.dit.text_len)
     if config.alignment.enabled:
         shown = {name: record[f"shown_{name}"] for name in records.SHOWN}

@@ -10,6 +10,7 @@ the MetaQueries come behind, in models/alignment.py. Templates are those of `tas
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,8 @@ def _instruction(config: Config, vocabulary: PreTrainedTokenizerFast, task: str,
 
 
 def _special(vocabulary: PreTrainedTokenizerFast, name: str) -> list[int]:
-    return [vocabulary.convert_tokens_to_ids(name)]
+    token: Any = vocabulary.convert_tokens_to_ids(name)
+    return [token]
 
 
 def _text(vocabulary: PreTrainedTokenizerFast, text: str) -> list[int]:

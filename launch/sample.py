@@ -174,8 +174,11 @@ def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.
         dit = parts.load_dit(CHECKPOINT.value, config)
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
 
+        def tick(step: int) -> None:
+            bar.update()
+
         def denoise(dit, conditions, noise):
-            return omnitransfer.denoise(dit, conditions, noise, config.sampler, lambda _: bar.update(), omnitransfer.embeds_text(config))
+            return omnitransfer.denoise(dit, conditions, noise, config.sampler, tick, omnitransfer.embeds_text(config))
 
         latents = jax.jit(denoise)(dit, conditions, noise).block_until_ready()
         jax.effects_barrier()

@@ -27,7 +27,7 @@ def main(config: Config) -> None:
     if DRY_RUN.value:
         print(describe(config))
         return
-    require(WORKDIR.value, "--workdir: not given, and a training needs it; name the folder of the run")
+    require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     run.require_weights(config)
     mesh = make_mesh(config.mesh)
     index, count = run.data_share(mesh)

@@ -3,15 +3,19 @@
 t is 0 at the data and 1 at noise; the network is told 1000 t.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+Times = TypeVar("Times", np.ndarray, jax.Array)
+
 TIMESTEPS = 1000  # what t = 1 is called in front of the network (Wan2.1 num_train_timesteps)
 
 
-def shift_time(t: Float[np.ndarray, " S"] | Float[Array, " S"], shift: float) -> Float[np.ndarray, " S"] | Float[Array, " S"]:
+def shift_time(t: Times, shift: float) -> Times:
     """Bends times towards noise: larger videos keep their structure up to more noise."""
     return shift * t / (1 + (shift - 1) * t)
 

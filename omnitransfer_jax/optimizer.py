@@ -21,12 +21,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2),
         optax.add_decayed_weights(config.weight_decay, mask=matrices),
-        optax.scale_by_learning_rate(lambda updates: learning_rate(updates, config)),
+        optax.scale_by_learning_rate(lambda updates: learning_rate(jnp.asarray(updates), config)),
     )
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
-            return adamw.update(grads, state, params)
+            return adamw.update(updates, state, params)
 
     return optax.GradientTransformation(adamw.init, update)
 

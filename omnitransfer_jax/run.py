@@ -128,7 +128,7 @@ def start(
     return jax.jit(lambda weights: init_state(weights, config, optimizer), donate_argnums=0, out_shardings=places)(weights)
 
 
-def imported_params(folder: str, config: Config, params: Mapping[str, Any], place: Mapping[str, NamedSharding]) -> Params:
+def imported_params(folder: str, config: Config, params: Mapping[str, Any], place: Mapping[str, Any]) -> Params:
     """Those of `params` that are in a folder of launch.import_weights."""
     checkpoint.require_model(folder, config)
     found = {}
@@ -145,7 +145,7 @@ def imported_params(folder: str, config: Config, params: Mapping[str, Any], plac
     return found
 
 
-def random_params(config: Config, params: Mapping[str, Any], place: Mapping[str, NamedSharding]) -> Params:
+def random_params(config: Config, params: Mapping[str, Any], place: Mapping[str, Any]) -> Params:
     """`params` drawn from the seed."""
     require_small(config, params)
 

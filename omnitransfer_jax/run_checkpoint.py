@@ -30,9 +30,10 @@ PARAMETERS = ("trainable", "frozen", "ema")
 
 def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> ocp.training.Checkpointer:
     """The run's checkpoints; what interrupted saves left is removed. Closing it waits for the save under way."""
+    latest: Any = ocp.training.preservation_policies.LatestN(config.keep)
     return ocp.training.Checkpointer(
         epath.Path(workdir).absolute() / CHECKPOINTS,
-        preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
+        preservation_policy=latest,
         cleanup_tmp_directories=True,
     )
 
@@ -157,11 +158,12 @@ def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _parse(kind: Any, value: Any, path: str) -> Any:
     """`value` of a JSON file as a configuration of type `kind`, or as a plain value."""
+    make: Any = kind
     if not is_dataclass(kind):
         return tuple(value) if isinstance(value, list) else value
     hints, unknown = get_type_hints(kind), sorted(set(value) - {field.name for field in fields(kind)})
-    require(not unknown, f"{path}: {', '.join(unknown)} of {kind.__name__} is unknown to this version; use the one that wrote it")
-    return kind(**{name: _parse(hints[name], inner, path) for name, inner in value.items()})
+    require(not unknown, f"{path}: {', '.join(unknown)} of {make.__name__} is unknown to this version; use the one that wrote it")
+    return make(**{name: _parse(hints[name], inner, path) for name, inner in value.items()})
 
 
 def _items(state: TrainState) -> dict[str, Any]:

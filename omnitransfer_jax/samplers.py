@@ -36,7 +36,8 @@ def sample(
         y = c0 * x + c1 * y + c2 * m1 + c3 * m2 + c4 * m
         x = p0 * y + p1 * m + p2 * m1
         if on_step is not None:
-            jax.debug.callback(lambda i, _: on_step(int(i)), i, x.ravel()[0])  # x, so that it is called when the step is done
+            # It is given x, so that it is called when the step is done.
+            jax.debug.callback(lambda i, _, report=on_step: report(int(i)), i, x.ravel()[0])
         return (x, y, m, m1), None
 
     start = noise.astype(jnp.float32)

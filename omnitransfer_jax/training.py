@@ -100,18 +100,21 @@ def abstract_batch(config: Config) -> Batch:
     """Shape and type of a whole batch, as the records of this configuration give it."""
     size, vae, dit, image = config.train.batch_size, config.vae, config.dit, config.image
 
-    def latents(video: VideoConfig, channels: int) -> jax.ShapeDtypeStruct:
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((size, *shape), dtype)
+
+    def latents(video: VideoConfig, channels: int) -> Any:
         frames, stride = (video.frames - 1) // vae.time_stride + 1, vae.space_stride
         return jax.ShapeDtypeStruct((size, frames, video.height // stride, video.width // stride, channels), jnp.float32)
 
     return Batch(
-        task=jax.ShapeDtypeStruct((size,), jnp.int32),
+        task=array(jnp.int32),
         target=latents(config.video, vae.z_dim),
         condition=latents(config.video, dit.in_channels - vae.z_dim),
         reference=latents(config.data.reference, vae.z_dim),
-        text=jax.ShapeDtypeStruct((size, dit.text_len, dit.text_dim), jnp.float32),
-        image=jax.ShapeDtypeStruct((size, (image.image_size // image.patch) ** 2 + 1, image.dim), jnp.float32),
-        has_image=jax.ShapeDtypeStruct((size,), jnp.float32),
+        text=array(jnp.float32, dit.text_len, dit.text_dim),
+        image=array(jnp.float32, (image.image_size // image.patch) ** 2 + 1, image.dim),
+        has_image=array(jnp.float32),
         shown=abstract_shown(config) if config.alignment.enabled else None,
     )
 
@@ -120,7 +123,7 @@ def abstract_shown(config: Config) -> Shown:
     """Shape and type of what the language model is shown in a batch."""
     size, (tokens, features) = config.train.batch_size, lengths(config)
 
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((size, *shape), dtype)
 
     return Shown(
@@ -168,6 +171,7 @@ def losses(model: OmniTransfer, batch: Batch, drawn: Corruption, empty_text: Flo
     if model.alignment is None:
         text, nothing = batch.text, empty_text[None]
     else:
+        assert batch.shown is not None  # records of a configuration with alignment have it
         text, nothing = model.alignment(batch.shown, batch.task), jnp.zeros((1, 1, 1))
     text = jnp.where(drawn.drop_text[:, None, None] > 0, nothing, text)
     reference = open_reference(batch.reference, batch.task, model.dit.grid(x))
@@ -211,7 +215,7 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch, drawn: Corruption, empty_text: Array) -> tuple[Array, Params]:
         """Mean loss and gradients, `parts` pieces of the batch one after the other."""
-        value_and_grad = jax.value_and_grad(lambda trainable, *piece: loss_of(trainable | state.frozen, *piece, empty_text))
+        value_and_grad: Any = jax.value_and_grad(lambda trainable, *piece: loss_of(trainable | state.frozen, *piece, empty_text))
         if parts == 1:
             return value_and_grad(state.trainable, batch, drawn)
 
@@ -228,7 +232,7 @@ def make_train_step(
         loss, grads = gradients(state, batch, drawn, empty_text)
         norm = optax.tree.norm(grads)
         updates, moments = optimizer.update(grads, state.moments, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         decay = config.train.ema
         ema = {p: decay * old + (1 - decay) * trainable[p] for p, old in state.ema.items()}
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

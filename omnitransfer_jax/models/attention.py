@@ -130,7 +130,7 @@ def splash_attention(
     shape = q.shape[2], k.shape[2]
     if mask is None and k.shape[2] != S:
         mask = OneDirection((L,), (S,))
-    kernel = splash.make_splash_mha_single_device(
+    kernel: Any = splash.make_splash_mha_single_device(
         mask=splash_mask.MultiHeadMask([splash_mask.FullMask(shape) if mask is None else _SplashMask(shape, mask)] * N),
         block_sizes=splash.BlockSizes(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
@@ -138,7 +138,8 @@ def splash_attention(
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :L]
+    out: Any = jax.vmap(kernel)(q, k, v)
+    return out.swapaxes(1, 2)[:, :L]
 
 
 class _SplashMask(splash_mask._ComputableMask):

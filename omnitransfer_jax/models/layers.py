@@ -1,5 +1,7 @@
 """The three layers every model here is made of. Their arithmetic is the originals', and so are their float32 islands."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +14,7 @@ class Linear(nnx.Module):
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.lecun_uniform()(rngs.params(), (in_dim, out_dim), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32)) if bias else None
-        self.lora = nnx.data(None)  # models/lora.py puts one here
+        self.lora: Any = nnx.data(None)  # models/lora.py puts one here
 
     def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         # Flattened to one matrix: with two leading axes XLA on CPU takes 1.5 times as long for the kernel's gradient.

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from configs.base import DiTConfig, require
-from omnitransfer_jax.models.attention import attention, one_directional_attention
+from omnitransfer_jax.models.attention import Kind, attention, one_directional_attention
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
 from omnitransfer_jax.models.memory import Memory, Stored
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
@@ -133,7 +133,9 @@ class WanDiT(nnx.Module):
     def remember(self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = ALONE) -> Memory:
         """The memory of `references` for a target of that many patches (time, rows, columns)."""
         tokens, streams = self.open(references, shard)
-        keys, values = self.run(tokens, streams, None, None, shard)[1]
+        _, remembered = self.run(tokens, streams, None, None, shard)
+        assert remembered is not None  # it is, without a context
+        keys, values = remembered
         return Memory(Stored(keys), Stored(values), target)
 
     def run(
@@ -227,12 +229,12 @@ class Block(nnx.Module):
         modulations = [stream.modulation + own for stream in streams]
         h = [self.modulate(x, shift, scale) for x, (shift, scale, *_) in zip(tokens, modulations, strict=True)]
         answers, remembered = self.self_attention(h, [s.table for s in streams], context is not None, memory, shard)
-        tokens = [x + m[2] * a.astype(jnp.float32) for x, m, a in zip(tokens, modulations, answers, strict=True)]
+        xs = [x + m[2] * a.astype(jnp.float32) for x, m, a in zip(tokens, modulations, answers, strict=True)]
         if context is not None:
-            target = self.cross_attention(self.cross_norm(tokens[0]).astype(self.dtype), context)
-            tokens[0] = tokens[0] + target.astype(jnp.float32)
-        h = [self.modulate(x, shift, scale) for x, (*_, shift, scale, _) in zip(tokens, modulations, strict=True)]
-        return tuple(x + m[5] * self.ffn(y).astype(jnp.float32) for x, m, y in zip(tokens, modulations, h, strict=True)), remembered
+            told = self.cross_attention(self.cross_norm(xs[0]).astype(self.dtype), context)
+            xs[0] = xs[0] + told.astype(jnp.float32)
+        h = [self.modulate(x, shift, scale) for x, (*_, shift, scale, _) in zip(xs, modulations, strict=True)]
+        return tuple(x + m[5] * self.ffn(y).astype(jnp.float32) for x, m, y in zip(xs, modulations, h, strict=True)), remembered
 
     def modulate(self, x: Float[Array, "B L D"], shift: Float[Array, "b l D"], scale: Float[Array, "b l D"]) -> Float[Array, "B L D"]:
         """Norm, scale and shift in float32, then the compute dtype."""
@@ -247,7 +249,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         dim = config.dim
-        self.num_heads, self.kind, self.joint = config.num_heads, config.attention, config.references == "joint"
+        self.num_heads, self.joint = config.num_heads, config.references == "joint"
+        self.kind: Kind = config.attention
         self.query, self.key, self.value, self.out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
@@ -293,7 +296,7 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
         q, text, image = self.query_norm(self.query(x)).astype(x.dtype), context.text, context.image
         out = self._read(q, self.key_norm(self.key(text)), self.value(text))
-        if image is not None and self.image_key is not None:
+        if image is not None and self.image_key and self.image_value and self.image_key_norm:
             seen = self._read(q, self.image_key_norm(self.image_key(image)), self.image_value(image))
             out = out + (seen if context.has_image is None else context.has_image.astype(seen.dtype)[:, None, None] * seen)
         return self.out(out)

@@ -8,6 +8,8 @@ from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry, Layout
 OPTIONAL_PREFIXES = ("model.diffusion_model.",)  # ComfyUI's files: the original's names behind this
 IGNORED = ("*.norm_added_q.weight",)  # some published files carry it; no code reads it
 
+Row = tuple[str, str, str, Layout]
+
 UNIT = Layout(lambda x: x[0], lambda x: x[None])  # (1, ...) <-> (...)
 
 # ours, diffusers, original. A linear layer stands for its kernel and its bias.
@@ -27,7 +29,7 @@ IMAGE_NORMS = [
     ("image_embedder.norm_in", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
     ("image_embedder.norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
 ]
-TENSORS = [
+TENSORS: list[Row] = [
     ("patch_embedding", "patch_embedding.weight", "patch_embedding.weight", CONV),
     ("patch_bias", "patch_embedding.bias", "patch_embedding.bias", SAME),
     ("head_modulation", "scale_shift_table", "head.modulation", UNIT),
@@ -46,7 +48,7 @@ BLOCK_IMAGE_LINEARS = [
     ("cross_attention.image_key", "attn2.add_k_proj", "cross_attn.k_img"),
     ("cross_attention.image_value", "attn2.add_v_proj", "cross_attn.v_img"),
 ]
-BLOCK_TENSORS = [
+BLOCK_TENSORS: list[Row] = [
     ("modulation", "scale_shift_table", "modulation", UNIT),
     ("self_attention.query_norm.scale", "attn1.norm_q.weight", "self_attn.norm_q.weight", SAME),
     ("self_attention.key_norm.scale", "attn1.norm_k.weight", "self_attn.norm_k.weight", SAME),
@@ -55,7 +57,7 @@ BLOCK_TENSORS = [
     ("cross_norm.scale", "norm2.weight", "norm3.weight", SAME),
     ("cross_norm.bias", "norm2.bias", "norm3.bias", SAME),
 ]
-BLOCK_IMAGE_TENSORS = [
+BLOCK_IMAGE_TENSORS: list[Row] = [
     ("cross_attention.image_key_norm.scale", "attn2.norm_added_k.weight", "cross_attn.norm_k_img.weight", SAME),
 ]
 
@@ -63,24 +65,24 @@ BLOCK_IMAGE_TENSORS = [
 def entries(config: DiTConfig, layout: Literal["diffusers", "original"]) -> list[Entry]:
     """The table of a network of this configuration: 1,303 entries for I2V 14B."""
     has_image = config.image_dim is not None
-    column = {"diffusers": 1, "original": 2}[layout]
+    theirs = 1 if layout == "diffusers" else 2
     whole = TENSORS + _linears(LINEARS)
     block = BLOCK_TENSORS + _linears(BLOCK_LINEARS)
     if has_image:
         whole += _linears(IMAGE_LINEARS) + _norms(IMAGE_NORMS)
         block += BLOCK_IMAGE_TENSORS + _linears(BLOCK_IMAGE_LINEARS)
-    table = [Entry(row[column], row[0], row[3]) for row in whole]
+    table = [Entry(row[theirs], row[0], row[3]) for row in whole]
     for layer in range(config.num_layers):
-        table += [Entry(f"blocks.{layer}.{row[column]}", f"blocks.{row[0]}", row[3], layer=layer) for row in block]
+        table += [Entry(f"blocks.{layer}.{row[theirs]}", f"blocks.{row[0]}", row[3], layer=layer) for row in block]
     return table
 
 
-def _linears(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str, Layout]]:
+def _linears(rows: list[tuple[str, str, str]]) -> list[Row]:
     kernels = [(f"{ours}.kernel", f"{a}.weight", f"{b}.weight", LINEAR) for ours, a, b in rows]
     return kernels + [(f"{ours}.bias", f"{a}.bias", f"{b}.bias", SAME) for ours, a, b in rows]
 
 
-def _norms(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str, Layout]]:
+def _norms(rows: list[tuple[str, str, str]]) -> list[Row]:
     scales = [(f"{ours}.scale", f"{a}.weight", f"{b}.weight", SAME) for ours, a, b in rows]
     return scales + [(f"{ours}.bias", f"{a}.bias", f"{b}.bias", SAME) for ours, a, b in rows]
 
