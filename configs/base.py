@@ -323,6 +323,10 @@ class VideoConfig:
     fps: int = 16
     """Frames per second (Wan2.1's training rate)."""
 
+    def latent_shape(self, vae: VAEConfig) -> tuple[int, int, int, int]:
+        """Frames, rows, columns and channels of the video's latents."""
+        return (self.frames - 1) // vae.time_stride + 1, self.height // vae.space_stride, self.width // vae.space_stride, vae.z_dim
+
     def validate(self, at: str, vae: VAEConfig, patch: tuple[int, int, int]) -> None:
         """`at` is the field's name in messages; the autoencoder and the patch decide which sizes exist."""
         stride = vae.time_stride
@@ -404,8 +408,6 @@ class TrainConfig:
     """Decay of the running average of the weights that sampling prefers; 0 keeps none."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl and of the console."""
-    sample_every: int = 0
-    """Steps between sampled videos in the workdir; 0 for none."""
 
     def validate(self) -> None:
         for name in ("steps", "batch_size", "log_every"):

@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from configs.base import Config, VideoConfig, require
+from configs.base import Config, require
 from data_pipelines import shown
 from omnitransfer_jax import tasks
 from omnitransfer_jax.errors import RequestError
@@ -51,11 +51,11 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
         config.dit.image_dim is not None,
         "dit.image_dim=None: records are for an image-to-video network; take a configuration like stage1",
     )
-    target, channels, image = _latent_shape(config, config.video), config.vae.z_dim, config.image
+    target, image = config.video.latent_shape(config.vae), config.image
     return {
-        "target": (*target, channels),
-        "condition": (*target, MASK_CHANNELS + channels),
-        "reference": (*_latent_shape(config, config.data.reference), channels),
+        "target": target,
+        "condition": (*target[:-1], MASK_CHANNELS + config.vae.z_dim),
+        "reference": config.data.reference.latent_shape(config.vae),
         "image": (1 + (image.image_size // image.patch) ** 2, image.dim),
     }
 
@@ -226,12 +226,6 @@ def _place(partial: Path, path: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _latent_shape(config: Config, video: VideoConfig) -> tuple[int, int, int]:
-    """Latent frames, rows and columns of a video."""
-    vae = config.vae
-    return (video.frames - 1) // vae.time_stride + 1, video.height // vae.space_stride, video.width // vae.space_stride
 
 
 def _configuration(config: Config) -> dict[str, Any]:

@@ -157,19 +157,13 @@ def tell(config: Config, request: Request) -> jax.Array:
 
 def patches(config: Config, video: VideoConfig) -> tuple[int, int, int]:
     """The video's tokens: time, rows, columns."""
-    (_, frames, rows, columns, _), (t, h, w) = latent_shape(config, video), config.dit.patch
+    (frames, rows, columns, _), (t, h, w) = video.latent_shape(config.vae), config.dit.patch
     return frames // t, rows // h, columns // w
-
-
-def latent_shape(config: Config, video: VideoConfig) -> tuple[int, int, int, int, int]:
-    """The shape of one video's latents, B F H W C."""
-    time, space = config.vae.time_stride, config.vae.space_stride
-    return 1, (video.frames - 1) // time + 1, video.height // space, video.width // space, config.vae.z_dim
 
 
 def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.Array:
     """Latents from noise, with a progress bar."""
-    noise = jax.random.normal(jax.random.key(config.seed), latent_shape(config, video))
+    noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
     with stage("transformer"):
         dit = parts.load_dit(CHECKPOINT.value, config)
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:

@@ -9,6 +9,7 @@ the current step and ends.
 
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from configs.base import Config, require
@@ -20,6 +21,9 @@ from omnitransfer_jax.mesh import make_mesh
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=FLAGS)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes that a cluster started (TPU pod, Slurm, ...): join the others.", flag_values=FLAGS
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, memory and FLOPs, and stop.", flag_values=FLAGS)
 
 
@@ -29,6 +33,8 @@ def main(config: Config) -> None:
         return
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     run.require_weights(config)
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
     mesh = make_mesh(config.mesh)
     index, count = run.data_share(mesh)
     data = batches(config, seed=config.seed, process_index=index, process_count=count)

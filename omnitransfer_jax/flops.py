@@ -32,5 +32,4 @@ def train_step(config: Config) -> int:
 
 def tokens(config: Config, video: VideoConfig) -> int:
     """Tokens of a video in the transformer."""
-    latent_frames = (video.frames - 1) // config.vae.time_stride + 1
-    return latent_frames * video.height * video.width // config.vae.space_stride**2 // math.prod(config.dit.patch)
+    return math.prod(video.latent_shape(config.vae)[:-1]) // math.prod(config.dit.patch)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 from jaxtyping import Array, Float, Int32
 
-from configs.base import Config, TrainConfig, VideoConfig, require
+from configs.base import Config, TrainConfig, require
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
 from omnitransfer_jax.mesh import CONTEXT, DATA, complete, layer_completer
 from omnitransfer_jax.models.alignment import Shown, lengths
@@ -100,18 +100,16 @@ def abstract_batch(config: Config) -> Batch:
     """Shape and type of a whole batch, as the records of this configuration give it."""
     size, vae, dit, image = config.train.batch_size, config.vae, config.dit, config.image
 
+    target = config.video.latent_shape(vae)
+
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((size, *shape), dtype)
 
-    def latents(video: VideoConfig, channels: int) -> Any:
-        frames, stride = (video.frames - 1) // vae.time_stride + 1, vae.space_stride
-        return jax.ShapeDtypeStruct((size, frames, video.height // stride, video.width // stride, channels), jnp.float32)
-
     return Batch(
         task=array(jnp.int32),
-        target=latents(config.video, vae.z_dim),
-        condition=latents(config.video, dit.in_channels - vae.z_dim),
-        reference=latents(config.data.reference, vae.z_dim),
+        target=array(jnp.float32, *target),
+        condition=array(jnp.float32, *target[:-1], dit.in_channels - vae.z_dim),
+        reference=array(jnp.float32, *config.data.reference.latent_shape(vae)),
         text=array(jnp.float32, dit.text_len, dit.text_dim),
         image=array(jnp.float32, (image.image_size // image.patch) ** 2 + 1, image.dim),
         has_image=array(jnp.float32),
@@ -215,7 +213,11 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch, drawn: Corruption, empty_text: Array) -> tuple[Array, Params]:
         """Mean loss and gradients, `parts` pieces of the batch one after the other."""
-        value_and_grad: Any = jax.value_and_grad(lambda trainable, *piece: loss_of(trainable | state.frozen, *piece, empty_text))
+
+        def loss(trainable: Params, batch: Batch, drawn: Corruption) -> Array:
+            return loss_of(trainable | state.frozen, batch, drawn, empty_text)
+
+        value_and_grad = jax.value_and_grad(loss)
         if parts == 1:
             return value_and_grad(state.trainable, batch, drawn)
 

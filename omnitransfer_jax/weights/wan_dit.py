@@ -65,15 +65,18 @@ BLOCK_IMAGE_TENSORS: list[Row] = [
 def entries(config: DiTConfig, layout: Literal["diffusers", "original"]) -> list[Entry]:
     """The table of a network of this configuration: 1,303 entries for I2V 14B."""
     has_image = config.image_dim is not None
-    theirs = 1 if layout == "diffusers" else 2
+
+    def theirs(row: Row) -> str:
+        return row[1] if layout == "diffusers" else row[2]
+
     whole = TENSORS + _linears(LINEARS)
     block = BLOCK_TENSORS + _linears(BLOCK_LINEARS)
     if has_image:
         whole += _linears(IMAGE_LINEARS) + _norms(IMAGE_NORMS)
         block += BLOCK_IMAGE_TENSORS + _linears(BLOCK_IMAGE_LINEARS)
-    table = [Entry(row[theirs], row[0], row[3]) for row in whole]
+    table = [Entry(theirs(row), row[0], row[3]) for row in whole]
     for layer in range(config.num_layers):
-        table += [Entry(f"blocks.{layer}.{row[theirs]}", f"blocks.{row[0]}", row[3], layer=layer) for row in block]
+        table += [Entry(f"blocks.{layer}.{theirs(row)}", f"blocks.{row[0]}", row[3], layer=layer) for row in block]
     return table
 
 

@@ -88,10 +88,8 @@ def test_on_clips_the_project_makes(tmp_path):
     assert all(f"`{name}`" in readme for name in added)
 
     config = command._override(stage3.get_config("tiny"), SMALL, train.FLAGS)
-    content = json.loads(json.dumps(qwen2_5_vl.config_json(config.mllm)))
-    base = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(**{k: v for k, v in content.items() if k not in ("architectures", "model_type")})
-    )
+    settings = {k: v for k, v in qwen2_5_vl.config_json(config.mllm).items() if k not in ("architectures", "model_type")}
+    base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
     adapted = PeftModel.from_pretrained(base, folder / "mllm_lora")
     theirs = {name: value for name, value in adapted.state_dict().items() if ".lora_" in name}
     stored = load_file(folder / "mllm_lora" / "adapter_model.safetensors")
