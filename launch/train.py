@@ -31,8 +31,8 @@ def main(config: Config) -> None:
     if DRY_RUN.value:
         print(describe(config))
         return
-    require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     run.require_weights(config)
+    require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     mesh = make_mesh(config.mesh)

@@ -1,9 +1,9 @@
 """How the parts meet: what the diffusion transformer is told, and how its answers become a video.
 
-    prompt -> UMT5 -> text                    \\
-    first frame -> CLIP -> image               >  WanDiT, asked by the sampler at every step  ->  latents -> VAE -> video
-    first frame, then grey -> VAE -> condition /
-    reference videos -> VAE -> latents with the task's flag -> the same WanDiT, once -> keys and values for every step
+prompt -> UMT5 -> text                    \\        from stage 2 on: alignment.py, [frame, reference, prompt] -> Qwen2.5-VL -> text
+first frame -> CLIP -> image               >  WanDiT, asked by the sampler at every step  ->  latents -> VAE -> video
+first frame, then grey -> VAE -> condition /
+reference videos -> VAE -> latents with the task's flag -> the same WanDiT, once -> keys and values for every step
 """
 
 from collections.abc import Callable
@@ -27,6 +27,12 @@ from omnitransfer_jax.models.wan_vae import WanVAE
 MASK_CHANNELS = 4  # one for each video frame of a latent frame (Wan2.1 image2video.py)
 
 
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    *((rf"dit\.(?:{pattern})", axes) for pattern, axes in wan_dit.SHARDING),
+    *((rf"alignment\.(?:{pattern})", axes) for pattern, axes in alignment.SHARDING),
+]
+
+
 class OmniTransfer(nnx.Module):
     """All that ever trains: the transformer, and from stage 2 on the alignment that tells it what to do."""
 
@@ -39,12 +45,6 @@ class OmniTransfer(nnx.Module):
 def embeds_text(config: Config) -> bool:
     """Whether the context goes through Wan's text projection: always, but for a connector that leads straight into the blocks."""
     return not (config.alignment.enabled and config.alignment.into == "blocks")
-
-
-SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
-    *((rf"dit\.(?:{pattern})", axes) for pattern, axes in wan_dit.SHARDING),
-    *((rf"alignment\.(?:{pattern})", axes) for pattern, axes in alignment.SHARDING),
-]
 
 
 class Conditions(NamedTuple):
