@@ -1,4 +1,4 @@
-# make env: the environment; make test: the whole suite; make demo: a first video. Each works in a fresh clone.
+# make env: the environment; make test: the whole suite; make demo: three stages at tiny size and a report. Each works in a fresh clone.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ test: env
 	$(BIN)/python -m pytest
 
 demo: env
-	$(BIN)/python -m launch.sample --config=wan:tiny --prompt="a red kite over the sea" --out=out/demo.mp4
+	$(BIN)/python -m launch.demo --out=out/demo
 
 lint: env
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

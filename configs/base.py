@@ -45,12 +45,23 @@ class DiTConfig:
     """Width of the sinusoidal time embedding."""
     eps: float = 1e-6
     """Epsilon of the block norms (the image embedder's own is 1e-5)."""
+    rope_base: float = 10_000.0
+    """Frequency i of an axis with w rotated dimensions is `rope_top * rope_base ** -(2i / w)` radians a position."""
+    rope_top: float = 1.0
+    """The highest of these frequencies. Tiny grids learn better with top 2 and base 20, which turn visibly within a few positions."""
     dtype: Dtype = "bfloat16"
     """What the projections compute in; norms, modulation, rotation, softmax and the residual stream are float32 always."""
     attention: Literal["auto", "chunked", "cudnn", "splash"] = "auto"
     """Kernel of the self-attention: `auto` takes the fused one of the backend, and `chunked` where there is none."""
-    references: Literal["split", "joint"] = "split"
-    """How a target reads references that are not cached: two attention calls, or one over all tokens under a one-directional mask."""
+    references: Literal["split", "joint", "bidirectional"] = "split"
+    """How a target reads references that are not cached.
+
+    `split`: two attention calls. `joint`: the same function, one call over all tokens under a one-directional mask. `bidirectional`:
+    another function, the paper's baseline: plain Wan over target and references as one sequence. A reference then reads the target, is at
+    its time and reads the context as it does; it differs at every step, so sampling keeps no cache, whatever `sampler.reference_cache`.
+    """
+    offsets: Literal["task", "frames"] = "task"
+    """Where references stand: as their task says (Eq. 2), or all behind the target in time, the paper's baseline."""
     remat: Literal["none", "attention", "full"] = "attention"
     """What a block keeps for the backward pass: everything, the attention outputs, or its input alone."""
 
@@ -59,6 +70,8 @@ class DiTConfig:
         head = self.dim // self.num_heads
         require(head % 2 == 0 and head >= 6, f"dit.dim/dit.num_heads={head}: rotation needs an even head width of at least 6")
         require(self.num_layers > 0, f"dit.num_layers={self.num_layers}: at least 1")
+        require(self.rope_base >= 1, f"dit.rope_base={self.rope_base}: at least 1, the ratio of the highest frequency to the lowest")
+        require(self.rope_top > 0, f"dit.rope_top={self.rope_top}: more than 0")
         require(
             self.in_channels >= self.out_channels,
             f"dit.in_channels={self.in_channels}: at least dit.out_channels={self.out_channels}, the noisy latent comes first",
@@ -360,7 +373,10 @@ class SamplerConfig:
     negative_prompt: str = ""
     """What the unconditional pass is told."""
     reference_cache: Literal["full", "float8", "int8", "none"] = "full"
-    """References' keys and values are computed once and kept, as they are or in one byte a number; `none` computes them at every step."""
+    """References' keys and values are computed once and kept, as they are or in one byte a number; `none` computes them at every step.
+
+    With `dit.references=bidirectional` they depend on the step, and nothing is kept.
+    """
     stack_references: bool = False
     """Several references of one family: all at the offset of Eq. 2, or, if true, the k-th k times as far."""
 
@@ -404,8 +420,15 @@ class TrainConfig:
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     shift: float = 3.0
     """Bends the drawn times towards noise, as in sampling."""
+    weighting: Literal["velocity", "clean"] = "velocity"
+    """What the squared velocity error at a time t counts for: 1, or 1 / max(t, 0.5)^2, which favours times near the clean data."""
+    references: bool = True
+    """Whether targets read their references; if not, the network trains as Wan's does, without any."""
     ema: float = 0.0
-    """Decay of the running average of the weights that sampling prefers; 0 keeps none."""
+    """Decay of the running average of the weights that sampling prefers; 0 keeps none.
+
+    Update n = 1, 2, ... decays it by min(ema, (1 + n) / (10 + n)), so that the initial weights are soon forgotten.
+    """
     log_every: int = 1
     """Steps between lines of metrics.jsonl and of the console."""
 
@@ -418,14 +441,18 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up to a constant rate."""
+    """AdamW or Muon with a linear warm-up to a constant rate."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon on matrices and AdamW with Nesterov momentum on the rest (optax.contrib.muon)."""
     learning_rate: float = 1e-5
     """Rate after the warm-up (paper section 5.1)."""
+    vector_learning_rate: float = 2e-3
+    """With Muon, the rate after the warm-up of what is no matrix: biases, norms, modulations, queries."""
     warmup_steps: int = 100
     """Steps from 0 to the rate."""
     b1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; Muon's own, of the matrices' gradients, is 0.95."""
     b2: float = 0.999
     """Decay of the second moment."""
     weight_decay: float = 0.01
@@ -436,7 +463,8 @@ class OptimizerConfig:
     """Parts a batch is cut into, one after the other, their gradients averaged."""
 
     def validate(self) -> None:
-        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: more than 0")
+        for name in ("learning_rate", "vector_learning_rate"):
+            require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)}: more than 0")
         require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate}: at least 1")
 
 

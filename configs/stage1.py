@@ -3,25 +3,26 @@
 Goal    Wan2.1 I2V 14B becomes a transfer model for all five tasks; text still comes from UMT5.
 Trains  every parameter of the transformer; autoencoder, UMT5 and CLIP are frozen and run once, in launch.encode.
 Cost    10,000 steps of 16 samples, 480p x 81 frames, reference as large: 12.25 PFLOP a sample and step (docs/references.md).
-Result  not run at full size; `tiny` is what the tests and the README run.
+Result  not run at full size. `tiny` starts from the base that the package holds; `smoke` has random weights, for tests.
 
     python -m launch.train --config=stage1 --workdir=DIR --data.path=RECORDS --train.init_from=IMPORTED
 """
 
 from dataclasses import replace
 
-from configs import wan
+from configs import stage0, wan
 from configs.base import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainConfig, VideoConfig, variant_of
 
 FULL = wan.get_config()
-TINY_VIDEO = VideoConfig(frames=9, height=32, width=48, fps=8)
+SMOKE_VIDEO = VideoConfig(frames=9, height=32, width=48, fps=8)
 
 VARIANTS = {
     "": FULL,
-    "tiny": replace(
-        wan.get_config("tiny"),
-        video=TINY_VIDEO,
-        data=DataConfig(reference=TINY_VIDEO, threads=1),
+    "tiny": replace(stage0.TINY, train=replace(stage0.TINY_TRAIN, steps=1_000)),
+    "smoke": replace(
+        wan.get_config("smoke"),
+        video=SMOKE_VIDEO,
+        data=DataConfig(reference=SMOKE_VIDEO, threads=1),
         train=TrainConfig(steps=60, batch_size=4, ema=0.9),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
         checkpoint=CheckpointConfig(every=30),

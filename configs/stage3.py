@@ -3,7 +3,7 @@
 Goal    the finished model: transformer, connector, queries and adapters tuned to one another.
 Trains  every parameter of the transformer, queries, connector and LoRA; the language model's own weights stay frozen.
 Cost    5,000 steps of 16 samples, as heavy as stage 1, with the language model besides.
-Result  not run at full size; `tiny` is what the tests run.
+Result  not run at full size. `tiny` is for a run of stage2:tiny; `smoke` has random weights, for tests.
 
     python -m launch.train --config=stage3 --workdir=DIR --data.path=RECORDS --train.init_from=STAGE2
 """
@@ -15,7 +15,7 @@ from configs.base import Config, variant_of
 
 VARIANTS = {
     name: replace(config, train=replace(config.train, steps=steps, trainable=("dit/.*", *stage2.TRAINABLE)))
-    for name, config, steps in (("", stage2.FULL, 5_000), ("tiny", stage2.TINY, 40))
+    for (name, config), steps in zip(stage2.VARIANTS.items(), (5_000, 300, 40), strict=True)
 }
 
 

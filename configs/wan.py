@@ -2,7 +2,8 @@
 
 (none)      image-to-video 14B at 480p       t2v_14b   text-to-video 14B at 480p
 i2v_720p    image-to-video 14B at 720p       t2v_1_3b  text-to-video 1.3B at 480p
-tiny        every part at a size for two CPU cores; random weights unless a checkpoint is given
+tiny        every part at a size for two CPU cores, with the weights that the package holds (omnitransfer_jax/embedded/)
+smoke       every part smaller still, with random weights: for tests
 
 python -m launch.sample --config=wan --checkpoint=DIR --first_frame=IMAGE --prompt="..." --out=out.mp4
 """
@@ -13,11 +14,13 @@ from configs.base import (
     AlignmentConfig,
     CLIPVisionConfig,
     Config,
+    DataConfig,
     DiTConfig,
     LoRAConfig,
     QwenConfig,
     QwenVisionConfig,
     SamplerConfig,
+    TrainConfig,
     UMT5Config,
     VAEConfig,
     VideoConfig,
@@ -28,6 +31,12 @@ I2V_14B = DiTConfig()
 T2V_14B = replace(I2V_14B, in_channels=16, image_dim=None)
 T2V_1_3B = replace(T2V_14B, dim=1536, ffn_dim=8960, num_layers=30, num_heads=12)
 
+# Latents are 5 x 16 x 16 x 6 and a token covers 8 x 8 pixels, so there are 80; the language model is shown 4 features of every 2 frames.
+TINY_VIDEO = VideoConfig(frames=9, height=32, width=32, fps=8)
+# Of the latents that the embedded autoencoder makes of its training clips; launch.embed compares them with its vae.json.
+TINY_LATENTS_MEAN = (-0.5043, 0.4984, -0.0993, 0.4909, -1.0293, 0.1809)
+TINY_LATENTS_STD = (3.9225, 1.9310, 2.1239, 2.0253, 2.6109, 2.0121)
+
 I2V_480P = Config()
 VARIANTS = {
     "": I2V_480P,
@@ -35,6 +44,58 @@ VARIANTS = {
     "t2v_14b": replace(I2V_480P, dit=T2V_14B, sampler=SamplerConfig(steps=50, shift=5.0)),
     "t2v_1_3b": replace(I2V_480P, dit=T2V_1_3B, sampler=SamplerConfig(steps=50, shift=8.0, guidance=6.0)),
     "tiny": Config(
+        dit=DiTConfig(
+            dim=128,
+            ffn_dim=384,
+            num_layers=6,
+            num_heads=4,
+            text_dim=64,
+            text_len=32,
+            image_dim=64,
+            freq_dim=64,
+            in_channels=16,
+            out_channels=6,
+            patch=(1, 4, 4),
+            rope_base=20.0,
+            rope_top=2.0,
+            dtype="float32",
+            remat="none",
+        ),
+        vae=VAEConfig(
+            base_dim=16,
+            z_dim=6,
+            dim_mult=(1, 2),
+            num_res_blocks=1,
+            temporal_downsample=(True,),
+            encode_frames=8,
+            decode_frames=4,
+            latents_mean=TINY_LATENTS_MEAN,
+            latents_std=TINY_LATENTS_STD,
+        ),
+        text=UMT5Config(vocab_size=512, dim=64, head_dim=16, ffn_dim=128, num_layers=2, num_heads=4, dtype="float32"),
+        image=CLIPVisionConfig(dim=64, ffn_dim=128, num_layers=3, num_heads=4, image_size=28, dtype="float32"),
+        mllm=QwenConfig(
+            vocab_size=512,
+            dim=96,
+            ffn_dim=192,
+            num_layers=3,
+            num_heads=3,
+            num_kv_heads=1,
+            rope_sections=(4, 6, 6),
+            vision_start=5,
+            image_token=7,
+            video_token=8,
+            dtype="float32",
+            vision=QwenVisionConfig(dim=64, ffn_dim=96, num_layers=2, num_heads=4, patch=8, window=32, full_attention=(1,)),
+        ),
+        lora=LoRAConfig(rank=8, alpha=8.0),
+        alignment=AlignmentConfig(queries=16, frames=9, frame_pixels=32 * 32, prompt_tokens=64, connector_dim=128),
+        video=TINY_VIDEO,
+        sampler=SamplerConfig(solver="euler", steps=10, guidance=1.0),
+        data=DataConfig(reference=TINY_VIDEO, threads=1),
+        train=TrainConfig(init_from="embedded"),
+    ),
+    "smoke": Config(
         dit=DiTConfig(dim=48, ffn_dim=96, num_layers=2, num_heads=2, text_dim=32, text_len=32, image_dim=32, freq_dim=32, dtype="float32"),
         vae=VAEConfig(base_dim=8),
         text=UMT5Config(vocab_size=384, dim=32, head_dim=8, ffn_dim=48, num_layers=2, num_heads=4, dtype="float32"),

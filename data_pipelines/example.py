@@ -30,7 +30,7 @@ Color = tuple[int, int, int]
 def main() -> None:
     manifest = write_example(Path(OUT.value))
     print(f"wrote {manifest}")
-    print(f"Next: python -m launch.encode --config=stage1:tiny --manifest={manifest} --out=records")
+    print(f"Next: python -m launch.encode --config=stage1:smoke --manifest={manifest} --out=records")
 
 
 def write_example(folder: Path) -> Path:

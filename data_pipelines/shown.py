@@ -90,6 +90,23 @@ def look(config: Config, mllm: Qwen2_5VL) -> Look:
     return features
 
 
+def look_at_many(config: Config, mllm: Qwen2_5VL) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """`look` over batches: first frames "B H W 3", 1 where there is one "B", references "B T H W 3" -> features float32 "B V D"."""
+    image, video = sizes(config)
+
+    def see(vision: QwenVision, frames: jax.Array, has_frame: jax.Array, references: jax.Array) -> jax.Array:
+        of_image = jax.vmap(partial(_see, vision, size=image))(frames[:, None]) * has_frame[:, None, None]
+        return jnp.concatenate([of_image, jax.vmap(partial(_see, vision, size=video))(references)], axis=1)
+
+    compiled = partial(jax.jit(see), mllm.vision)
+
+    def features(frames: np.ndarray, has_frame: np.ndarray, references: np.ndarray) -> np.ndarray:
+        picked = references[:, picked_frames(references.shape[1], config.alignment.frames)]
+        return np.asarray(compiled(*map(jnp.asarray, (frames, has_frame, picked))))
+
+    return features
+
+
 def picked_frames(available: int, wanted: int) -> np.ndarray:
     """Which frames of a clip are seen, evenly spaced from the first to the last; some twice if there are too few."""
     return np.rint(np.linspace(0, available - 1, wanted)).astype(int)

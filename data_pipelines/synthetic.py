@@ -251,19 +251,27 @@ def caption(scene: Scene, without: Collection[str] = ()) -> str:
     return f"{say('identity')} {say('motion')} {start}, {background}, {say('camera')}, {say('effect')}, {say('style')}"
 
 
-def render(scene: Scene, video: VideoConfig, hide_sprite: bool = False) -> UInt8[np.ndarray, "T H W 3"]:
-    """The clip of a scene; without its sprite if asked to."""
+def render(scene: Scene, video: VideoConfig) -> UInt8[np.ndarray, "T H W 3"]:
+    """The clip of a scene."""
     time, u, v = _screen(video)
     x, y, zoom = _through_camera(scene.camera, time, u, v)
     pixel = np.float32(2 / video.height) * zoom
-    picture = _background(scene.background, x, y)
-    if not hide_sprite:
-        picture = _with_sprite(picture, scene, time, x, y, pixel)
+    picture = _with_sprite(_background(scene.background, x, y), scene, time, x, y, pixel)
     if scene.style is not None:
         picture = _stylise(picture, scene.style)
     if scene.effect is not None:
         picture = _with_effect(picture, scene.effect, time, u, v)
-    return np.floor(np.clip(picture, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+    return _to_bytes(picture)
+
+
+def render_moved(scene: Scene, video: VideoConfig, moved: Float[np.ndarray, "N 2"]) -> UInt8[np.ndarray, "N H W 3"]:
+    """The first frame of a scene, its sprite moved by so many pixels, columns and rows."""
+    _, x, y = _screen(video)
+    dx, dy = (moved.astype(np.float32) * np.float32(2 / video.height)).T[:, :, None, None]
+    picture = _with_sprite(
+        _background(scene.background, x, y), scene, np.zeros((1, 1, 1), np.float32), x - dx, y - dy, np.float32(2 / video.height)
+    )
+    return _to_bytes(picture if scene.style is None else _stylise(picture, scene.style))
 
 
 def track(scene: Scene, video: VideoConfig) -> Float[np.ndarray, "T 2"]:
@@ -391,6 +399,10 @@ def _colour(code: str) -> np.ndarray:
 
 def _mix(a: Any, b: Any, share: Any) -> Any:
     return a + (b - a) * share
+
+
+def _to_bytes(picture: np.ndarray) -> np.ndarray:
+    return np.floor(np.clip(picture, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
 def _clip(x: Any) -> Any:

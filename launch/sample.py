@@ -32,7 +32,10 @@ from omnitransfer_jax.tokenizer import clean_prompt, tokenize
 
 FLAGS = flags.FlagValues()
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "Folder of launch.import_weights or workdir of launch.train; none: random weights.", flag_values=FLAGS
+    "checkpoint",
+    None,
+    "Folder of launch.import_weights, workdir of launch.train, or `embedded`, the package's own; empty: random. Else train.init_from.",
+    flag_values=FLAGS,
 )
 TASK = flags.DEFINE_multi_enum("task", [], tasks.NAMES, "What to take from the reference; repeats with --reference.", flag_values=FLAGS)
 REFERENCE = flags.DEFINE_multi_string("reference", [], "Clip to transfer from; repeats with --task.", flag_values=FLAGS)
@@ -55,15 +58,20 @@ class Request(NamedTuple):
 
 def main(config: Config) -> None:
     request = read_request(config)
-    if not CHECKPOINT.value:
+    if not weights(config):
         print("no --checkpoint: the weights are random, so the video will be noise; it shows that every part runs", flush=True)
     conditions = encode(config, request)
     latents = generate(config, request.video, conditions)
     with stage("video decoder"):
-        video = jax.jit(WanVAE.decode)(parts.load_vae(CHECKPOINT.value, config), latents)
+        video = jax.jit(WanVAE.decode)(parts.load_vae(weights(config), config), latents)
         clips.write_clip(OUT.value, clips.to_bytes(video[0]), request.video.fps)
     size = request.video
     print(f"wrote {OUT.value}: {size.frames} frames, {size.width} x {size.height}, {size.fps} fps")
+
+
+def weights(config: Config) -> str:
+    """The folder that all parts are loaded from; empty for random ones."""
+    return config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
 
 
 def read_request(config: Config) -> Request:
@@ -104,7 +112,7 @@ def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:
 
 def encode(config: Config, request: Request) -> Conditions:
     """Everything the network reads beside the noise."""
-    video, folder = request.video, CHECKPOINT.value
+    video, folder = request.video, weights(config)
     text = tell(config, request) if config.alignment.enabled else encode_prompts(config, request)
     image = frame = None
     if request.first_frame is not None:
@@ -120,25 +128,27 @@ def encode(config: Config, request: Request) -> Conditions:
             latents = encode_first(vae, frame, shape=(1, video.frames, video.height, video.width))
             encode_clip = jax.jit(lambda vae, clip: vae.encode(clip))
             for k, (task, clip) in enumerate(request.references):
-                family = [tasks.TASKS[other].family for other, _ in request.references[: k + 1]]
+                together = config.dit.offsets == "frames"  # all references are then in one place, whatever their family
+                family = [together or tasks.TASKS[other].family for other, _ in request.references[: k + 1]]
                 rank = family.count(family[k]) if config.sampler.stack_references else 1
                 encoded = encode_clip(vae, jnp.asarray(clips.to_unit(clip))[None])
-                references.append(omnitransfer.open_reference(encoded, jnp.array([task]), patches(config, video), rank))
+                target = patches(config, video)
+                references.append(omnitransfer.open_reference(encoded, jnp.array([task]), target, rank, config.dit.offsets))
     return Conditions(text[:1], text[1:], image, latents, tuple(references))
 
 
 def encode_prompts(config: Config, request: Request) -> jax.Array:
     """The prompt and the negative prompt by UMT5, "2 S E"."""
-    prompts = [request.prompt, clean_prompt(config.sampler.negative_prompt)]
+    prompts, folder = [request.prompt, clean_prompt(config.sampler.negative_prompt)], weights(config)
     with stage("text encoder"):
-        tokens, mask = tokenize(parts.load_vocabulary(CHECKPOINT.value), prompts, config.dit.text_len)
-        encoder = parts.load_text_encoder(CHECKPOINT.value, config)
+        tokens, mask = tokenize(parts.load_vocabulary(folder), prompts, config.dit.text_len)
+        encoder = parts.load_text_encoder(folder, config)
         return jax.jit(omnitransfer.encode_text)(encoder, jnp.asarray(tokens), jnp.asarray(mask))
 
 
 def tell(config: Config, request: Request) -> jax.Array:
     """What the language model says of every reference, one behind another, and the zeros of the unconditional pass, "2 S E"."""
-    folder, first = CHECKPOINT.value, request.first_frame
+    folder, first = weights(config), request.first_frame
     with stage("vision tower"):
         frame = None if first is None else clips.to_unit(clips.fit(first, request.video.height, request.video.width))
         look = shown.look(config, parts.load_mllm(folder, config))
@@ -165,7 +175,7 @@ def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.
     """Latents from noise, with a progress bar."""
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
     with stage("transformer"):
-        dit = parts.load_dit(CHECKPOINT.value, config)
+        dit = parts.load_dit(weights(config), config)
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
 
         def tick(step: int) -> None:

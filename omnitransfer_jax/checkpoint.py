@@ -5,13 +5,15 @@
     DIR/tokenizer/              the text encoder's vocabulary, as transformers stores it
     DIR/mllm_tokenizer/         the language model's
 
-Parts are read and written some leaves at a time, so neither needs a part twice in memory.
+Parts are read and written some leaves at a time, so neither needs a part twice in memory. A small part may be one file,
+DIR/dit.safetensors, with the same names: so are those of the folder that the package holds, whose name is `EMBEDDED`.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import jax
@@ -21,7 +23,10 @@ from orbax.checkpoint import v1 as ocp
 
 from configs.base import Config
 from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.weights import files
 
+EMBEDDED = "embedded"  # in the place of a folder: the one of this package, wherever it is installed
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 FORMAT = 1
 MODEL_FILE = "model.json"
 GROUP_BYTES = 2**28  # leaves that go to or come from the disk together, unless one alone is larger
@@ -30,6 +35,17 @@ CHUNK_BYTES = 2**26  # a process reads the chunks its shard of an array touches,
 RUN_FIELDS = {"dtype", "attention", "references", "remat", "text_len", "encode_frames", "decode_frames"}
 Item = TypeVar("Item")
 IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
+
+
+def resolve(folder: str) -> str:
+    """`folder`, or the package's own for `EMBEDDED`."""
+    return str(EMBEDDED_FOLDER) if folder == EMBEDDED else folder
+
+
+def save_file(folder: Path, name: str, leaves: Mapping[str, np.ndarray]) -> Path:
+    """Writes part `name` as one safetensors file, at once in place of an earlier one; for parts of some megabytes."""
+    specs = {path: files.Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    return files.write(folder, name, specs, leaves.items(), math.inf)[0]
 
 
 def save_part(folder: epath.PathLike, name: str, leaves: Iterable[tuple[str, Any]]) -> None:
@@ -88,6 +104,9 @@ def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarr
 def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of every leaf of part `name`, without reading it."""
     path = epath.Path(folder).absolute() / name
+    if (file := _file(folder, name)).is_file():
+        tensors = files.inspect([file])
+        return {key: jax.ShapeDtypeStruct(tensor.shape, files.DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
     if not path.exists():
         raise RequestError(f"{path}: this checkpoint has no {name}; import one: {IMPORT}")
     with _context():
@@ -118,7 +137,7 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
     for name, values in content["parts"].items():
         if name not in kinds:
             raise RequestError(f"{path}: {name} has {name}, unknown to this version; import again: {IMPORT}")
-        parts[name] = _configuration(kinds[name], values, f"{path}: {name}")
+        parts[name] = configuration(kinds[name], values, f"{path}: {name}")
     return parts
 
 
@@ -140,7 +159,7 @@ def differences(part: Any, other: Any) -> list[tuple[str, Any]]:
     return [(name, getattr(other, name)) for name in names if getattr(other, name) != getattr(part, name)]
 
 
-def _configuration(kind: Any, values: Mapping[str, Any], at: str) -> Any:
+def configuration(kind: Any, values: Mapping[str, Any], at: str) -> Any:
     """A configuration of type `kind` from JSON; `at` begins the message about a field it does not know."""
     unknown = sorted(set(values) - {field.name for field in fields(kind)})
     if unknown:
@@ -148,10 +167,15 @@ def _configuration(kind: Any, values: Mapping[str, Any], at: str) -> Any:
     hints, found = get_type_hints(kind), {}
     for name, value in values.items():
         if is_dataclass(hints[name]):
-            found[name] = _configuration(hints[name], value, f"{at}.{name}")
+            found[name] = configuration(hints[name], value, f"{at}.{name}")
         else:
             found[name] = tuple(value) if isinstance(value, list) else value
     return kind(**found)
+
+
+def _file(folder: epath.PathLike, name: str) -> Path:
+    """Where a part is that is one file."""
+    return Path(folder) / f"{name}.safetensors"
 
 
 def _context() -> ocp.Context:
@@ -165,6 +189,11 @@ def _context() -> ocp.Context:
 
 def _read(folder: epath.PathLike, name: str, targets: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The leaves `targets` describe, read in groups: Orbax needs as much again for what it reads at once."""
+    if (file := _file(folder, name)).is_file():
+        tensors = files.inspect([file])
+        for path, array in zip(targets, files.read(tensors[path] for path in targets), strict=True):
+            yield path, _placed(array, targets[path])
+        return
     size = {path: math.prod(target.shape) * target.dtype.itemsize for path, target in targets.items()}
     for group in _groups(targets, size.__getitem__):
         with _context():
@@ -172,6 +201,14 @@ def _read(folder: epath.PathLike, name: str, targets: Mapping[str, Any]) -> Iter
             arrays = ocp.load(epath.Path(folder).absolute() / name, wanted)
         for path in group:
             yield path, arrays.pop(path)
+
+
+def _placed(array: np.ndarray, target: Any) -> Any:
+    """`array` as `target` says: a numpy array, or a JAX array of its type and sharding, of which each process has its shards."""
+    if isinstance(target, np.ndarray):
+        return array
+    cast = array.astype(target.dtype)
+    return jax.make_array_from_callback(cast.shape, target.sharding, lambda index: cast[index])
 
 
 def _groups(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:

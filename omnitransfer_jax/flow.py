@@ -3,7 +3,7 @@
 t is 0 at the data and 1 at noise; the network is told 1000 t.
 """
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,3 +42,11 @@ def loss_per_example(
     """Mean squared error of the velocity in float32, one number a sample."""
     error = velocity.astype(jnp.float32) - (noise - x0).astype(jnp.float32)
     return jnp.square(error).mean(axis=(1, 2, 3, 4))
+
+
+def loss_weight(t: Float[Array, " B"], kind: Literal["velocity", "clean"]) -> Float[Array, " B"]:
+    """What a sample's squared velocity error counts for: 1, or by `clean` 1 / max(t, 0.5)^2, 4 up to the middle and 1 at pure noise."""
+    # As x_0 = x_t - t v, the clean estimate is off by t times the velocity's error. The velocity's squared error is thus the clean
+    # estimate's over t^2, which already favours small times; `clean` favours them more, by up to 4 against pure noise. The bound keeps
+    # the smallest times, where x_t shows the answer already, from counting without limit.
+    return jnp.ones_like(t) if kind == "velocity" else jnp.maximum(t, 0.5) ** -2

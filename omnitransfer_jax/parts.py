@@ -1,6 +1,6 @@
 """The parts of the model as the commands need them: one at a time, from imported weights or a run, or random where there is neither.
 
-A folder is one of launch.import_weights or the workdir of launch.train; empty stands for random weights.
+A folder is one of launch.import_weights, the workdir of launch.train, or `checkpoint.EMBEDDED`; empty stands for random weights.
 """
 
 from collections.abc import Callable

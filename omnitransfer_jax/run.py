@@ -129,12 +129,13 @@ def start(
 
 
 def imported_params(folder: str, config: Config, params: Mapping[str, Any], place: Mapping[str, Any]) -> Params:
-    """Those of `params` that are in a folder of launch.import_weights."""
-    checkpoint.require_model(folder, config)
-    found = {}
+    """Those of `params` that are in a folder of launch.import_weights; it need not have every part."""
+    present, found = checkpoint.require_model(folder, config), {}
     for prefix, part in IMPORTED.items():
         wanted = {path.removeprefix(prefix): path for path in params if path.startswith(prefix) and ".lora." not in path}
-        if wanted:
+        if wanted and part not in present:
+            print(f"{folder}: has no {part}, which starts from random weights", flush=True)
+        elif wanted:
             stored = checkpoint.part_leaves(folder, part)
             unread = {path: leaf for path, leaf in stored.items() if path.startswith("vision.")}  # the tower stays in the records
             everywhere = NamedSharding(next(iter(place.values())).mesh, P())
@@ -160,7 +161,7 @@ def require_weights(config: Config) -> None:
     """A `RequestError` that says which weights are missing, if a run of this configuration could not start; nothing is read."""
     origin = config.train.init_from
     require(
-        not origin or run_checkpoint.is_run(origin) or (epath.Path(origin) / checkpoint.MODEL_FILE).exists(),
+        not origin or run_checkpoint.is_run(origin) or (epath.Path(checkpoint.resolve(origin)) / checkpoint.MODEL_FILE).exists(),
         f"train.init_from={origin!r}: neither imported weights nor a run; import them with {checkpoint.IMPORT}",
     )
     if not origin:
@@ -225,7 +226,7 @@ def with_absolute_paths(config: Config) -> Config:
     """The configuration as the workdir keeps it: its paths mean the same from any folder."""
 
     def absolute(path: str) -> str:
-        return str(epath.Path(path).absolute()) if path else ""
+        return str(epath.Path(path).absolute()) if path not in ("", checkpoint.EMBEDDED) else path
 
     data, train = replace(config.data, path=absolute(config.data.path)), replace(config.train, init_from=absolute(config.train.init_from))
     return replace(config, data=data, train=train)

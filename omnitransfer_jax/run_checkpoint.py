@@ -65,7 +65,7 @@ def load_params(
     A part (`dit`, `alignment`) of another model is a `RequestError`. What the run kept frozen, in the narrower dtype it computed
     in, is taken from the run before, where it was trained, as long as that is there.
     """
-    folder, found = _latest(workdir), {}
+    folder, found = latest(workdir), {}
     names = [path.name for path in folder.iterdir()]
     for name in ("frozen", "ema" if "ema" in names else "trainable"):
         if name in names:
@@ -108,17 +108,26 @@ def require_same_model(workdir: epath.PathLike, config: Config) -> None:
 
 def is_run(folder: str) -> bool:
     """Whether `folder` is the workdir of a run."""
-    return bool(folder) and (epath.Path(folder) / CONFIG_FILE).exists()
+    return bool(folder) and (epath.Path(checkpoint.resolve(folder)) / CONFIG_FILE).exists()
 
 
 def imported_weights(folder: str) -> str:
     """The folder of launch.import_weights that a run started from, directly or by way of other runs; empty if from random weights.
 
-    That is where the parts are that a run does not train: autoencoder, encoders, tokenizer.
+    That is where the parts are that a run does not train: autoencoder, encoders, tokenizer. `checkpoint.EMBEDDED` is resolved.
     """
     while is_run(folder):
         folder = read_config(folder).train.init_from
-    return folder
+    return checkpoint.resolve(folder)
+
+
+def latest(workdir: epath.PathLike) -> epath.Path:
+    """The folder of the newest complete checkpoint."""
+    root = epath.Path(workdir).absolute() / CHECKPOINTS
+    steps = [found.step for found in ocp.path.step.standard_name_format().find_all(root)] if root.exists() else []
+    if not steps:
+        raise RequestError(f"{workdir}: this run has no checkpoint yet; wait for its first, or start from what it started from")
+    return root / str(max(steps))
 
 
 def write_config(workdir: epath.PathLike, config: Config) -> None:
@@ -170,12 +179,3 @@ def _items(state: TrainState) -> dict[str, Any]:
     """The state as what a checkpoint consists of; Orbax takes no empty dictionaries."""
     items = {name: getattr(state, name) for name in PARAMETERS if getattr(state, name)}
     return items | {"progress": (state.step, state.moments, state.skipped)}
-
-
-def _latest(workdir: epath.PathLike) -> epath.Path:
-    """The folder of the newest complete checkpoint."""
-    root = epath.Path(workdir).absolute() / CHECKPOINTS
-    steps = [found.step for found in ocp.path.step.standard_name_format().find_all(root)] if root.exists() else []
-    if not steps:
-        raise RequestError(f"{workdir}: this run has no checkpoint yet; wait for its first, or start from what it started from")
-    return root / str(max(steps))

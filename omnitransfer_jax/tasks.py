@@ -52,12 +52,15 @@ def is_temporal(task: Int[Array, " B"]) -> Bool[Array, " B"]:
     return jnp.asarray([t.family == "temporal" for t in TASKS])[task]
 
 
-def offsets(task: Int[Array, " B"], target_grid: tuple[int, int, int], rank: int = 1) -> Int[Array, "B 3"]:
+def offsets(
+    task: Int[Array, " B"], target_grid: tuple[int, int, int], rank: int = 1, by: Literal["task", "frames"] = "task"
+) -> Int[Array, "B 3"]:
     """How far each reference is moved from the target's origin, in patches (time, row, column); section 4.2, Eq. 2.
 
     The paper writes (time, width, height): temporal (0, width, 0), appearance (frames, 0, 0). `target_grid` is in patches
-    (time, row, column), and so is the result. `rank` k puts a reference k times as far, for several of one family.
+    (time, row, column), and so is the result. `rank` k puts a reference k times as far, for several of one family. `by` "frames" is the
+    paper's baseline, without positional bias: every reference stands as an appearance reference does.
     """
     frames, _, columns = target_grid
     beside, after = jnp.array([[0, 0, columns]]), jnp.array([[frames, 0, 0]])
-    return rank * jnp.where(is_temporal(task)[:, None], beside, after)
+    return rank * jnp.where(is_temporal(task)[:, None] & (by == "task"), beside, after)

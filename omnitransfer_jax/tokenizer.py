@@ -1,19 +1,19 @@
-"""Prompts to tokens: the original's cleaning, its SentencePiece vocabulary from a checkpoint, and a byte vocabulary for tiny models."""
+"""Prompts to tokens: the original's cleaning, its SentencePiece vocabulary from a checkpoint, and small ones of bytes or words."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ftfy
 import numpy as np
 from jaxtyping import Bool, Int32
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from configs.base import require
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
-QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # ids 259 to 264
+QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 PLACES = ("", "tokenizer", "google/umt5-xxl")  # the folder itself, of a diffusers checkpoint, of an original one
 
 
@@ -49,11 +49,27 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary of 265 that needs no file: UTF-8 bytes from id 3 on, then `QWEN_SPECIAL`. For models with random weights."""
+    """A vocabulary of 265 that needs no file: UTF-8 bytes from id 3 on, `QWEN_SPECIAL` from 259 on. For models with random weights."""
     vocabulary = [PAD, EOS, UNKNOWN, *(f"<0x{byte:02X}>" for byte in range(256))]
     ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token=UNKNOWN, byte_fallback=True))
     tokenizer.add_special_tokens(list(QWEN_SPECIAL))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
+
+
+def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A vocabulary of the words and punctuation marks in `texts`: `QWEN_SPECIAL` from id 3 on, then the words in alphabetical order.
+
+    Case and blanks do not count, line breaks included; a word that is not in `texts` is unknown. For the embedded model, whose world
+    has few words.
+    """
+    split = pre_tokenizers.BertPreTokenizer()  # at blanks, and around every punctuation mark
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.lower())})
+    ids = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *QWEN_SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=ids, unk_token=UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
+    tokenizer.add_special_tokens(list(QWEN_SPECIAL))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)

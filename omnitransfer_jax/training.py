@@ -19,7 +19,7 @@ from jax.tree_util import DictKey
 from jaxtyping import Array, Float, Int32
 
 from configs.base import Config, TrainConfig, require
-from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
+from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
 from omnitransfer_jax.mesh import CONTEXT, DATA, complete, layer_completer
 from omnitransfer_jax.models.alignment import Shown, lengths
 from omnitransfer_jax.models.omnitransfer import OmniTransfer, open_reference
@@ -163,8 +163,10 @@ def corrupt(key: Array, batch: Batch, config: Config) -> Corruption:
     )
 
 
-def losses(model: OmniTransfer, batch: Batch, drawn: Corruption, empty_text: Float[Array, "S E"], shard: Shard) -> Float[Array, " B"]:
-    """The loss of each sample: flow matching on the target, which reads its reference."""
+def losses(
+    model: OmniTransfer, batch: Batch, drawn: Corruption, empty_text: Float[Array, "S E"], config: TrainConfig, shard: Shard
+) -> Float[Array, " B"]:
+    """The loss of each sample: flow matching on the target, which reads its reference unless `config.references` is off."""
     x = interpolate(batch.target, drawn.noise, drawn.time)
     if model.alignment is None:
         text, nothing = batch.text, empty_text[None]
@@ -172,18 +174,18 @@ def losses(model: OmniTransfer, batch: Batch, drawn: Corruption, empty_text: Flo
         assert batch.shown is not None  # records of a configuration with alignment have it
         text, nothing = model.alignment(batch.shown, batch.task), jnp.zeros((1, 1, 1))
     text = jnp.where(drawn.drop_text[:, None, None] > 0, nothing, text)
-    reference = open_reference(batch.reference, batch.task, model.dit.grid(x))
+    reference = open_reference(batch.reference, batch.task, model.dit.grid(x), by=model.dit.config.offsets)
     velocity = model.dit(
         jnp.concatenate([x, batch.condition], axis=-1),
         TIMESTEPS * drawn.time,
         text,
         batch.image,
         batch.has_image,
-        (reference,),
+        (reference,) if config.references else (),
         shard=shard,
         embed_text=model.embed_text,
     )
-    return loss_per_example(velocity, batch.target, drawn.noise)
+    return loss_weight(drawn.time, config.weighting) * loss_per_example(velocity, batch.target, drawn.noise)
 
 
 def make_loss(config: Config, mesh: Mesh, specs: Mapping[str, P]) -> Callable[[Params, Batch, Corruption, Array], Float[Array, ""]]:
@@ -197,7 +199,7 @@ def make_loss(config: Config, mesh: Mesh, specs: Mapping[str, P]) -> Callable[[P
 
     def local_loss(params: Params, batch: Batch, drawn: Corruption, empty_text: Array) -> Array:
         params = {p: x if p.startswith(LAYERS) else complete(x, specs[p]) for p, x in params.items()}
-        mean = losses(with_params(blank, params), batch, drawn, empty_text, shard).mean()
+        mean = losses(with_params(blank, params), batch, drawn, empty_text, config.train, shard).mean()
         return jax.lax.pmean(mean, (DATA, CONTEXT))
 
     rows = P(DATA)
@@ -235,7 +237,8 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         updates, moments = optimizer.update(grads, state.moments, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        decay = config.train.ema
+        number = state.step - state.skipped + 1  # of this update
+        decay = jnp.minimum(config.train.ema, (1 + number) / (10 + number))
         ema = {p: decay * old + (1 - decay) * trainable[p] for p, old in state.ema.items()}
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         moved = (trainable, moments, ema)

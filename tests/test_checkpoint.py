@@ -21,7 +21,7 @@ PARAMS = {
     "head.bias": RNG.standard_normal(5).astype(np.float16),
     "patch_embedding": RNG.standard_normal((1, 2, 2, 3, 4)).astype(np.float32),
 }
-TINY = wan.VARIANTS["tiny"]
+SMOKE = wan.VARIANTS["smoke"]
 
 
 def assert_same_bits(one, other):
@@ -29,6 +29,24 @@ def assert_same_bits(one, other):
     for name, array in one.items():
         array, expected = np.asarray(array), np.asarray(other[name])
         assert (array.shape, array.dtype, array.tobytes()) == (expected.shape, expected.dtype, expected.tobytes()), name
+
+
+def test_a_part_in_one_file_is_read_as_any_other(tmp_path):
+    """Whole, cast, placed, shapes alone; and it says what it is not."""
+    checkpoint.save_file(tmp_path, "dit", PARAMS)
+    assert_same_bits(checkpoint.load_part(tmp_path, "dit", PARAMS), PARAMS)
+    read = dict(checkpoint.read_part(tmp_path, "dit"))
+    assert all(isinstance(leaf, np.ndarray) for leaf in read.values())
+    assert_same_bits(read, PARAMS)
+    leaves = checkpoint.part_leaves(tmp_path, "dit")
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in leaves.items()} == {p: (a.shape, a.dtype) for p, a in PARAMS.items()}
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)), jax.P("data"))
+    loaded = checkpoint.load_part(tmp_path, "dit", PARAMS, sharding, "bfloat16")
+    assert {leaf.sharding for leaf in loaded.values()} == {sharding}
+    assert_same_bits(loaded, {path: leaf.astype(ml_dtypes.bfloat16) for path, leaf in PARAMS.items()})
+    with pytest.raises(RequestError, match=r"dit: not the dit of this configuration: head.bias is \(5,\), not \(6,\)"):
+        checkpoint.load_part(tmp_path, "dit", {**PARAMS, "head.bias": np.zeros(6)})
+    assert [path.name for path in tmp_path.iterdir()] == ["dit.safetensors"]
 
 
 @pytest.mark.parametrize("group_bytes", [1, 100, 2**28])
@@ -132,9 +150,9 @@ def test_arrays_are_cut_into_chunks(tmp_path, monkeypatch):
 
 
 def test_the_configuration_of_each_part_comes_back(tmp_path):
-    checkpoint.write_model(tmp_path, {"dit": TINY.dit, "vae": TINY.vae})
-    checkpoint.write_model(tmp_path, {"text": TINY.text, "image": TINY.image})
-    assert checkpoint.read_model(tmp_path) == {name: getattr(TINY, name) for name in ("dit", "vae", "text", "image")}
+    checkpoint.write_model(tmp_path, {"dit": SMOKE.dit, "vae": SMOKE.vae})
+    checkpoint.write_model(tmp_path, {"text": SMOKE.text, "image": SMOKE.image})
+    assert checkpoint.read_model(tmp_path) == {name: getattr(SMOKE, name) for name in ("dit", "vae", "text", "image")}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +164,7 @@ def test_the_configuration_of_each_part_comes_back(tmp_path):
     ],
 )
 def test_a_model_file_of_another_version(tmp_path, change, message):
-    checkpoint.write_model(tmp_path, {"dit": TINY.dit})
+    checkpoint.write_model(tmp_path, {"dit": SMOKE.dit})
     content = json.loads((tmp_path / "model.json").read_text())
     change(content)
     (tmp_path / "model.json").write_text(json.dumps(content))
@@ -160,10 +178,10 @@ def test_no_checkpoint(tmp_path):
 
 
 def test_the_configuration_must_be_the_checkpoints_model_however_it_runs(tmp_path):
-    checkpoint.write_model(tmp_path, {"dit": TINY.dit, "vae": TINY.vae})
-    runs = replace(TINY, dit=replace(TINY.dit, dtype="bfloat16", remat="full", text_len=64), vae=replace(TINY.vae, encode_frames=8))
+    checkpoint.write_model(tmp_path, {"dit": SMOKE.dit, "vae": SMOKE.vae})
+    runs = replace(SMOKE, dit=replace(SMOKE.dit, dtype="bfloat16", remat="full", text_len=64), vae=replace(SMOKE.vae, encode_frames=8))
     assert checkpoint.require_model(tmp_path, runs) == ("dit", "vae")
-    other = replace(TINY, dit=replace(TINY.dit, eps=1e-5))
+    other = replace(SMOKE, dit=replace(SMOKE.dit, eps=1e-5))
     with pytest.raises(RequestError, match=r"made with dit.eps=1e-06, the configuration has 1e-05; .* or --dit.eps=1e-06"):
         checkpoint.require_model(tmp_path, other)
-    assert checkpoint.require_model(tmp_path, replace(Config(), dit=TINY.dit, vae=TINY.vae)) == ("dit", "vae")
+    assert checkpoint.require_model(tmp_path, replace(Config(), dit=SMOKE.dit, vae=SMOKE.vae)) == ("dit", "vae")

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from configs.wan import get_config
 from omnitransfer_jax.errors import RequestError
-from omnitransfer_jax.tokenizer import byte_tokenizer, clean_prompt, load_tokenizer, tokenize
+from omnitransfer_jax.tokenizer import byte_tokenizer, clean_prompt, load_tokenizer, tokenize, word_tokenizer
 
 PROMPTS = ["a cat", "été 猫", "", "a much longer prompt than fits"]
 
@@ -40,21 +40,37 @@ def test_bytes_padding_and_end():
         assert not np.any(row[~real])
 
 
-def test_every_byte_fits_the_tiny_vocabulary():
+def test_every_byte_fits_the_smoke_vocabulary():
     """ASCII with its control characters, and of every other script the first character of its block."""
     text = "".join(map(chr, [*range(128), *(c for c in range(128, 0x110000, 256) if not 0xD800 <= c < 0xE000)]))
     tokenizer = byte_tokenizer()
     tokens, mask = tokenize(tokenizer, [text], 4 * len(text))
-    assert tokens[mask].max() < get_config("tiny").text.vocab_size
+    assert tokens[mask].max() < get_config("smoke").text.vocab_size
     assert tokens[mask][:-1].tolist() == [byte + 3 for byte in text.encode()]
     assert tokenizer.decode(tokens[mask][:-1]) == text
 
 
 def test_qwens_special_tokens_are_single_ids():
     names = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    mllm = get_config("tiny").mllm
+    mllm = get_config("smoke").mllm
     assert byte_tokenizer()("a".join(names), add_special_tokens=False)["input_ids"][::2] == [259, 260, 261, 262, 263, 264]
     assert (mllm.vision_start, mllm.image_token, mllm.video_token) == (261, 263, 264)
+
+
+def test_words_are_the_tokens_of_a_word_vocabulary(tmp_path):
+    """In alphabetical order behind the special ones; case, blanks and line breaks do not count, punctuation does."""
+    vocabulary = word_tokenizer(["The disc glides.", "user\n", "a DISC"])
+    vocabulary.save_pretrained(tmp_path)
+    for tokenizer in (vocabulary, load_tokenizer(tmp_path)):
+        assert tokenizer.convert_ids_to_tokens(list(range(15))) == [
+            "<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+            ".", "a", "disc", "glides", "the", "user",
+        ]  # fmt: skip
+        assert tokenizer("A  Disc\nglides.flies")["input_ids"] == [10, 11, 12, 9, 2, 1]
+        assert 3 not in tokenizer("<|im_start|>", split_special_tokens=True)["input_ids"]
+        tokens, mask = tokenize(tokenizer, ["the disc", "a disc glides ."], 4)
+        assert tokens.tolist() == [[13, 11, 1, 0], [10, 11, 12, 1]]
+        assert mask.tolist() == [[True] * 3 + [False], [True] * 4]
 
 
 def test_saved_and_loaded(tmp_path):

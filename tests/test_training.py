@@ -1,6 +1,7 @@
 """The step: what it learns from, what it moves and what it leaves alone."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from omnitransfer_jax.training import (
 )
 from tests.tiny_run import EMPTY_TEXT, TINY, batches, sample
 
-PARTLY = replace(TINY, train=replace(TINY.train, trainable=(r"dit/blocks\..*attention.*", "dit/head.*")))
+PARTLY = replace(TINY, train=replace(TINY.train, trainable=(r"dit/blocks\..*attention.*", "dit/head.*"), ema=0.2))
 
 
 def batch_of(*numbers, **fields):
@@ -82,10 +83,12 @@ def test_only_the_chosen_parameters_move(step):
 
 
 def test_the_average_follows(step):
+    """Its decay warms up: (1 + 1) / (10 + 1) at the first update, and the full 0.2 at the second, where 3 / 12 is more."""
     once, _ = step(step.state, batch_of(0, 2))
     twice, _ = step(once, batch_of(1, 3))
     for path, start in step.state.trainable.items():
-        expected = 0.81 * np.float64(start) + 0.09 * np.float64(once.trainable[path]) + 0.1 * np.float64(twice.trainable[path])
+        first = 2 / 11 * np.float64(start) + 9 / 11 * np.float64(once.trainable[path])
+        expected = 0.2 * first + 0.8 * np.float64(twice.trainable[path])
         np.testing.assert_allclose(twice.ema[path], expected, rtol=0, atol=2e-6)
 
 
@@ -113,10 +116,10 @@ def test_losses_fall(step):
     assert step.compilations() == 1
 
 
-@jax.jit
-def evaluate(params, batch, drawn):
-    dit = with_params(abstract(lambda rngs: OmniTransfer(TINY, rngs=rngs)), params)
-    return losses(dit, batch, drawn, jnp.asarray(EMPTY_TEXT), ALONE)
+@partial(jax.jit, static_argnums=3)
+def evaluate(params, batch, drawn, config=TINY):
+    dit = with_params(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), params)
+    return losses(dit, batch, drawn, jnp.asarray(EMPTY_TEXT), config.train, ALONE)
 
 
 def test_the_loss_is_of_the_velocity_at_the_drawn_time():
@@ -125,6 +128,28 @@ def test_the_loss_is_of_the_velocity_at_the_drawn_time():
     batch = batch_of(0, 2)
     drawn = corrupt(jax.random.key(3), batch, TINY)
     np.testing.assert_allclose(evaluate(params, batch, drawn), np.square(drawn.noise - batch.target).mean((1, 2, 3, 4)), rtol=1e-6)
+
+
+def test_small_times_count_more_by_choice():
+    """1 / max(t, 0.5)^2 by the definition: 4 at every time up to the middle, 16 / 9 at 3/4."""
+    params, batch = draw_params(TINY), batch_of(0, 2)
+    noise, clean = corrupt(jax.random.key(3), batch, TINY).noise, replace(TINY, train=replace(TINY.train, weighting="clean"))
+    for times, weights in [((0.0, 0.3), (4, 4)), ((0.5, 0.75), (4, 16 / 9))]:
+        drawn = Corruption(jnp.array(times), noise, jnp.zeros(2))
+        plain, weighted = evaluate(params, batch, drawn), evaluate(params, batch, drawn, clean)
+        np.testing.assert_allclose(weighted / plain, weights, rtol=1e-6)
+
+
+def test_references_are_left_out_by_choice():
+    """Plain Wan, whose loss knows neither the reference nor the task; and where references stand is the configuration's choice."""
+    params, batch, drawn = draw_params(TINY), batch_of(0, 2), corrupt(jax.random.key(3), batch_of(0, 2), TINY)
+    other = batch._replace(reference=batch.reference + 1, task=batch.task[::-1])
+    without, moved = replace(TINY, train=replace(TINY.train, references=False)), replace(TINY, dit=replace(TINY.dit, offsets="frames"))
+    plain = evaluate(params, batch, drawn, without)
+    np.testing.assert_array_equal(plain, evaluate(params, other, drawn, without))
+    read = evaluate(params, batch, drawn)
+    assert (plain != read).all()
+    assert (evaluate(params, batch, drawn, moved) != read).tolist() == [False, True]  # the appearance task was there already
 
 
 def test_what_a_sample_reads():

@@ -17,7 +17,7 @@ from configs.base import CheckpointConfig, Config, DataConfig, DiTConfig, MeshCo
 from omnitransfer_jax import run, tasks
 from omnitransfer_jax.mesh import make_mesh
 
-TINY = stage1.get_config("tiny")
+TINY = stage1.get_config("smoke")
 TINY = replace(
     TINY,
     dit=DiTConfig(

@@ -7,7 +7,7 @@ reference videos -> VAE -> latents with the task's flag -> the same WanDiT, once
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +93,15 @@ def reference_latents(latents: Float[Array, "B F H W C"], flags: Float[Array, " 
     return jnp.concatenate([latents, flag, latents], axis=-1)
 
 
-def open_reference(latents: Float[Array, "B F H W C"], task: Int[Array, " B"], target: tuple[int, int, int], rank: int = 1) -> Reference:
-    """The reference of each sample's task for a target of that many patches; `rank` as in `tasks.offsets`."""
-    return Reference(reference_latents(latents, tasks.flags(task)), tasks.offsets(task, target, rank))
+def open_reference(
+    latents: Float[Array, "B F H W C"],
+    task: Int[Array, " B"],
+    target: tuple[int, int, int],
+    rank: int = 1,
+    by: Literal["task", "frames"] = "task",
+) -> Reference:
+    """The reference of each sample's task for a target of that many patches; `rank` and `by` (`dit.offsets`) as in `tasks.offsets`."""
+    return Reference(reference_latents(latents, tasks.flags(task)), tasks.offsets(task, target, rank, by))
 
 
 def denoise(
@@ -109,10 +115,11 @@ def denoise(
     """Clean latents from `noise`; `embed_text` as in `WanDiT`.
 
     The references' keys and values are computed once, for all steps and both guidance passes; the passes differ in the text alone
-    and run one after the other, so they share the memory and need no second copy of the activations.
+    and run one after the other, so they share the memory and need no second copy of the activations. Bidirectional references depend
+    on the target and are computed at every step.
     """
     references, memory = conditions.references, None
-    if references and sampler.reference_cache != "none":
+    if references and sampler.reference_cache != "none" and dit.config.references != "bidirectional":
         memory, references = compress(dit.remember(references, dit.grid(noise)), sampler.reference_cache), ()
 
     def velocity(x: Array, timestep: Array) -> Array:

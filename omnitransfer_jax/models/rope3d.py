@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 POSITIONS = 1024  # rows of the original's table on every axis (Wan2.1 model.py)
-THETA = 10_000.0
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
@@ -20,9 +19,9 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _angles(width: int) -> np.ndarray:
+def _angles(width: int, base: float, top: float) -> np.ndarray:
     """Angles [POSITIONS, width / 2] of one axis, in float64 as the original computes them."""
-    return np.arange(POSITIONS)[:, None] * THETA ** -(np.arange(0, width, 2) / width)[None]
+    return np.arange(POSITIONS)[:, None] * (top * base ** -(np.arange(0, width, 2) / width))[None]
 
 
 def grid(frames: int, rows: int, columns: int) -> Int[Array, "L 3"]:
@@ -31,9 +30,12 @@ def grid(frames: int, rows: int, columns: int) -> Int[Array, "L 3"]:
     return jnp.asarray(np.stack(axes, -1).reshape(-1, 3), jnp.int32)
 
 
-def rotation(coordinates: Int[Array, "*B L 3"], head_dim: int) -> Float[Array, "2 *B L k"]:
-    """Cosines and sines for tokens at (time, row, column), each below `POSITIONS`; k is head_dim / 2."""
-    angles = [_angles(width) for width in axis_widths(head_dim)]
+def rotation(coordinates: Int[Array, "*B L 3"], head_dim: int, base: float, top: float) -> Float[Array, "2 *B L k"]:
+    """Cosines and sines for tokens at (time, row, column), each below `POSITIONS`; k is head_dim / 2.
+
+    `base` and `top` are `DiTConfig.rope_base` and `rope_top`: an axis of width w turns by top * base ** -(2i / w) radians a position.
+    """
+    angles = [_angles(width, base, top) for width in axis_widths(head_dim)]
     tables = [np.stack([np.cos(a), np.sin(a)]).astype(np.float32) for a in angles]
     return jnp.concatenate([jnp.asarray(t)[:, coordinates[..., i]] for i, t in enumerate(tables)], axis=-1)
 

@@ -4,7 +4,8 @@
 
 The target and each reference are streams through the same blocks. A reference attends to itself, is modulated as at time 0 and skips
 the cross-attention and the head; the target attends to itself and to the keys and values of all references. Nothing flows back, so
-a reference's keys and values are the same at every step and can be kept: `remember`, then `memory=`.
+a reference's keys and values are the same at every step and can be kept: `remember`, then `memory=`. The paper's baseline
+(`references="bidirectional"`) has one stream instead, the target's tokens and the references', and is Wan unchanged.
 
 Projections compute in `config.dtype`. Float32 always, as in the original: time embedding, modulation, norms, rotation, softmax,
 the residual stream and the head.
@@ -127,11 +128,16 @@ class WanDiT(nnx.Module):
         text = text.astype(dtype)
         context = Context(self.text_embedder(text) if embed_text else text, image, has_image)
         tokens, streams = self.open(references, shard)
+        own = x.shape[1]
+        if self.config.references == "bidirectional":
+            require(not references or timestep.ndim == 1, "bidirectional references: they are at the target's time, so give one a sample")
+            x, table, tokens, streams = *one_sequence(x, table, tokens, streams), (), ()
         x = self.run((x, *tokens), (Stream(self.project_time(time), table), *streams), context, memory, shard)[0][0]
-        return self.project(x, time, patches, shard)
+        return self.project(x[:, :own], time, patches, shard)
 
     def remember(self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = ALONE) -> Memory:
-        """The memory of `references` for a target of that many patches (time, rows, columns)."""
+        """The memory of `references` for a target of that many patches (time, rows, columns); bidirectional ones can have none."""
+        require(self.config.references != "bidirectional", "dit.references='bidirectional': they read the target; pass them at each step")
         tokens, streams = self.open(references, shard)
         _, remembered = self.run(tokens, streams, None, None, shard)
         assert remembered is not None  # it is, without a context
@@ -173,7 +179,8 @@ class WanDiT(nnx.Module):
         kernel = rearrange(self.patch_embedding.astype(dtype), "t h w C D -> (t h w C) D")
         x = (jnp.einsum("blc,cd->bld", x, kernel) + self.patch_bias.astype(dtype)[None, None]).astype(jnp.float32)
         places = local(grid(*self.grid(latents))[None], shard) + offset[:, None]
-        return x, rotation(places, self.config.dim // self.config.num_heads)
+        config = self.config
+        return x, rotation(places, config.dim // config.num_heads, config.rope_base, config.rope_top)
 
     def project_time(self, time: Float[Array, "B L D"]) -> Float[Array, "6 B L D"]:
         """The modulation all blocks start from."""
@@ -187,6 +194,16 @@ class WanDiT(nnx.Module):
         shift, scale = self.head_modulation[:, None, None].astype(jnp.float32) + time[None]
         x = whole(self.head(self.head_norm(x) * (1 + scale) + shift), shard)
         return rearrange(x, "B (F H W) (t h w c) -> B (F t) (H h) (W w) c", F=F, H=H, W=W, t=t, h=h, w=w)
+
+
+def one_sequence(
+    x: Float[Array, "B L D"], table: Float[Array, "2 #B L k"], tokens: tuple[Array, ...], streams: tuple[Stream, ...]
+) -> tuple[Float[Array, "B S D"], Float[Array, "2 #B S k"]]:
+    """The target's tokens and those of its references behind one another, and the rotation of all."""
+    tables = [table, *(stream.table for stream in streams)]
+    rows = max(t.shape[1] for t in tables)
+    tables = [jnp.broadcast_to(t, (2, rows, *t.shape[2:])) for t in tables]
+    return jnp.concatenate([x, *tokens], 1), jnp.concatenate(tables, 2)
 
 
 def local(x: Array, shard: Shard) -> Array:

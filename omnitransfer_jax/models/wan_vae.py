@@ -37,17 +37,25 @@ class WanVAE(nnx.Module):
 
         T is time_stride * k + 1, H and W multiples of space_stride; `RequestError` otherwise.
         """
+        mean, std = self._statistics()
+        return (self.posterior(video)[0] - mean) / std
+
+    def posterior(self, video: Float[Array, "B T H W 3"]) -> tuple[Float[Array, "B F h w Z"], Float[Array, "B F h w Z"]]:
+        """Mean and log variance of the latents of a video in [-1, 1], not normalised, float32; sizes are as for `encode`."""
         self._check(video.shape)
         moments = self.quant(in_chunks(self.encoder, video.astype(self.config.dtype), self.config.encode_frames))
-        mean, std = self._statistics()
-        return (moments[..., : self.config.z_dim].astype(jnp.float32) - mean) / std
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)  # diffusers DiagonalGaussianDistribution
 
     def decode(self, latents: Float[Array, "B F h w Z"]) -> Float[Array, "B T H W 3"]:
         """Normalised latents -> video clamped to [-1, 1], float32; the first latent is 1 frame, each later one time_stride."""
         mean, std = self._statistics()
-        z = self.post_quant((latents.astype(jnp.float32) * std + mean).astype(self.config.dtype))
-        video = in_chunks(self.decoder, z, self.config.decode_frames)
-        return jnp.clip(video.astype(jnp.float32), -1.0, 1.0)
+        return jnp.clip(self.reconstruct(latents.astype(jnp.float32) * std + mean), -1.0, 1.0)
+
+    def reconstruct(self, z: Float[Array, "B F h w Z"]) -> Float[Array, "B T H W 3"]:
+        """Latents as `posterior` has them -> video, float32; not clamped, for beyond the clamp a training would have no gradient."""
+        video = in_chunks(self.decoder, self.post_quant(z.astype(self.config.dtype)), self.config.decode_frames)
+        return video.astype(jnp.float32)
 
     def _statistics(self) -> tuple[Array, Array]:
         of_channel = (None, None, None, None)

@@ -1,4 +1,4 @@
-"""Records without clips: numbers drawn at random in the sizes of stage1:tiny."""
+"""Records without clips: numbers drawn at random in the sizes of stage1:smoke."""
 
 from dataclasses import replace
 
@@ -9,10 +9,10 @@ from configs import stage1
 from configs.base import Config
 from data_pipelines import records
 
-TINY = stage1.get_config("tiny")
+SMOKE = stage1.get_config("smoke")
 
 
-def random_record(number: int, config: Config = TINY) -> dict:
+def random_record(number: int, config: Config = SMOKE) -> dict:
     """Example `number`: task `number % 5`, a prompt of 1 to 4 rows."""
     rng = np.random.default_rng(number)
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in records.shapes(config).items()}
@@ -27,14 +27,14 @@ def write_records(tmp_path):
 
     def write(*lengths: int, name: str = "records") -> Config:
         folder, number = tmp_path / name, 0
-        records.begin(folder, TINY, {"world": "random"})
-        records.write_empty_text(folder, np.ones((1, TINY.text.dim), np.float32))
+        records.begin(folder, SMOKE, {"world": "random"})
+        records.write_empty_text(folder, np.ones((1, SMOKE.text.dim), np.float32))
         for shard, length in enumerate(lengths):
-            with records.shard_writer(records.shard_path(folder, shard, len(lengths)), records.schema(TINY)) as append:
+            with records.shard_writer(records.shard_path(folder, shard, len(lengths)), records.schema(SMOKE)) as append:
                 for _ in range(length):
                     append(random_record(number))
                     number += 1
-        records.finish(folder, TINY, lengths)
-        return replace(TINY, data=replace(TINY.data, path=str(folder)))
+        records.finish(folder, SMOKE, lengths)
+        return replace(SMOKE, data=replace(SMOKE.data, path=str(folder)))
 
     return write

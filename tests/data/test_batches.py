@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines import batches, records
 from omnitransfer_jax.errors import RequestError
-from tests.data.conftest import TINY, random_record
+from tests.data.conftest import SMOKE, random_record
 
 
 def reading(config, *, batch_size=4, threads=1, **data):
@@ -102,6 +102,6 @@ def test_a_restored_iterator_goes_on_with_the_next_batch(write_records):
 
 def test_a_wrong_request(write_records):
     with pytest.raises(RequestError, match=r"data\.path is empty: give --data\.path=DIR"):
-        batches.batches(TINY, seed=0)
+        batches.batches(SMOKE, seed=0)
     with pytest.raises(RequestError, match=r"train\.batch_size=4: a multiple of the 3 processes"):
         batches.batches(reading(write_records(1)), seed=0, process_count=3)

@@ -20,13 +20,13 @@ from omnitransfer_jax import checkpoint, tasks
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.models import omnitransfer
 
-TINY = stage1.get_config("tiny")
+SMOKE = stage1.get_config("smoke")
 
 
 @pytest.fixture(scope="module")
 def encoders():
     """Loaded once for all tests, the weights random."""
-    return encoding.load_encoders(TINY, "")
+    return encoding.load_encoders(SMOKE, "")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run(encoders, monkeypatch):
 
     def run(manifest, out, *args):
         return command.execute(
-            launch_encode.main, launch_encode.FLAGS, ["--config=stage1:tiny", f"--manifest={manifest}", f"--out={out}", *args]
+            launch_encode.main, launch_encode.FLAGS, ["--config=stage1:smoke", f"--manifest={manifest}", f"--out={out}", *args]
         )
 
     return run
@@ -51,7 +51,7 @@ def clips_manifest(tmp_path_factory):
 
 
 def open_records(folder):
-    dataset = records.Records(folder, TINY)
+    dataset = records.Records(folder, SMOKE)
     return {record["id"].decode(): record for record in (dataset[i] for i in range(len(dataset)))}
 
 
@@ -72,7 +72,7 @@ def test_what_a_record_holds(run, encoders, clips_manifest, tmp_path):
     found = open_records(tmp_path / "r")
     grey = np.asarray(encoders.video(np.zeros((9, 32, 48, 3), np.float32)))
     for row in read_manifest(clips_manifest):
-        record = {name: records.from_bits(x) if name in ("text", *records.shapes(TINY)) else x for name, x in found[row.id].items()}
+        record = {name: records.from_bits(x) if name in ("text", *records.shapes(SMOKE)) else x for name, x in found[row.id].items()}
 
         def is_close(name, expected, record=record):
             assert record[name].shape == expected.shape
@@ -110,9 +110,9 @@ def test_what_a_record_holds(run, encoders, clips_manifest, tmp_path):
 def test_a_given_first_frame_takes_the_place_of_the_targets_own(encoders, clips_manifest):
     row = next(row for row in read_manifest(clips_manifest) if row.task == "effect")
     picture = clips.read_image(row.first_frame)
-    clips_read = encoding.read_pixels(row, TINY)
+    clips_read = encoding.read_pixels(row, SMOKE)
     assert (clips_read.first_frame == clips.fit(picture, 32, 48)).all()
-    own = encoding.read_pixels(row._replace(first_frame=None), TINY)
+    own = encoding.read_pixels(row._replace(first_frame=None), SMOKE)
     assert (own.first_frame == own.target[0]).all()
     assert (own.target == clips_read.target).all()
     assert (own.first_frame != clips_read.first_frame).any()
@@ -122,15 +122,15 @@ def test_the_stretch_of_a_clip_is_encoded(clips_manifest, tmp_path):
     row = read_manifest(clips_manifest)[0]
     later = row._replace(target=row.target._replace(start=0.5))
     expected = clips.read_clip(row.target.path, frames=9, fps=8, height=32, width=48, start=0.5)
-    assert (encoding.read_pixels(later, TINY).target == expected).all()
+    assert (encoding.read_pixels(later, SMOKE).target == expected).all()
     with pytest.raises(RequestError, match=r"4 frames at 8 fps from 0\.5 s to 1 s, 9 needed"):
-        encoding.read_pixels(row._replace(target=row.target._replace(start=0.5, end=1.0)), TINY)
+        encoding.read_pixels(row._replace(target=row.target._replace(start=0.5, end=1.0)), SMOKE)
 
 
 def test_each_clip_has_a_size_of_its_own(clips_manifest):
     row = read_manifest(clips_manifest)[0]
-    size = replace(TINY.video, frames=5, height=16, width=32, fps=4)
-    read = encoding.read_pixels(row, replace(TINY, data=replace(TINY.data, reference=size)))
+    size = replace(SMOKE.video, frames=5, height=16, width=32, fps=4)
+    read = encoding.read_pixels(row, replace(SMOKE, data=replace(SMOKE.data, reference=size)))
     assert (read.reference.shape, read.target.shape) == ((5, 16, 32, 3), (9, 32, 48, 3))
     assert (read.reference == clips.read_clip(row.reference.path, frames=5, fps=4, height=16, width=32)).all()
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_used_is_reported_and_left_out(run, mixed_manifest, tmp_p
     table = [line.split() for line in output.splitlines()]
     assert all([name, "1", "1"] in table for name in tasks.NAMES)
     assert ["all", "5", "5"] in table
-    assert any(line.startswith("Next: python -m launch.train --config=stage1:tiny") for line in output.splitlines())
+    assert any(line.startswith("Next: python -m launch.train --config=stage1:smoke") for line in output.splitlines())
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(run, mixed_manifest, tmp_path, monkeypatch):
@@ -231,13 +231,13 @@ def test_other_work_in_the_same_folder_is_refused(run, clips_manifest, mixed_man
 
 def test_the_records_know_their_weights(run, clips_manifest, tmp_path, capfd):
     model, out = tmp_path / "model", tmp_path / "r"
-    checkpoint.write_model(model, {"vae": TINY.vae, "text": TINY.text, "image": TINY.image})
+    checkpoint.write_model(model, {"vae": SMOKE.vae, "text": SMOKE.text, "image": SMOKE.image})
     assert run(clips_manifest, out, f"--train.init_from={model}") == 0
     assert "the encoders are random" not in capfd.readouterr().out
     assert records.read_made(out)["source"]["weights"]["path"] == str(model)
     assert run(clips_manifest, out) == 2
     assert f"source.weights.path={model} there, None now" in capfd.readouterr().err
-    checkpoint.write_model(model, {"text": replace(TINY.text, num_layers=3)})
+    checkpoint.write_model(model, {"text": replace(SMOKE.text, num_layers=3)})
     assert run(clips_manifest, out, f"--train.init_from={model}") == 2
     assert "made with text.num_layers=3, the configuration has 2" in capfd.readouterr().err
     assert run(clips_manifest, out, f"--train.init_from={model}", "--text.num_layers=3") == 2
@@ -257,7 +257,7 @@ def test_what_is_not_finite_is_refused(encoders, clips_manifest):
     row = read_manifest(clips_manifest)[0]
     broken = encoders._replace(video=lambda x: encoders.video(x) * np.float32("inf"))
     with pytest.raises(RequestError, match=r"id_target\.mp4: the target of 'id_1' is encoded as NaN or infinity"):
-        encoding.encode(row, encoding.read_pixels(row, TINY), broken, TINY)
+        encoding.encode(row, encoding.read_pixels(row, SMOKE), broken, SMOKE)
 
 
 def test_real_clips_become_batches(run, shared, tmp_path):
@@ -274,7 +274,7 @@ def test_real_clips_become_batches(run, shared, tmp_path):
     (tmp_path / "m.jsonl").write_text("\n".join(rows))
     assert run(tmp_path / "m.jsonl", tmp_path / "r") == 0
     assert (tmp_path / "r" / "rejected.jsonl").read_text() == ""
-    config = replace(TINY, data=replace(TINY.data, path=str(tmp_path / "r"), shuffle=False), train=replace(TINY.train, batch_size=5))
+    config = replace(SMOKE, data=replace(SMOKE.data, path=str(tmp_path / "r"), shuffle=False), train=replace(SMOKE.train, batch_size=5))
     batch = next(batches.batches(config, seed=0))
     assert batch["task"].tolist() == [0, 1, 2, 3, 4]
     assert batch["has_image"].tolist() == [0, 0, 1, 1, 1]

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines import records
 from omnitransfer_jax.errors import RequestError
-from tests.data.conftest import TINY, random_record
+from tests.data.conftest import SMOKE, random_record
 
 
 def open_records(config):
@@ -23,7 +23,7 @@ def test_what_is_written_is_read(write_records):
         written, read = random_record(number), dataset[number]
         assert read.keys() == written.keys()
         assert (read["id"].decode(), read["task"], read["has_image"]) == (f"n{number}", written["task"], written["has_image"])
-        for name in (*records.shapes(TINY), "text"):
+        for name in (*records.shapes(SMOKE), "text"):
             assert (read[name] == written[name]).all(), name
 
 
@@ -37,7 +37,7 @@ def test_bfloat16_goes_through_uint16_exactly():
 
 
 def test_a_shard_is_there_whole_or_not_at_all(tmp_path):
-    path, features = records.shard_path(tmp_path, 0, 1), records.schema(TINY)
+    path, features = records.shard_path(tmp_path, 0, 1), records.schema(SMOKE)
 
     def write(die):
         with records.shard_writer(path, features) as append:
@@ -55,24 +55,24 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path):
 
 def test_going_on_needs_the_same_configuration_and_source(tmp_path):
     folder = tmp_path / "new" / "records"
-    records.begin(folder, TINY, {"key": 1})
-    records.begin(folder, TINY, {"key": 1})
-    records.begin(folder, replace(TINY, vae=replace(TINY.vae, encode_frames=8), seed=3), {"key": 1})
+    records.begin(folder, SMOKE, {"key": 1})
+    records.begin(folder, SMOKE, {"key": 1})
+    records.begin(folder, replace(SMOKE, vae=replace(SMOKE.vae, encode_frames=8), seed=3), {"key": 1})
     with pytest.raises(RequestError, match=r"begun as other records \(source\.key=1 there, 2 now\)"):
-        records.begin(folder, TINY, {"key": 2})
-    smaller = replace(TINY, data=replace(TINY.data, reference=replace(TINY.data.reference, height=16)))
+        records.begin(folder, SMOKE, {"key": 2})
+    smaller = replace(SMOKE, data=replace(SMOKE.data, reference=replace(SMOKE.data.reference, height=16)))
     with pytest.raises(RequestError, match=r"data\.reference\.height=32 there, 16 now"):
         records.begin(folder, smaller, {"key": 1})
     (tmp_path / "letters").write_text("dear")
     with pytest.raises(RequestError, match=r"no records, but .*letters"):
-        records.begin(tmp_path, TINY, {})
+        records.begin(tmp_path, SMOKE, {})
 
 
 def test_records_that_do_not_fit_are_refused_with_both_values(write_records):
     config = write_records(2)
     for wrong, words in {
         replace(config, video=replace(config.video, frames=5)): "target is 3 x 4 x 6 x 16, not 2 x 4 x 6 x 16",
-        replace(config, data=replace(config.data, reference=replace(TINY.video, height=16))): (
+        replace(config, data=replace(config.data, reference=replace(SMOKE.video, height=16))): (
             "reference is 3 x 4 x 6 x 16, not 3 x 2 x 6 x 16"
         ),
         replace(config, text=replace(config.text, dim=64)): "text is any x 32, not any x 64",
@@ -87,7 +87,7 @@ def test_records_that_do_not_fit_are_refused_with_both_values(write_records):
 
 def test_a_folder_that_is_no_dataset(write_records, tmp_path):
     with pytest.raises(RequestError, match=r"absent: no records, records\.json is absent; make some: python -m launch\.encode"):
-        records.Records(tmp_path / "absent", TINY)
+        records.Records(tmp_path / "absent", SMOKE)
     for missing in ("dataset_info.json", "features.json", "empty_text.npy"):
         config = write_records(1, name=missing)
         (tmp_path / missing / missing).unlink()
@@ -110,4 +110,4 @@ def test_a_damaged_record_is_told_with_its_shard(write_records):
 def test_the_empty_prompt_is_padded(write_records):
     text = records.empty_text(Path(write_records(1).data.path), 4)
     assert (text == np.array([1, 0, 0, 0], np.float32)[:, None]).all()
-    assert text.shape == (4, TINY.text.dim)
+    assert text.shape == (4, SMOKE.text.dim)

@@ -28,18 +28,18 @@ from omnitransfer_jax.weights.convert import load
 from omnitransfer_jax.weights.files import find, inspect
 from omnitransfer_jax.weights.qwen2_5_vl import config_json, entries
 from tests.compare import relative_l2
-from tests.data.conftest import TINY
+from tests.data.conftest import SMOKE
 from tests.parity.bridge import randomise
 
-ALIGNED = replace(TINY, alignment=replace(TINY.alignment, enabled=True))
+ALIGNED = replace(SMOKE, alignment=replace(SMOKE.alignment, enabled=True))
 # Image and reference of other shapes than one another, more than one row and column of features, an even number of frames.
 LARGE = replace(
     ALIGNED,
-    video=replace(TINY.video, height=64, width=96),
-    data=replace(TINY.data, reference=replace(TINY.video, frames=17, height=96, width=64)),
+    video=replace(SMOKE.video, height=64, width=96),
+    data=replace(SMOKE.data, reference=replace(SMOKE.video, frames=17, height=96, width=64)),
     alignment=replace(ALIGNED.alignment, frames=4, frame_pixels=12 * 28 * 28),
 )
-SIZES = pytest.mark.parametrize("config", [ALIGNED, LARGE], ids=["tiny", "large"])
+SIZES = pytest.mark.parametrize("config", [ALIGNED, LARGE], ids=["smoke", "large"])
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_wrong_request(vocabulary):
 
 
 def test_templates():
-    """They fit the bytes of the tiny size, say which frame the target starts from, and style's asks for none in particular."""
+    """They fit the bytes of the smoke size, say which frame the target starts from, and style's asks for none in particular."""
     for task in tasks.TASKS:
         assert len(task.template) <= ALIGNED.alignment.prompt_tokens
         assert ("first frame" in task.template) == (task.family == "temporal")
@@ -196,7 +196,7 @@ def test_features_are_the_towers(mllm, config):
 
 def test_clips_become_batches(encoders, manifest, tmp_path, monkeypatch):
     monkeypatch.setattr(launch_encode, "load_encoders", lambda config, folder: encoders)
-    flags = ["--config=stage1:tiny", "--alignment.enabled=True", f"--manifest={manifest}", f"--out={tmp_path / 'r'}"]
+    flags = ["--config=stage1:smoke", "--alignment.enabled=True", f"--manifest={manifest}", f"--out={tmp_path / 'r'}"]
     assert command.execute(launch_encode.main, launch_encode.FLAGS, flags) == 0
     rows, folder = read_manifest(manifest), tmp_path / "r"
     pixels = [encoding.read_pixels(row, ALIGNED) for row in rows]
@@ -221,7 +221,7 @@ def test_clips_become_batches(encoders, manifest, tmp_path, monkeypatch):
         assert (batch["shown"]["features"][i] == rounded).all()
         assert (263 in batch["shown"]["tokens"][i]) == (row.task not in ("id", "style")) == batch["has_image"][i]
     # Stage 1 reads them too, and sees nothing of it.
-    plain = next(batches.batches(reading(TINY), seed=0))
+    plain = next(batches.batches(reading(SMOKE), seed=0))
     assert set(plain) == set(batch) - {"shown"}
     assert all((plain[name] == batch[name]).all() for name in plain)
 
@@ -255,7 +255,7 @@ def test_records_that_do_not_fit_the_alignment_are_refused(write_records, tmp_pa
         with pytest.raises(RequestError, match=words):
             records.begin(folder, wrong, {})
     with pytest.raises(RequestError, match=r"alignment\.frames=5 there, None now"):
-        records.begin(folder, TINY, {})
+        records.begin(folder, SMOKE, {})
     monkeypatch.setattr(tasks, "TASKS", tuple(reworded))
     with pytest.raises(RequestError, match=r"alignment\.templates="):
         records.require_shown(folder, records.read_made(folder), ALIGNED)
@@ -318,6 +318,6 @@ def test_a_tied_embedding_saved_twice_is_imported(hub, tmp_path):
 
 
 def test_a_checkpoint_without_the_vocabulary(tmp_path):
-    checkpoint.write_model(tmp_path, {"vae": TINY.vae})
+    checkpoint.write_model(tmp_path, {"vae": SMOKE.vae})
     with pytest.raises(RequestError, match=r"mllm_tokenizer: no tokenizer\.json; import the Qwen2\.5-VL folder"):
         parts.load_mllm_vocabulary(str(tmp_path))

@@ -19,7 +19,7 @@ KIND = flags.DEFINE_enum("kind", "a", ["a", "b"], "which kind", flag_values=FLAG
 BARE_FLAGS = flags.FlagValues()
 NAME = flags.DEFINE_string("name", "nobody", "who", flag_values=BARE_FLAGS)
 
-TINY = wan.VARIANTS["tiny"]
+SMOKE = wan.VARIANTS["smoke"]
 seen = []
 
 
@@ -45,32 +45,32 @@ def execute(*argv):
 
 
 def test_a_configuration_by_name_and_variant():
-    assert execute("--config=wan:tiny", "--out=x") == 0
+    assert execute("--config=wan:smoke", "--out=x") == 0
     assert execute("--config", "wan", "--out", "x", "--count=5") == 0
-    assert seen == [(TINY, "x", 3), (Config(), "x", 5)]
+    assert seen == [(SMOKE, "x", 3), (Config(), "x", 5)]
 
 
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--seed=7"], replace(TINY, seed=7)),
-        (["--seed", "7"], replace(TINY, seed=7)),
-        (["--sampler.shift=2.5", "--sampler.solver=euler"], replace(TINY, sampler=replace(TINY.sampler, shift=2.5, solver="euler"))),
-        (["--dit.patch", "1", "4", "4"], replace(TINY, dit=replace(TINY.dit, patch=(1, 4, 4)))),
-        (["--dit.patch=1", "4", "4"], replace(TINY, dit=replace(TINY.dit, patch=(1, 4, 4)))),
-        (["--dit.image_dim=None"], replace(TINY, dit=replace(TINY.dit, image_dim=None))),
-        (["--sampler.negative_prompt=a b --c"], replace(TINY, sampler=replace(TINY.sampler, negative_prompt="a b --c"))),
-        (["--data.shuffle=False"], replace(TINY, data=replace(TINY.data, shuffle=False))),
-        (["--train.trainable", "dit/a.*", "vae/b"], replace(TINY, train=replace(TINY.train, trainable=("dit/a.*", "vae/b")))),
-        (["--dit.eps=1e-5", "--seed=1"], replace(TINY, seed=1, dit=replace(TINY.dit, eps=1e-5))),
+        (["--seed=7"], replace(SMOKE, seed=7)),
+        (["--seed", "7"], replace(SMOKE, seed=7)),
+        (["--sampler.shift=2.5", "--sampler.solver=euler"], replace(SMOKE, sampler=replace(SMOKE.sampler, shift=2.5, solver="euler"))),
+        (["--dit.patch", "1", "4", "4"], replace(SMOKE, dit=replace(SMOKE.dit, patch=(1, 4, 4)))),
+        (["--dit.patch=1", "4", "4"], replace(SMOKE, dit=replace(SMOKE.dit, patch=(1, 4, 4)))),
+        (["--dit.image_dim=None"], replace(SMOKE, dit=replace(SMOKE.dit, image_dim=None))),
+        (["--sampler.negative_prompt=a b --c"], replace(SMOKE, sampler=replace(SMOKE.sampler, negative_prompt="a b --c"))),
+        (["--data.shuffle=False"], replace(SMOKE, data=replace(SMOKE.data, shuffle=False))),
+        (["--train.trainable", "dit/a.*", "vae/b"], replace(SMOKE, train=replace(SMOKE.train, trainable=("dit/a.*", "vae/b")))),
+        (["--dit.eps=1e-5", "--seed=1"], replace(SMOKE, seed=1, dit=replace(SMOKE.dit, eps=1e-5))),
     ],
 )
 def test_any_field_can_be_overridden(args, expected):
-    assert execute("--config=wan:tiny", *args, "--out=x") == 0
+    assert execute("--config=wan:smoke", *args, "--out=x") == 0
     assert seen == [(expected, "x", 3)]
 
 
-GIVEN = ["--config=wan:tiny", "--out=x"]
+GIVEN = ["--config=wan:smoke", "--out=x"]
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ GIVEN = ["--config=wan:tiny", "--out=x"]
         (["--out=x"], "--config (NAME[:VARIANT] of "),
         (["--config=wan"], "--out (where to write): not given, and this command needs it"),
         (["--config=wam", "--out=x"], "--config=wam: no such configuration, did you mean wan?; there are "),
-        (["--config=base", "--out=x"], "--config=base: no such configuration; there are "),
-        (["--config=wan:tin", "--out=x"], "variant 'tin': not one of i2v_720p, t2v_14b, t2v_1_3b, tiny"),
+        (["--config=base", "--out=x"], "--config=base: no such configuration"),
+        (["--config=wan:tin", "--out=x"], "variant 'tin': not one of i2v_720p, smoke, t2v_14b, t2v_1_3b, tiny"),
         ([*GIVEN, "--outt=y"], "--outt: no such flag or configuration field, did you mean --out?; --help lists all"),
         ([*GIVEN, "--sampler.step=3"], "--sampler.step: no such flag or configuration field, did you mean --sampler.steps?"),
         ([*GIVEN, "--steps=3"], "--steps: no such flag or configuration field, did you mean --sampler.steps?"),
@@ -97,7 +97,7 @@ GIVEN = ["--config=wan:tiny", "--out=x"]
         ([*GIVEN, "--kind=c"], "--kind=c: value should be one of <a|b>"),
         ([*GIVEN, "word"], "word: not a flag; flags are given as --name=value"),
         ([*GIVEN, "--video.frames=18"], "video.frames=18: the causal autoencoder needs 4n+1, the nearest is 17"),
-        (["--config=wan:tiny", "--out=refuse"], "refused: two lines"),
+        (["--config=wan:smoke", "--out=refuse"], "refused: two lines"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(capfd, args, message):
@@ -112,7 +112,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(capfd, args, message):
 
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(KeyError, match="a mistake of ours"):
-        execute("--config=wan:tiny", "--out=fail")
+        execute("--config=wan:smoke", "--out=fail")
 
 
 def test_a_command_without_configuration(capfd):

@@ -23,7 +23,7 @@ from omnitransfer_jax.weights import files
 from omnitransfer_jax.weights.parts import PARTS
 from tests.parity.bridge import randomise
 
-TINY = wan.VARIANTS["tiny"]
+SMOKE = wan.VARIANTS["smoke"]
 CLASSES = {
     "dit": diffusers.WanTransformer3DModel,
     "vae": diffusers.AutoencoderKLWan,
@@ -43,8 +43,8 @@ def unigram_tokenizer():
 
 
 def oracle(part):
-    """The library's own model of the tiny size, with random weights."""
-    settings = {key: value for key, value in part.table.config_json(getattr(TINY, part.name)).items() if not key.startswith("_")}
+    """The library's own model of the smoke size, with random weights."""
+    settings = {key: value for key, value in part.table.config_json(getattr(SMOKE, part.name)).items() if not key.startswith("_")}
     if part.name in CONFIGS:
         return randomise(CLASSES[part.name](CONFIGS[part.name].from_dict(settings)))
     return randomise(CLASSES[part.name](**settings))
@@ -85,7 +85,7 @@ def run_import(source, out, *args):
 
 
 def run_export(folder, out, *args):
-    flags = ["--config=wan:tiny", f"--checkpoint={folder}", f"--out={out}", *args]
+    flags = ["--config=wan:smoke", f"--checkpoint={folder}", f"--out={out}", *args]
     return command.execute(export.main, export.FLAGS, flags)
 
 
@@ -112,10 +112,10 @@ def test_import_says_what_it_did_and_what_comes_next(source, tmp_path, capfd):
     lines = output.out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["dit", "vae", "text", "image", "tokenizer", "Next"]
     assert lines[0].startswith("dit: 87 tensors, 0.000")
-    sample = f'--config=wan:tiny --checkpoint={tmp_path / "ours"} --first_frame=IMAGE --prompt="..." --out=out.mp4'
+    sample = f'--config=wan:smoke --checkpoint={tmp_path / "ours"} --first_frame=IMAGE --prompt="..." --out=out.mp4'
     assert lines[-1] == f"Next: python -m launch.sample {sample}"
     stored = checkpoint.read_model(tmp_path / "ours")
-    assert stored == {name: replace(part, **run_fields(part)) for name, part in ((p.name, getattr(TINY, p.name)) for p in PARTS)}
+    assert stored == {name: replace(part, **run_fields(part)) for name, part in ((p.name, getattr(SMOKE, p.name)) for p in PARTS)}
 
 
 def run_fields(part):
@@ -155,11 +155,11 @@ def test_the_export_is_a_pipeline(ours, tmp_path):
     assert all(getattr(pipeline, name) is not None for name in ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer"))
     scheduler = pipeline.scheduler.config
     assert (scheduler.flow_shift, scheduler.prediction_type, scheduler.use_flow_sigmas) == (4.5, "flow_prediction", True)
-    assert pipeline.image_processor.crop_size["height"] == TINY.image.image_size
+    assert pipeline.image_processor.crop_size["height"] == SMOKE.image.image_size
 
 
 def test_the_originals_layout_goes_both_ways(ours, tmp_path):
-    """The transformer needs no config.json to be recognised; the original's cannot tell the tiny width of the image features."""
+    """The transformer needs no config.json to be recognised; the original's cannot tell the smoke width of the image features."""
     assert run_export(ours, tmp_path / "original", "--layout=original") == 0
     assert json.loads((tmp_path / "original" / "config.json").read_text())["_class_name"] == "WanModel"
     (tmp_path / "original" / "config.json").unlink()
@@ -171,7 +171,7 @@ def test_the_originals_layout_goes_both_ways(ours, tmp_path):
 
 def test_comfyuis_single_file_goes_both_ways(ours, tmp_path, capfd):
     assert run_export(ours, tmp_path / "comfy", "--layout=comfyui") == 0
-    file = tmp_path / "comfy" / "diffusion_models" / "wan_tiny.safetensors"
+    file = tmp_path / "comfy" / "diffusion_models" / "wan_smoke.safetensors"
     assert [path for path in (tmp_path / "comfy").rglob("*") if path.is_file()] == [file]
     with safe_open(file, "np") as stream:
         assert all(name.startswith("model.diffusion_model.") for name in stream.keys())  # noqa: SIM118 - no mapping
@@ -290,7 +290,7 @@ def test_exports_that_cannot_be(ours, tmp_path, capfd, args, message):
 
 def test_only_the_parts_that_are_there_are_exported(ours, tmp_path):
     shutil.copytree(ours / "dit", tmp_path / "ours" / "dit")
-    checkpoint.write_model(tmp_path / "ours", {"dit": TINY.dit})
+    checkpoint.write_model(tmp_path / "ours", {"dit": SMOKE.dit})
     assert run_export(tmp_path / "ours", tmp_path / "theirs") == 0
     index = json.loads((tmp_path / "theirs" / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "WanTransformer3DModel"]

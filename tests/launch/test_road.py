@@ -8,11 +8,11 @@ from data_pipelines import clips, example
 from launch import command, encode, sample, train
 from omnitransfer_jax import tasks
 
-TINY = ["--config=stage1:tiny", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--dit.num_layers=1"]
+SMOKE = ["--config=stage1:smoke", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--dit.num_layers=1"]
 
 
 def run(module, *args):
-    assert command.execute(module.main, module.FLAGS, [*TINY, *args]) == 0
+    assert command.execute(module.main, module.FLAGS, [*SMOKE, *args]) == 0
 
 
 def losses(workdir):

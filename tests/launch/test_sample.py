@@ -8,7 +8,7 @@ from PIL import Image
 from data_pipelines import clips
 from launch import command, sample
 
-SMALL = ["--config=stage1:tiny", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--video.frames=5", "--data.reference.frames=5"]
+SMALL = ["--config=stage1:smoke", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--video.frames=5", "--data.reference.frames=5"]
 QUICK = ["--sampler.steps=2", "--dit.num_layers=1"]
 
 

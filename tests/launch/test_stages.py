@@ -15,14 +15,14 @@ from launch import command, encode, export, sample, train
 from omnitransfer_jax import run_checkpoint, tasks
 from omnitransfer_jax.training import abstract_params
 from omnitransfer_jax.weights import qwen2_5_vl
-from tests.launch.test_road import TINY as ROAD
+from tests.launch.test_road import SMOKE as ROAD
 from tests.launch.test_road import example_pairs, real_manifest
 
 SMALL = [*ROAD[1:], "--mllm.num_layers=1", "--optimizer.learning_rate=0.01"]
 
 
 def run(module, stage, *args):
-    assert command.execute(module.main, module.FLAGS, [f"--config={stage}:tiny", *SMALL, *args]) == 0
+    assert command.execute(module.main, module.FLAGS, [f"--config={stage}:smoke", *SMALL, *args]) == 0
 
 
 def weights(workdir, config):
@@ -48,7 +48,7 @@ def travel(tmp_path, manifest, pairs):
         )
         origin = workdir
     runs = {"stage1": stage1, "stage2": stage2, "stage3": stage3}
-    first, second, third = (weights(tmp_path / name, stage.get_config("tiny")) for name, stage in runs.items())
+    first, second, third = (weights(tmp_path / name, stage.get_config("smoke")) for name, stage in runs.items())
 
     assert all((second[path] == leaf).all() for path, leaf in first.items())  # stage 2 leaves the transformer as it was, bit for bit
     moved = {path for path in third if (third[path] != second[path]).any()}
@@ -87,7 +87,7 @@ def test_on_clips_the_project_makes(tmp_path):
     readme = (folder / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in added)
 
-    config = command._override(stage3.get_config("tiny"), SMALL, train.FLAGS)
+    config = command._override(stage3.get_config("smoke"), SMALL, train.FLAGS)
     settings = {k: v for k, v in qwen2_5_vl.config_json(config.mllm).items() if k not in ("architectures", "model_type")}
     base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
     adapted = PeftModel.from_pretrained(base, folder / "mllm_lora")

@@ -29,7 +29,7 @@ def test_a_dry_run_of_the_full_size(capsys):
 
 
 def test_a_dry_run_tells_frozen_from_trainable(capsys):
-    assert execute("--config=stage1:tiny", "--dry_run", "--train.trainable", "dit/head.*") == 0
+    assert execute("--config=stage1:smoke", "--dry_run", "--train.trainable", "dit/head.*") == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("dit/")}
     assert rows["dit/head"][0] != "0"
     assert rows["dit/head"][1] == "0"
@@ -46,7 +46,7 @@ def test_a_dry_run_tells_frozen_from_trainable(capsys):
     ],
 )
 def test_refusals_are_one_line(args, told, tmp_path, capsys):
-    assert execute("--config=stage1:tiny", *(arg.format(tmp_path / "run") for arg in args)) == 2
+    assert execute("--config=stage1:smoke", *(arg.format(tmp_path / "run") for arg in args)) == 2
     err = capsys.readouterr().err
     assert told in err
     assert err.count("\n") == 1

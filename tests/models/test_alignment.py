@@ -19,14 +19,14 @@ from omnitransfer_jax.params import abstract, count, flat_params, with_params
 from omnitransfer_jax.training import abstract_params, init_state, split_trainable
 from tests.compare import relative_l2
 
-TINY = stage2.get_config("tiny")
+SMOKE = stage2.get_config("smoke")
 SMALL = replace(
-    TINY,
-    dit=replace(TINY.dit, dim=24, ffn_dim=32, num_layers=1, text_dim=8, image_dim=8, freq_dim=16),
-    text=replace(TINY.text, dim=8),
-    image=replace(TINY.image, dim=8),
-    mllm=replace(TINY.mllm, num_layers=1),
-    alignment=replace(TINY.alignment, queries=3, connector_dim=16),
+    SMOKE,
+    dit=replace(SMOKE.dit, dim=24, ffn_dim=32, num_layers=1, text_dim=8, image_dim=8, freq_dim=16),
+    text=replace(SMOKE.text, dim=8),
+    image=replace(SMOKE.image, dim=8),
+    mllm=replace(SMOKE.mllm, num_layers=1),
+    alignment=replace(SMOKE.alignment, queries=3, connector_dim=16),
 )
 
 

@@ -15,17 +15,17 @@ from omnitransfer_jax.models.clip_vision import MEAN, STD, CLIPVision, preproces
 from omnitransfer_jax.params import abstract, count, flat_params, with_params
 from omnitransfer_jax.weights.clip_vision import config_from_json, config_json
 
-TINY = get_config("tiny").image
+SMOKE = get_config("smoke").image
 
 
 @pytest.fixture(scope="module")
 def model():
-    return CLIPVision(TINY, rngs=nnx.Rngs(0))
+    return CLIPVision(SMOKE, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
 def pixels():
-    return jax.random.normal(jax.random.key(1), (2, TINY.image_size, TINY.image_size, 3))
+    return jax.random.normal(jax.random.key(1), (2, SMOKE.image_size, SMOKE.image_size, 3))
 
 
 @jax.jit
@@ -35,10 +35,10 @@ def encode(model, pixels):
 
 def test_last_layer_and_norm_are_not_run(model, pixels):
     features = encode(model, pixels)
-    assert features.shape == (2, 5, TINY.dim)
+    assert features.shape == (2, 5, SMOKE.dim)
     other = nnx.clone(model)
-    other.post_norm.scale[...] = jnp.zeros(TINY.dim)
-    other.last_layer.mlp.up.kernel[...] = jnp.zeros((TINY.dim, TINY.ffn_dim))
+    other.post_norm.scale[...] = jnp.zeros(SMOKE.dim)
+    other.last_layer.mlp.up.kernel[...] = jnp.zeros((SMOKE.dim, SMOKE.ffn_dim))
     np.testing.assert_array_equal(encode(other, pixels), features)
     kernels = other.layers.mlp.down.kernel
     kernels[...] = kernels.at[-1].set(0.0)
@@ -47,7 +47,7 @@ def test_last_layer_and_norm_are_not_run(model, pixels):
 
 def test_bfloat16_weights_and_projections_stay_near_float32(model, pixels):
     params = {path: x.astype(jnp.bfloat16) for path, x in flat_params(model).items()}
-    half = with_params(abstract(lambda rngs: CLIPVision(replace(TINY, dtype="bfloat16"), rngs=rngs)), params)
+    half = with_params(abstract(lambda rngs: CLIPVision(replace(SMOKE, dtype="bfloat16"), rngs=rngs)), params)
     exact, rounded = encode(model, pixels), encode(half, pixels)
     assert rounded.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 3e-2
@@ -75,12 +75,12 @@ def test_full_size():
 
 
 def test_config_json_goes_both_ways():
-    assert config_from_json(config_json(replace(TINY, eps=1e-4))) == replace(TINY, eps=1e-4, dtype="bfloat16")
+    assert config_from_json(config_json(replace(SMOKE, eps=1e-4))) == replace(SMOKE, eps=1e-4, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("key", "value"), [("model_type", "siglip"), ("hidden_act", "quick_gelu"), ("patch_size", None)])
 def test_config_of_another_model_is_refused(key, value):
-    json = config_json(TINY) | {key: value}
+    json = config_json(SMOKE) | {key: value}
     if value is None:
         del json[key]
     with pytest.raises(RequestError, match=key):

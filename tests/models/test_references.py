@@ -51,6 +51,12 @@ def batch():
     }
 
 
+def baseline(model):
+    """The same weights as the paper's baseline reads references."""
+    config = replace(TINY, references="bidirectional", offsets="frames")
+    return nnx.merge(nnx.split(WanDiT(config, rngs=nnx.Rngs(0)))[0], nnx.state(model))
+
+
 def references(*seeds):
     """References of another length and another size than the target."""
     return tuple(open_reference(draw(s, 2, 3, 6, 4, 16), MIXED, PATCHES) for s in seeds)
@@ -144,6 +150,30 @@ def test_an_offset_moves_a_reference_against_the_target_alone(model, batch):
     assert relative_l2(changed, target) > 1e-4
 
 
+def test_the_baseline_is_wan_on_more_frames(model, batch):
+    """Its definition: the references' latents appended as frames of one longer video, of whose velocity the target's part counts."""
+    one, two = (open_reference(draw(s, 2, frames, 4, 6, 16), MIXED, PATCHES, by="frames") for s, frames in ((3, 3), (4, 1)))
+    two = two._replace(offset=two.offset + jnp.array([[3, 0, 0]]))
+    longer = batch | {"latents": jnp.concatenate([batch["latents"], one.latents, two.latents], axis=1)}
+    assert relative_l2(run(baseline(model), batch, (one, two)), run(model, longer)[:, :2]) <= 1e-5
+
+
+def test_the_baseline_keeps_no_memory(model):
+    """Its references change from step to step: every cache setting computes them anew."""
+    conditions = Conditions(draw(1, 1, 16, 8), draw(5, 1, 16, 8), draw(2, 1, 5, 8), draw(6, 1, 2, 4, 6, 20))
+    conditions = conditions._replace(references=jax.tree.map(lambda x: x[:1], references(3)))
+    noise = draw(7, 1, 2, 4, 6, 16)
+
+    def sample(model, cache):
+        return jax.jit(lambda model: denoise(model, conditions, noise, SamplerConfig(steps=2, reference_cache=cache)))(model)
+
+    anew = sample(baseline(model), "none")
+    assert (sample(baseline(model), "full") == anew).all()
+    assert relative_l2(sample(model, "none"), anew) > 1e-4
+    with pytest.raises(RequestError, match=r"dit\.references='bidirectional': they read the target; pass them at each step"):
+        baseline(model).remember(references(3), PATCHES)
+
+
 def test_offsets_are_adjacent_in_patches():
     """Invariants 5 and 9: temporal references start one column right of the target, appearance references one frame after it."""
     target = (21, 30, 52)  # 480 x 832 x 81
@@ -155,6 +185,7 @@ def test_offsets_are_adjacent_in_patches():
         else:
             assert first.tolist() == [last[0] + 1, 0, 0], name
     assert tasks.offsets(MIXED, target, rank=2).tolist() == [[0, 0, 104], [42, 0, 0]]
+    assert tasks.offsets(MIXED, target, rank=2, by="frames").tolist() == [[42, 0, 0], [42, 0, 0]]
 
 
 def test_flags_change_the_mask_channels_alone():
@@ -172,7 +203,7 @@ def test_no_reference_is_plain_wan_bit_for_bit(model, batch):
     """Invariant 6: the network tests/parity holds against diffusers, whatever the form, and with all switches of a mixed batch on."""
     plain = run(model, {k: v for k, v in batch.items() if k != "has_image"})
     switched = batch | {"has_image": jnp.ones(2)}
-    for form in (model, joint(model)):
+    for form in (model, joint(model), baseline(model)):
         assert (run(form, switched) == plain).all()
 
 

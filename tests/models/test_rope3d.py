@@ -2,32 +2,36 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from omnitransfer_jax.models.rope3d import axis_widths, grid, rotate, rotation
 from tests.compare import relative_l2
+
+WAN = (10_000.0, 1.0)  # base and highest frequency
 
 
 def draw(*shape):
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
 
 
-def test_the_original_formula():
+@pytest.mark.parametrize(("base", "top"), [WAN, (20.0, 2.0)], ids=["wan", "tiny grids"])
+def test_the_original_formula(base, top):
     """Wan2.1 multiplies complex numbers in float64: 44, 42 and 42 of 128 dimensions turn with time, row and column."""
     assert axis_widths(128) == (44, 42, 42)
     x, places = draw(1, 2 * 3 * 4, 2, 128), [(t, h, w) for t in range(2) for h in range(3) for w in range(4)]
     assert grid(2, 3, 4).tolist() == [list(p) for p in places]
     angles = [
-        np.concatenate([p * 10000.0 ** -(np.arange(0, d, 2) / d) for p, d in zip(place, (44, 42, 42), strict=True)]) for place in places
+        np.concatenate([p * top * base ** -(np.arange(0, d, 2) / d) for p, d in zip(place, (44, 42, 42), strict=True)]) for place in places
     ]
     pairs = np.asarray(x, np.float64).reshape(1, 24, 2, 64, 2)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * np.array(angles))[None, :, None]
     wanted = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
-    assert relative_l2(rotate(x, rotation(grid(2, 3, 4)[None], 128)), wanted) <= 2e-7
+    assert relative_l2(rotate(x, rotation(grid(2, 3, 4)[None], 128, base, top)), wanted) <= 2e-7
 
 
 def test_a_shard_builds_its_own_part():
-    whole, part = rotation(grid(3, 4, 5), 24), slice(20, 40)
-    assert (rotation(grid(3, 4, 5)[part], 24) == whole[:, part]).all()
+    whole, part = rotation(grid(3, 4, 5), 24, *WAN), slice(20, 40)
+    assert (rotation(grid(3, 4, 5)[part], 24, *WAN) == whole[:, part]).all()
 
 
 def test_scores_depend_on_differences_alone():
@@ -35,7 +39,7 @@ def test_scores_depend_on_differences_alone():
     places = grid(2, 3, 4)[None]
 
     def scores(offset_q, offset_k):
-        tables = (rotation(places + jnp.array(o), 24) for o in (offset_q, offset_k))
+        tables = (rotation(places + jnp.array(o), 24, *WAN) for o in (offset_q, offset_k))
         return jnp.einsum("blnk,bsnk->bnls", *(rotate(x, t) for x, t in zip((q, k), tables, strict=True)))
 
     still = scores([[[0, 0, 0]]], [[[0, 0, 0]]])

@@ -15,14 +15,14 @@ from omnitransfer_jax.models.umt5 import UMT5Encoder, position_buckets
 from omnitransfer_jax.params import abstract, count, flat_params, with_params
 from omnitransfer_jax.weights.umt5 import config_from_json, config_json
 
-TINY = get_config("tiny").text
-TOKENS = np.random.default_rng(0).integers(2, TINY.vocab_size, (2, 9)).astype(np.int32)
+SMOKE = get_config("smoke").text
+TOKENS = np.random.default_rng(0).integers(2, SMOKE.vocab_size, (2, 9)).astype(np.int32)
 LENGTHS = np.array([[9], [5]])
 
 
 @pytest.fixture(scope="module")
 def model():
-    return UMT5Encoder(TINY, rngs=nnx.Rngs(0))
+    return UMT5Encoder(SMOKE, rngs=nnx.Rngs(0))
 
 
 @jax.jit
@@ -58,7 +58,7 @@ def test_order_of_tokens_matters(model):
 
 def test_bfloat16_weights_and_projections_stay_near_float32(model):
     params = {path: x.astype(jnp.bfloat16) for path, x in flat_params(model).items()}
-    half = with_params(abstract(lambda rngs: UMT5Encoder(replace(TINY, dtype="bfloat16"), rngs=rngs)), params)
+    half = with_params(abstract(lambda rngs: UMT5Encoder(replace(SMOKE, dtype="bfloat16"), rngs=rngs)), params)
     exact, rounded = encode(model, *padded(9, 0)), encode(half, *padded(9, 0))
     assert rounded.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 3e-2
@@ -80,13 +80,13 @@ def test_full_size():
 
 
 def test_config_json_goes_both_ways():
-    config = replace(TINY, relative_buckets=8, relative_max_distance=20, eps=1e-4)
+    config = replace(SMOKE, relative_buckets=8, relative_max_distance=20, eps=1e-4)
     assert config_from_json(config_json(config)) == replace(config, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("key", "value"), [("model_type", "t5"), ("feed_forward_proj", "relu"), ("d_kv", None)])
 def test_config_of_another_model_is_refused(key, value):
-    json = config_json(TINY) | {key: value}
+    json = config_json(SMOKE) | {key: value}
     if value is None:
         del json[key]
     with pytest.raises(RequestError, match=key):

@@ -1,0 +1,503 @@
+"""What each part of the method adds, in the procedural world: the paper's Table 7, with scores in the place of votes.
+
+    python -m benchmarks.ablation --out=out/ablation
+    python -m benchmarks.ablation --out=out/ablation --core=1     # at the same time, another process on another core
+    python -m benchmarks.ablation --out=out/ablation --report     # the table of what is done
+
+    none        no reference
+    joint       the reference as further frames of one longer video, plain Wan over all of it: the paper's baseline
+    bias        the same, standing where its task says: task-aware positional bias
+    decoupled   the reference attends to itself and the target to both: reference-decoupled causal learning
+    alignment   the same number of steps divided over the three stages; the language model tells the transformer what to do
+
+All rows start from the base that the package holds and take as many steps over the same batches. They are told the same prompts, without
+the factor that the reference shows, and sample the same held-out pairs from the same noise. Stages 2 and 3 of `alignment` go on with the
+batches where the one before stopped, but each has its own warm-up, and its steps draw times and noise from the start again.
+
+A row with a seed is a job. DIR/jobs/ROW-SEED.json has its scores, one number a pair; it is not made again. Several processes may work on
+one DIR, and a job that was killed goes on from its last checkpoint. The last process writes ablation.md, ablation.svg and ablation.json.
+Results: docs/ablation.md.
+"""
+
+import os
+import sys
+from contextlib import contextmanager, suppress
+
+from absl import flags
+
+FLAGS = flags.FlagValues()
+CORE = flags.DEFINE_integer("core", None, "core to run on alone; all there are if not given", flag_values=FLAGS)
+if __name__ == "__main__":
+    with suppress(flags.Error):  # the command tells of it
+        FLAGS(sys.argv, known_only=True)
+        if CORE.value in os.sched_getaffinity(0):
+            os.sched_setaffinity(0, {CORE.value})  # before any library counts the cores
+
+import fcntl
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from configs import stage1, stage2, stage3
+from configs.base import CheckpointConfig, Config, require
+from data_pipelines import records
+from data_pipelines.batches import batches, empty_text
+from data_pipelines.synthetic import Example
+from data_pipelines.synthetic_records import Encoder
+from evaluation import transfer
+from evaluation.markup import Markup, element
+from evaluation.transfer import BATCH, Networks, Transfer
+from launch import command, encode_world
+from launch.encode import sha256
+from omnitransfer_jax import checkpoint, run, run_checkpoint, tasks
+from omnitransfer_jax.log import METRICS_FILE
+from omnitransfer_jax.mesh import make_mesh
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    changes: Mapping[str, str]
+    """Fields of `dit` that differ from those of stage 1."""
+    references: bool = True
+    stages: tuple[str, ...] = ("stage1",)
+
+
+ROWS = {
+    "none": Row("no reference", {}, references=False),
+    "joint": Row("joint", {"references": "bidirectional", "offsets": "frames"}),
+    "bias": Row("+ bias", {"references": "bidirectional"}),
+    "decoupled": Row("+ decoupled", {}),
+    "alignment": Row("+ alignment", {}, stages=("stage1", "stage2", "stage3")),
+}
+STAGES = {"stage1": stage1, "stage2": stage2, "stage3": stage3}
+
+OUT = flags.DEFINE_string("out", "out/ablation", "folder of records, runs, jobs and results", flag_values=FLAGS)
+STEPS = flags.DEFINE_integer("steps", 300, "training steps of every row", lower_bound=1, flag_values=FLAGS)
+SEEDS = flags.DEFINE_integer("seeds", 3, "runs of every row", lower_bound=1, flag_values=FLAGS)
+PAIRS = flags.DEFINE_integer("pairs", 3600, "pairs to train on", lower_bound=5, flag_values=FLAGS)
+SCORED = flags.DEFINE_integer("scored", 200, "held-out pairs of each task that are scored", lower_bound=2, flag_values=FLAGS)
+ROWS_FLAG = flags.DEFINE_list("rows", list(ROWS), "rows to run", flag_values=FLAGS)
+SHARES = flags.DEFINE_list("shares", ["0.6", "0.15", "0.25"], "shares of the steps that alignment's stages take", flag_values=FLAGS)
+SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 10, "denoising steps of the clips that are scored", lower_bound=1, flag_values=FLAGS)
+REPORT = flags.DEFINE_bool("report", False, "run nothing, write the results of the jobs that are done", flag_values=FLAGS)
+DOCS = flags.DEFINE_string("docs", "", "folder of ablation.md and ablation.svg; that of --out if empty", flag_values=FLAGS)
+
+Scores = Float[np.ndarray, "K S N"]
+"""Tasks, seeds, pairs."""
+Jobs = dict[tuple[str, int], dict[str, Any]]
+"""What DIR/jobs holds, by row and seed."""
+Estimate = tuple[float, float, float]
+"""A mean and the ends of its interval."""
+
+DRAWS = 4000
+CHANCE = 0.125  # of retrieval: one of eight
+SETTINGS_FILE = "settings.json"
+PROSE = ("<!-- prose -->", "<!-- end of prose -->")  # what stands between them in ablation.md is kept when it is written again
+
+
+def main() -> None:
+    out = Path(OUT.value)
+    unknown = [row for row in ROWS_FLAG.value if row not in ROWS]
+    require(not unknown, f"--rows={','.join(unknown)}: no such rows; there are {', '.join(ROWS)}")
+    require(
+        CORE.value is None or os.sched_getaffinity(0) == {CORE.value},
+        f"--core={CORE.value}: this process may use {sorted(os.sched_getaffinity(0))}; give one of those",
+    )
+    if REPORT.value:
+        require((out / SETTINGS_FILE).exists(), f"--out={out}: no ablation, {SETTINGS_FILE} is absent; run one without --report")
+    else:
+        asked = [(row, seed) for seed in range(SEEDS.value) for row in ROWS if row in ROWS_FLAG.value]
+        require_settings(out, settings())
+        with claimed(out / "records.lock", wait=True):
+            encode_world.write(stage3.get_config("tiny"), out / "records", PAIRS.value, key=0)
+        work(out, asked)
+        left = [job for job in asked if not job_path(out, *job).exists()]
+        if left:
+            names = ", ".join(f"{row}-{seed}" for row, seed in left)
+            print(f"{names}: under way in other processes, the last of which writes the results; --report writes those there are")
+            return
+    report(out, Path(DOCS.value or out))
+
+
+def settings() -> dict[str, Any]:
+    """What all jobs of a folder have in common, in words of JSON."""
+    weights = {path.name: sha256(path) for path in sorted(checkpoint.EMBEDDED_FOLDER.glob("*.safetensors"))}
+    return {
+        "steps": STEPS.value,
+        "pairs": PAIRS.value,
+        "scored": SCORED.value,
+        "shares": SHARES.value,
+        "sampler_steps": SAMPLER_STEPS.value,
+        "batch_size": stage1.get_config("tiny").train.batch_size,
+        "weights": weights,
+    }
+
+
+def require_settings(out: Path, asked: dict[str, Any]) -> None:
+    """Begins a folder of jobs; a `RequestError` if it was begun with other settings."""
+    path = out / SETTINGS_FILE
+    if not path.exists():
+        records.write_whole(path, json.dumps(asked, indent=2).encode())
+    found = json.loads(path.read_text())
+    changed = [f"{name}={found[name]} there, {value} now" for name, value in asked.items() if found[name] != value]
+    require(not changed, f"{out}: begun with other settings ({'; '.join(changed)}); give those, or another --out")
+
+
+@contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds the lock; the system takes it from a process that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        held = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        yield held
+
+
+def job_path(out: Path, row: str, seed: int) -> Path:
+    return out / "jobs" / f"{row}-{seed}.json"
+
+
+def work(out: Path, jobs: Sequence[tuple[str, int]]) -> None:
+    """Runs the jobs that no process did and none is at."""
+
+    def count() -> int:
+        return sum(job_path(out, *job).exists() for job in jobs)
+
+    started, before = time.monotonic(), count()
+    for row, seed in jobs:
+        path = job_path(out, row, seed)
+        with claimed(path.with_suffix(".lock")) as held:
+            if not held or path.exists():
+                continue
+            done, spent = count(), time.monotonic() - started
+            left = f", about {timedelta(seconds=round(spent / (done - before) * (len(jobs) - done)))} to go" if done > before else ""
+            print(f"\n[job {done + 1} of {len(jobs)}] {row}, seed {seed}{left}", flush=True)
+            records.write_whole(path, json.dumps(run_job(out, row, seed)).encode())
+            jax.clear_caches()  # every job has programs of its own
+
+
+# One job
+
+
+def run_job(out: Path, row: str, seed: int) -> dict[str, Any]:
+    """Trains a row and scores it; DIR/runs/ROW-SEED keeps the weights."""
+    folder, begun, seconds = out / "runs" / f"{row}-{seed}", 0, 0.0
+    for stage, steps in zip(ROWS[row].stages, divided(STEPS.value, row), strict=True):
+        config = stage_config(row, stage, seed, steps, out)
+        seconds += steps * train(config, folder / stage, skip=begun)
+        begun += steps
+    found, clip = score(config, str(folder / stage), seed)
+    return {"row": row, "seed": seed, "seconds a step": seconds / STEPS.value, "seconds a clip": clip, "scores": found}
+
+
+def divided(steps: int, row: str) -> list[int]:
+    """How many of the steps each stage of a row takes."""
+    if len(ROWS[row].stages) == 1:
+        return [steps]
+    try:
+        shares = [float(share) for share in SHARES.value]
+    except ValueError:
+        shares = []
+    require(
+        len(shares) == len(STAGES) and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6,
+        f"--shares={','.join(SHARES.value)}: {len(STAGES)} positive numbers whose sum is 1",
+    )
+    ends = [0, *(round(steps * end) for end in np.cumsum(shares))]
+    counts = [end - start for start, end in pairwise(ends)]
+    require(min(counts) > 0, f"--steps={steps}: {' + '.join(map(str, counts))} steps for the stages of alignment; give more, at least 4")
+    return counts
+
+
+def stage_config(row: str, stage: str, seed: int, steps: int, out: Path) -> Config:
+    """The configuration of one stage of a row."""
+    config, names = STAGES[stage].get_config("tiny"), ROWS[row].stages
+    before = names.index(stage) - 1
+    origin = str(out / "runs" / f"{row}-{seed}" / names[before]) if before >= 0 else checkpoint.EMBEDDED
+    train = replace(config.train, steps=steps, log_every=max(1, steps // 12), references=ROWS[row].references, init_from=origin)
+    return replace(
+        config,
+        dit=replace(config.dit, **ROWS[row].changes),
+        data=replace(config.data, path=str(out / "records")),
+        train=train,
+        sampler=replace(config.sampler, steps=SAMPLER_STEPS.value),
+        checkpoint=CheckpointConfig(every=100, keep=1),
+        seed=seed,
+    )
+
+
+def train(config: Config, workdir: Path, skip: int) -> float:
+    """Trains from batch `skip` on; returns the median seconds of a step. A run that was told to stop ends the process."""
+    data = batches(config, seed=config.seed)
+    for _ in range(skip):
+        next(data)
+    run.train(config, workdir, make_mesh(config.mesh), data, empty_text(config))
+    if int(run_checkpoint.latest(workdir).name) < config.train.steps:
+        raise SystemExit("stopped; the same command goes on from there")
+    lines = [json.loads(line)["seconds"] for line in (workdir / METRICS_FILE).read_text().splitlines()]
+    return statistics.median(lines[1:] or lines)
+
+
+def score(config: Config, folder: str, seed: int) -> tuple[dict[str, Any], float]:
+    """(task -> control -> score -> one number a pair, denoising seconds a clip); the first seed has controls as well."""
+    told = replace(config, train=replace(config.train, references=True))  # all rows are told the same, whatever they read
+    made, networks = Transfer(config, Encoder(told, folder)), transfer.load(config, folder)
+    pairs = {task: transfer.held_out(told, task, SCORED.value) for task in tasks.NAMES}
+    controls = ("transfer", "swapped", "none") if seed == 0 and config.train.references else ("transfer",)
+    results = transfer.measure(made, networks, pairs, controls)
+    found = {
+        task: {control: {name: values.tolist() for name, values in scores.items()} for control, scores in of_task.items()}
+        for task, of_task in results.scores.items()
+    }
+    return found, seconds_a_clip(made, networks, pairs["motion"])
+
+
+def seconds_a_clip(made: Transfer, networks: Networks, pairs: Sequence[Example], rounds: int = 3) -> float:
+    """The median time of denoising a full batch, by the clip; conditions and decoding are not counted."""
+    conditions, seconds = made.conditions(networks, (list(pairs) * BATCH)[:BATCH]), []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        made.sample(networks, conditions, jax.random.key(0)).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:]) / BATCH
+
+
+# What came of the jobs
+
+
+class Column(NamedTuple):
+    """A score averaged over tasks."""
+
+    name: str
+    score: str
+    tasks: tuple[str, ...]
+    control: str = "transfer"
+    above_none: bool = False
+    """Whether the same pair's score in the row without a reference is subtracted."""
+
+
+APPEARANCE, TEMPORAL = (tuple(t.name for t in tasks.TASKS if t.family == family) for family in ("appearance", "temporal"))
+BY_TASK = tuple(Column(task, "retrieval", (task,)) for task in tasks.NAMES)
+FAMILIES = (Column("appearance", "retrieval", APPEARANCE), Column("temporal", "retrieval", TEMPORAL))
+RETRIEVAL = (
+    *BY_TASK,
+    *FAMILIES,
+    Column("swapped reference", "retrieval", tasks.NAMES, control="swapped"),
+)
+OTHERS = (
+    Column("PSNR above no reference", "psnr", tasks.NAMES, above_none=True),
+    Column("path error", "path", ("motion",)),
+    Column("camera error", "camera", ("camera",)),
+    Column("leak", "leak", tasks.NAMES),
+)
+STEP_BY_STEP = (*FAMILIES, Column("PSNR", "psnr", tasks.NAMES))
+
+
+def estimate(values: Scores) -> Estimate:
+    """The mean over tasks, seeds and pairs, and its 95% bootstrap interval.
+
+    A draw takes as many seeds as there are, with replacement, and of each task as many pairs as there are, with replacement. The pairs
+    drawn are the same for all seeds, as the pairs themselves are: drawn for each seed alone they would make the interval too narrow.
+    """
+    k, s, n = values.shape
+    random = np.random.default_rng(0)
+    seeds = random.multinomial(s, [1 / s] * s, DRAWS) / s
+    pairs = random.multinomial(n, [1 / n] * n, (DRAWS, k)) / n
+    means = np.einsum("ds,ksn,dkn->d", seeds, values, pairs, optimize=True) / k
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def values_of(jobs: Jobs, row: str, column: Column, minus: str | None = None) -> Scores | None:
+    """The scores of a column in a row, or what they are above those of row `minus`, over the seeds that have them."""
+
+    def read(row: str, seed: int, task: str) -> list[float]:
+        return jobs[row, seed]["scores"][task][column.control][column.score]
+
+    minus = "none" if column.above_none else minus
+    seeds = [
+        seed
+        for of, seed in sorted(jobs)
+        if of == row
+        and (minus is None or (minus, seed) in jobs)
+        and column.score in jobs[row, seed]["scores"][column.tasks[0]].get(column.control, {})
+    ]
+    if not seeds:
+        return None
+    values = np.array([[read(row, seed, task) for seed in seeds] for task in column.tasks])
+    if minus is not None:
+        values = values - np.array([[read(minus, seed, task) for seed in seeds] for task in column.tasks])
+    return values
+
+
+def read_jobs(out: Path) -> Jobs:
+    """The jobs that are done."""
+    found = [json.loads(path.read_text()) for path in (out / "jobs").glob("*.json")]
+    return {(job["row"], job["seed"]): job for job in found}
+
+
+def report(out: Path, docs: Path) -> None:
+    """Prints the tables and writes them: ablation.md and ablation.svg into `docs`, ablation.json into `out`."""
+    jobs, made = read_jobs(out), json.loads((out / SETTINGS_FILE).read_text())
+    require(bool(jobs), f"--out={out}: no job is done yet; run it without --report")
+    written = tables(jobs)
+    print(f"\n{written}")
+    page, old = docs / "ablation.md", ""
+    if page.exists():
+        text = page.read_text()
+        require(all(text.count(mark) == 1 for mark in PROSE), f"{page}: {' and '.join(PROSE)} are not there once each; put them back")
+        old = text.partition(PROSE[0])[2].partition(PROSE[1])[0].strip("\n")
+    records.write_whole(page, document(made, jobs, written, old).encode())
+    records.write_whole(docs / "ablation.svg", figure(jobs).encode())
+    records.write_whole(out / "ablation.json", (json.dumps({"settings": made, "rows": numbers(jobs)}, indent=2) + "\n").encode())
+    print(f"wrote {page}, {docs / 'ablation.svg'} and {out / 'ablation.json'}")
+
+
+def rows_of(jobs: Jobs) -> list[str]:
+    return [row for row in ROWS if any(of == row for of, _ in jobs)]
+
+
+def numbers(jobs: Jobs) -> dict[str, Any]:
+    """Every score of every row, task and control: mean, interval, seeds and pairs; and the times."""
+    found: dict[str, Any] = {}
+    for row in rows_of(jobs):
+        of_row = [job for (of, _), job in sorted(jobs.items()) if of == row]
+        first: dict[str, dict[str, dict[str, Any]]] = of_row[0]["scores"]
+        found[row] = {name: statistics.median(job[name] for job in of_row) for name in ("seconds a step", "seconds a clip")}
+        for task, controls in first.items():
+            for control, scores in controls.items():
+                for name in scores:
+                    values = values_of(jobs, row, Column(name, name, (task,), control))
+                    assert values is not None  # the first job has it
+                    mean, *ends = estimate(values)
+                    told = {"mean": mean, "interval": ends, "seeds": values.shape[1], "pairs": values.shape[2]}
+                    found[row].setdefault("scores", {}).setdefault(task, {}).setdefault(control, {})[name] = told
+    return found
+
+
+def tables(jobs: Jobs) -> str:
+    """The results as Markdown."""
+    rows = rows_of(jobs)
+
+    def cells(row: str, columns: Sequence[Column], minus: str | None = None) -> list[str]:
+        told = []
+        for column in columns:
+            values = values_of(jobs, row, column, minus)
+            told.append("" if values is None else written(column.score, estimate(values), signed=column.above_none or minus is not None))
+        return told
+
+    def seconds(row: str, name: str) -> str:
+        return f"{statistics.median(job[name] for (of, _), job in jobs.items() if of == row):.3f}"
+
+    retrieval = [[ROWS[row].name, *cells(row, RETRIEVAL)] for row in rows]
+    others = [[ROWS[row].name, *cells(row, OTHERS), seconds(row, "seconds a step"), seconds(row, "seconds a clip")] for row in rows]
+    changes = [[f"{ROWS[row].name}, from {ROWS[before].name}", *cells(row, STEP_BY_STEP, minus=before)] for before, row in pairwise(rows)]
+    sections = [
+        "## Retrieval",
+        f"How often, of the truth and 7 clips that differ from it in the transferred factor alone, the truth is the nearest; "
+        f"chance is {100 * CHANCE:.1f}%. `swapped reference`: the same over all tasks when the reference is another pair's, first seed.",
+        table(["", *(column.name for column in RETRIEVAL)], retrieval),
+        "## The rest",
+        "Errors in pixels of a picture 64 high, lower is better. Leak: clips nearer to the reference than to the truth. Seconds: the "
+        f"median over seeds; a clip is denoised in a batch of {BATCH}, with the reference cached where it can be; reading the conditions "
+        "and decoding are not counted.",
+        table(["", *(column.name for column in OTHERS), "seconds a step", "seconds a clip"], others),
+        "## Step by step",
+        "What a row is above the one before it, pair by pair.",
+        table(["", *(column.name for column in STEP_BY_STEP)], changes),
+    ]
+    return "\n\n".join(sections)
+
+
+def written(score: str, found: Estimate, signed: bool) -> str:
+    """An estimate as the tables have it."""
+    scale, digits, unit = {"retrieval": (100, 0, "%"), "leak": (100, 0, "%"), "psnr": (1, 1, " dB")}.get(score, (1, 1, " px"))
+    mean, low, high = (0.0 + round(scale * x, digits) for x in found)  # 0.0 + -0.0 is 0.0
+    sign = "+" if signed else ""
+    return f"{mean:{sign}.{digits}f}{unit} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def document(made: Mapping[str, Any], jobs: Jobs, results: str, prose: str) -> str:
+    """The page around the tables."""
+    seeds = {row: sum(of == row for of, _ in jobs) for row in rows_of(jobs)}
+    runs = f"{min(seeds.values())} seeds" if len(set(seeds.values())) == 1 else ", ".join(f"{row} {n} seeds" for row, n in seeds.items())
+    flags_given = " ".join(
+        f"--{name}={','.join(made[name]) if name == 'shares' else made[name]}"
+        for name in ("steps", "pairs", "scored", "shares", "sampler_steps")
+    )
+    facts = (
+        f"{made['steps']} steps of {made['batch_size']} pairs a row, {runs}, {made['pairs']} training pairs, {made['scored']} held-out "
+        f"pairs of each task, {made['sampler_steps']} denoising steps. {platform.machine()}, jax {jax.__version__}."
+    )
+    intervals = (
+        "In brackets: 95% bootstrap intervals of the mean over seeds and pairs. Every draw takes seeds with replacement, and the pairs of "
+        "each task with replacement, the same ones for all seeds. With three seeds an interval says little about other seeds."
+    )
+    command_line = f"```\npython -m benchmarks.ablation --out=out/ablation --seeds={max(seeds.values())} {flags_given}\n```"
+    # What the rows are stands in this file's docstring, and nowhere else.
+    rows = "```\n" + "\n".join(line[4:] for line in (__doc__ or "").splitlines() if line[4:].split(" ")[0] in ROWS) + "\n```"
+    picture = "![Retrieval of each row, by task](ablation.svg)"
+    kept = "\n".join([PROSE[0], *([prose] if prose else []), PROSE[1]])
+    return "\n\n".join(["# Ablation", kept, rows, command_line, facts, picture, intervals, results]) + "\n"
+
+
+STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#1b1f24}.dot{fill:#0b7468}.bar{stroke:#0b7468;stroke-width:2}.line{stroke:#c9cbc6}"
+    ".chance{stroke:#96540a;stroke-dasharray:3 3}.quiet{fill:#59616b}"
+    "@media(prefers-color-scheme:dark){text{fill:#e9ebea}.dot{fill:#55d0bd}.bar{stroke:#55d0bd}.line{stroke:#444b52}"
+    ".chance{stroke:#f0b465}.quiet{fill:#a2abb3}}"
+)
+LEFT, PANEL, GAP, TOP, LINE = 105, 130, 24, 30, 26  # pixels of the figure
+
+
+def figure(jobs: Jobs) -> Markup:
+    """Retrieval with its interval: a panel a task, a line a row."""
+    rows, parts = rows_of(jobs), [element("style", Markup(STYLE))]
+    bottom = TOP + LINE * len(rows)
+    parts += [label(LEFT - 14, TOP + LINE * (i + 0.5) + 4, ROWS[row].name, "end") for i, row in enumerate(rows)]
+    for number, column in enumerate(BY_TASK):
+        start = LEFT + number * (PANEL + GAP)
+        parts += [label(start + PANEL / 2, TOP - 10, column.name, "middle")]
+        parts += [segment(start + PANEL * x, TOP, start + PANEL * x, bottom, "line") for x in (0, 0.5, 1)]
+        parts += [segment(start + PANEL * CHANCE, TOP, start + PANEL * CHANCE, bottom, "chance")]
+        parts += [label(start + PANEL * x, bottom + 16, f"{100 * x:.0f}%", "middle", "quiet") for x in (0, 0.5, 1)]
+        for i, row in enumerate(rows):
+            values = values_of(jobs, row, column)
+            assert values is not None  # every job has transfers
+            (mean, low, high), y = (start + PANEL * np.array(estimate(values))).tolist(), TOP + LINE * (i + 0.5)
+            parts += [segment(low, y, high, y, "bar"), element("circle", cx=f"{mean:.1f}", cy=f"{y:.1f}", r=4, _class="dot")]
+    width, height = LEFT + len(tasks.NAMES) * (PANEL + GAP), bottom + 44
+    parts += [label(LEFT, bottom + 36, "retrieval, the true one of 8; dashed: chance; bars: 95% bootstrap intervals", "start", "quiet")]
+    title = "Retrieval of each row, by task"
+    return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=title)
+
+
+def segment(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", _class=kind)
+
+
+def label(x: float, y: float, text: str, anchor: str, kind: str = "") -> Markup:
+    return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, _class=kind)
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

@@ -1,0 +1,36 @@
+"""Stage 0: the base that the package holds learns the world without references.
+
+Goal    a small transformer that makes clips of the procedural world from a first frame, a prompt or both: what Wan2.1 is to stage 1.
+Trains  every parameter of the transformer, from random weights; autoencoder and encoders are those of the folder in train.init_from.
+Size    `tiny` alone. At full size stage 0 is Wan2.1 itself, imported: python -m launch.import_weights --source=DIR --out=DIR
+Cost    3,000 steps of 16 samples, 9 frames of 32 x 32 pixels.
+
+    python -m launch.embed --config=stage0:tiny --vae=VAE --out=ENCODERS
+    python -m launch.train --config=stage0:tiny --workdir=DIR --data.path=RECORDS --train.init_from=ENCODERS
+    python -m launch.embed --config=stage0:tiny --base=DIR --out=omnitransfer_jax/embedded
+"""
+
+from dataclasses import replace
+
+from configs import wan
+from configs.base import Config, OptimizerConfig, TrainConfig, require
+
+# The numbers that all tiny stages share.
+TINY_OPTIMIZER = OptimizerConfig(kind="muon", learning_rate=1e-2, warmup_steps=50, weight_decay=0.0)
+TINY_TRAIN = TrainConfig(init_from="embedded", ema=0.99, weighting="clean")
+
+TINY = replace(
+    wan.get_config("tiny"),
+    train=replace(TINY_TRAIN, init_from="", steps=3_000, references=False),
+    optimizer=TINY_OPTIMIZER,
+)
+
+
+def get_config(variant: str = "") -> Config:
+    """The configuration named `stage0:tiny`."""
+    require(
+        variant == "tiny",
+        f"variant {variant!r}: stage0 has `tiny` alone; at full size the base is Wan2.1, imported: "
+        "python -m launch.import_weights --source=DIR --out=DIR",
+    )
+    return TINY

@@ -1,0 +1,1 @@
+"""Scores of what was generated, and the page that shows them."""

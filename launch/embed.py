@@ -1,0 +1,174 @@
+"""The small model that the package holds, as a folder: --config=stage0:tiny --out=DIR [--vae=DIR] [--base=WORKDIR] [--mllm=FILE].
+
+    python -m launch.embed --config=stage0:tiny --vae=out/vae --out=out/encoders
+    python -m launch.embed --config=stage0:tiny --base=out/stage0 --out=omnitransfer_jax/embedded
+
+--vae is a run of launch.train_vae. --base is a run of stage 0: it brings the transformer, averaged if it keeps an average, and everything
+that it started from. --mllm is a safetensors file of the language model. What none of them brings is random, drawn from the seed: encoders
+may be, for they are frozen and the transformer learns to read them. Without --base there is no transformer; such a folder is what
+stage 0 starts from.
+
+DIR is one of omnitransfer_jax/checkpoint.py, each part a safetensors file. DIR/made.json tells where every part came from.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+from transformers import PreTrainedTokenizerFast
+
+from configs.base import Config, VAEConfig, require
+from data_pipelines.synthetic import WORDS
+from launch import command
+from omnitransfer_jax import checkpoint, run_checkpoint, tasks
+from omnitransfer_jax.models.alignment import ASSISTANT, USER
+from omnitransfer_jax.params import flat_params
+from omnitransfer_jax.tokenizer import word_tokenizer
+from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS, Part
+
+FLAGS = flags.FlagValues()
+OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
+VAE = flags.DEFINE_string("vae", "", "workdir of launch.train_vae", flag_values=FLAGS)
+BASE = flags.DEFINE_string("base", "", "workdir of a training of stage 0", flag_values=FLAGS)
+MLLM_FILE = flags.DEFINE_string("mllm", "", "safetensors file of the language model, parameters by path", flag_values=FLAGS)
+
+LIMIT = 24_000_000  # bytes; the folder is part of the package, and of its history
+MADE_FILE = "made.json"
+VOCABULARIES = (TOKENIZERS["diffusers"], MLLM_TOKENIZER)
+
+Leaves = Mapping[str, np.ndarray]
+
+
+class Made(NamedTuple):
+    """The parameters of a part by path, float32, and where they are from, in words of JSON."""
+
+    leaves: Leaves
+    source: Any
+
+
+def main(config: Config) -> None:
+    out, origin = Path(OUT.value), ""
+    require(not out.exists() or not any(out.iterdir()), f"--out={out}: not empty; give a new folder, or remove this one")
+    if BASE.value:
+        run_checkpoint.require_same_model(BASE.value, config)
+        origin = run_checkpoint.imported_weights(BASE.value)
+    shapes = {part.name: part.shapes(getattr(config, part.name)) for part in (*PARTS, MLLM) if part.name != "dit" or BASE.value}
+    require_small(shapes)
+    vocabulary = world_vocabulary(config)
+    parts = given(config, shapes, origin)
+    root = jax.random.key(config.seed, impl="unsafe_rbg")  # compiles several times as fast, and the file is what counts
+    for number, part in enumerate((*PARTS, MLLM)):
+        if part.name in shapes and part.name not in parts:
+            leaves = random_part(part, config, jax.random.fold_in(root, number))
+            parts[part.name] = Made(leaves, f"random, seed {config.seed}")
+    sizes = {name: checkpoint.save_file(out, name, parts[name].leaves).stat().st_size for name in shapes}
+    write_vocabularies(out, vocabulary, origin)
+    told = {
+        name: {"parameters": sum(x.size for x in parts[name].leaves.values()), "bytes": size, "from": parts[name].source}
+        for name, size in sizes.items()
+    }
+    commands = [*read_made(origin)["commands"], command_line()]
+    (out / MADE_FILE).write_text(json.dumps({"commands": commands, "parts": told}, indent=2) + "\n")
+    checkpoint.write_model(out, {name: getattr(config, name) for name in shapes})  # last: now it is a checkpoint
+    for name, entry in told.items():
+        print(f"{name:5} {entry['parameters']:>10,} parameters {entry['bytes'] / 1e6:>6.2f} MB  {json.dumps(entry['from'])}")
+    print(f"wrote {out}" + ("" if "dit" in shapes else "; no transformer, which --base brings"))
+
+
+def require_small(shapes: Mapping[str, Mapping[str, Any]]) -> None:
+    """A `RequestError` if the parts, in float32, are more than the package holds."""
+    sizes = {name: 4 * sum(leaf.size for leaf in leaves.values()) for name, leaves in shapes.items()}
+    require(
+        sum(sizes.values()) <= LIMIT,
+        f"{sum(sizes.values()) / 1e6:.1f} MB of weights: the package holds {LIMIT / 1e6:.0f} MB at most; take a smaller configuration, "
+        f"the largest part is {max(sizes, key=lambda name: sizes[name])}",
+    )
+
+
+def given(config: Config, shapes: Mapping[str, Mapping[str, Any]], origin: str) -> dict[str, Made]:
+    """The parts that the flags bring; `origin` is where --base started."""
+    parts, before = {}, read_made(origin)["parts"]
+    if origin:
+        for name in checkpoint.require_model(origin, config):
+            if name in shapes:
+                parts[name] = load(origin, name, shapes[name]), before.get(name, {}).get("from", "imported")
+    if VAE.value:
+        parts["vae"] = trained_vae(config, shapes["vae"])
+    if MLLM_FILE.value:
+        file = Path(MLLM_FILE.value)
+        require(file.suffix == ".safetensors" and file.is_file(), f"--mllm={file}: no such safetensors file")
+        parts["mllm"] = load(file.parent, file.stem, shapes["mllm"]), file.name
+    if BASE.value:
+        parts["dit"] = trained_dit(shapes["dit"])
+    return {name: Made(*part) for name, part in parts.items()}
+
+
+def random_part(part: Part, config: Config, key: jax.Array) -> Leaves:
+    return to_host(flat_params(jax.jit(lambda: part.model(getattr(config, part.name), rngs=nnx.Rngs(key)))()))
+
+
+def trained_dit(shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
+    """The transformer of --base, and how it was trained."""
+    run, step = run_checkpoint.read_config(BASE.value), int(run_checkpoint.latest(BASE.value).name)
+    found = run_checkpoint.load_params(BASE.value, {f"dit.{path}": leaf for path, leaf in shapes.items()}, dtype="float32")
+    source = {"steps": step, "batch_size": run.train.batch_size, "ema": run.train.ema, "optimizer": asdict(run.optimizer)}
+    return to_host({path.removeprefix("dit."): leaf for path, leaf in found.items()}), source
+
+
+def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
+    """The autoencoder of --vae, whose latents' statistics the configuration must have: they are a part of the model."""
+    file = Path(VAE.value, "vae.json")
+    require(file.is_file(), f"--vae={VAE.value}: no {file.name}; train one: python -m launch.train_vae --config=vae:tiny --workdir=DIR")
+    made = json.loads(file.read_text())
+    trained = checkpoint.configuration(VAEConfig, made.pop("vae"), str(file))
+    wrong = [f"{name} is {getattr(trained, name)}" for name, _ in checkpoint.differences(trained, config.vae)]
+    require(not wrong, f"{file}: another autoencoder than the configuration's: {'; '.join(wrong)}; put that in configs/wan.py")
+    return load(VAE.value, "vae", shapes), made
+
+
+def load(folder: str | Path, name: str, shapes: Mapping[str, Any]) -> Leaves:
+    """A part of a checkpoint folder in float32."""
+    return to_host(checkpoint.load_part(folder, name, shapes, dtype="float32"))
+
+
+def to_host(leaves: Mapping[str, jax.Array]) -> Leaves:
+    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+
+
+def write_vocabularies(out: Path, vocabulary: PreTrainedTokenizerFast, origin: str) -> None:
+    """Those the base was trained with, else `vocabulary` for both, text encoder and language model."""
+    for name in VOCABULARIES:
+        if origin and Path(origin, name).is_dir():
+            shutil.copytree(Path(origin, name), out / name)
+        else:
+            vocabulary.save_pretrained(out / name)
+
+
+def world_vocabulary(config: Config) -> PreTrainedTokenizerFast:
+    """Every word of a caption, of a task's template and of the language model's turns."""
+    vocabulary = word_tokenizer([*WORDS, *(task.template for task in tasks.TASKS), USER, ASSISTANT])
+    room = min(config.text.vocab_size, config.mllm.vocab_size)
+    require(len(vocabulary) <= room, f"{len(vocabulary)} words: the configuration's vocab_size has room for {room}; raise it")
+    return vocabulary
+
+
+def read_made(folder: str) -> dict[str, Any]:
+    """What made.json says of `folder`, as far as there is one."""
+    file = Path(folder, MADE_FILE)
+    return json.loads(file.read_text()) if folder and file.is_file() else {"commands": [], "parts": {}}
+
+
+def command_line() -> str:
+    told = [f"--{name}={FLAGS[name].value}" for name in ("config", "vae", "base", "mllm", "out") if FLAGS[name].value]
+    return " ".join(["python -m launch.embed", *told])
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

@@ -1,0 +1,56 @@
+"""Pairs of the procedural world into records: --config=NAME --pairs=N --out=DIR. The encoders are those of train.init_from.
+
+    python -m launch.encode_world --config=stage3:tiny --pairs=4000 --out=out/records
+
+The pairs are those of the training split, the tasks in turn; the same --key gives the same pairs everywhere (data_pipelines/synthetic.py).
+Started again it goes on where it stopped: finished shards are kept.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from configs.base import Config
+from data_pipelines import records
+from data_pipelines.synthetic_records import Encoder, example
+from launch import command
+from launch.encode import weights_of
+
+FLAGS = flags.FlagValues()
+OUT = flags.DEFINE_string("out", None, "folder of the records", required=True, flag_values=FLAGS)
+PAIRS = flags.DEFINE_integer("pairs", 4000, "how many", lower_bound=1, flag_values=FLAGS)
+KEY = flags.DEFINE_integer("key", 0, "which world", flag_values=FLAGS)
+
+BATCH = 40  # pairs that are encoded together
+SHARD = 10 * BATCH
+
+
+def main(config: Config) -> None:
+    write(config, Path(OUT.value), PAIRS.value, KEY.value)
+    print(f"Next: python -m launch.train --config={FLAGS['config'].value} --workdir=DIR --data.path={OUT.value}")
+
+
+def write(config: Config, folder: Path, pairs: int, key: int) -> None:
+    """Writes what is missing of the records of `pairs` pairs of world `key`."""
+    records.begin(folder, config, {"world": key, "pairs": pairs, "prompts": config.train.references, "weights": weights_of(config)})
+    shards = [range(i, min(i + SHARD, pairs)) for i in range(0, pairs, SHARD)]
+    paths = [records.shard_path(folder, i, len(shards)) for i in range(len(shards))]
+    missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
+    if missing or not (folder / records.EMPTY_TEXT_FILE).exists():
+        encoder = Encoder(config, config.train.init_from)
+        text, rows = encoder.text([""])
+        records.write_empty_text(folder, text[0, : rows[0]])
+        with tqdm(total=sum(len(shard) for shard, _ in missing), desc="encoding", unit="pair", disable=None) as bar:
+            for shard, path in missing:
+                with records.shard_writer(path, records.schema(config)) as append:
+                    for i in range(0, len(shard), BATCH):
+                        batch = [example(config, key, index, "train") for index in shard[i : i + BATCH]]
+                        for record in encoder.records(batch):
+                            append(record)
+                        bar.update(len(batch))
+    records.finish(folder, config, [len(shard) for shard in shards])
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)

@@ -1,0 +1,155 @@
+"""The procedural world: the same bytes everywhere, factors that are what they are called, held-out values that training never sees."""
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.base import VideoConfig
+from data_pipelines import synthetic
+from data_pipelines.synthetic import FACTORS, HELD_OUT, SHARES, TRAINED, VALUES
+from omnitransfer_jax import tasks
+
+SMALL = VideoConfig(frames=9, height=32, width=32, fps=8)
+WIDE = VideoConfig(frames=17, height=64, width=96, fps=8)
+SPLITS = ("train", "held_out")
+
+
+def digest(count: int = 30) -> str:
+    """Of clips with every kind of motion, camera, effect and style, at two sizes."""
+    total = hashlib.sha256()
+    for index in range(count):
+        pair = synthetic.example(7, index, SPLITS[index % 2])
+        total.update(repr(pair).encode())
+        total.update(synthetic.render(pair.reference, SMALL).tobytes())
+        total.update(synthetic.render(pair.target, WIDE).tobytes())
+    return total.hexdigest()
+
+
+def test_the_same_key_gives_the_same_bytes_on_every_machine():
+    # Written down on one machine (x86-64, NumPy 2) and checked on every other that runs this test.
+    assert digest() == "e7890600940caec2bc100b111711e150c0e51f04815c88173989e744858fa57d"
+
+
+def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
+    features = " ".join(np._core._multiarray_umath.__cpu_dispatch__)  # type: ignore[attr-defined]
+    code = "from tests.data.test_synthetic import digest; print(digest())"
+    root = Path(__file__).parents[2]
+    env = os.environ | {"NPY_DISABLE_CPU_FEATURES": features, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
+    plain = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+    assert plain.stdout.strip() == digest()
+
+
+def test_another_key_gives_another_world():
+    assert [synthetic.example(0, i, "train") for i in range(5)] != [synthetic.example(1, i, "train") for i in range(5)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_pair_shares_exactly_the_named_factor(split: synthetic.Split):
+    for index in range(1000):
+        pair = synthetic.example(3, index, split)
+        assert pair.task == tasks.NAMES[index % 5]
+        both = zip(FACTORS, *([getattr(side, factor) for factor in FACTORS] for side in (pair.reference, pair.target)), strict=True)
+        assert [factor for factor, a, b in both if a is not None and a == b] == [SHARES[pair.task]]
+        assert pair.reference.start != pair.target.start
+
+
+def test_nothing_but_the_shared_factor_happens_in_a_temporal_target():
+    for index in range(1000):
+        pair = synthetic.example(3, index, "train")
+        if tasks.TASKS[tasks.task_index(pair.task)].family == "temporal":
+            happens = {factor for factor in ("motion", "camera", "effect") if getattr(pair.target, factor) is not None}
+            assert happens == {SHARES[pair.task]}
+            assert pair.prompt == ""
+        else:
+            assert pair.prompt == synthetic.caption(pair.target, {SHARES[pair.task]})
+
+
+def test_training_never_sees_a_held_out_value():
+    for index in range(5000):
+        pair = synthetic.example(0, index, "train")
+        for scene in (pair.reference, pair.target):
+            values = ((factor, getattr(scene, factor)) for factor in FACTORS)
+            assert not [factor for factor, value in values if value is not None and synthetic.is_held_out(factor, value)]
+    for index in range(500):
+        pair = synthetic.example(0, index, "held_out")
+        for scene in (pair.reference, pair.target):
+            held_out = [f for f in FACTORS if getattr(scene, f) is not None and synthetic.is_held_out(f, getattr(scene, f))]
+            assert held_out == [SHARES[pair.task]]
+
+
+def test_training_sees_every_part_of_held_out_combinations():
+    for factor in ("identity", "effect", "style"):
+        assert HELD_OUT[factor]
+        for i in range(len(VALUES[factor][0])):
+            assert {value[i] for value in HELD_OUT[factor]} <= {value[i] for value in TRAINED[factor]}
+    assert {m.direction for m in HELD_OUT["motion"]}.isdisjoint({m.direction for m in TRAINED["motion"]})
+    assert {c.hour for c in HELD_OUT["camera"]}.isdisjoint({c.hour for c in TRAINED["camera"]})
+
+
+def test_captions_tell_all_and_are_of_one_length():
+    captions = {}
+    for index in range(2000):
+        scene = synthetic.example(5, index, "train").target
+        words = synthetic.caption(scene).replace(",", "").split()
+        assert set(words) <= set(synthetic.WORDS)
+        captions.setdefault(" ".join(words), scene)
+        assert captions[" ".join(words)] == scene
+    assert len({len(text.split()) for text in captions}) == 1
+    uses = Counter(word for factor in VALUES for word in {w for value in VALUES[factor] for w in value})
+    assert max(uses.values()) == 1
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_every_value_of_a_factor_looks_its_own_way(factor: str):
+    scene = synthetic.example(2, 2, "train").target._replace(start=synthetic.Start("upper", "midleft"))
+    clips = [synthetic.render(scene._replace(**{factor: value}), SMALL).astype(np.float32) for value in VALUES[factor]]
+    nearest = min(float(np.abs(a - b).mean()) for a, b in itertools.combinations(clips, 2))
+    assert nearest > 0.2  # of 255: a tenth of what the autoencoder loses
+
+
+@pytest.mark.parametrize("factor", ["motion", "camera", "effect"])
+def test_what_happens_over_time_begins_with_nothing(factor: str):
+    scene = synthetic.example(2, 0, "train").target._replace(motion=None, camera=None, effect=None)
+    still = synthetic.render(scene, SMALL)
+    assert (still == still[:1]).all()
+    for value in VALUES[factor]:
+        clip = synthetic.render(scene._replace(**{factor: value}), SMALL)
+        assert (clip[0] == still[0]).all()
+        assert (clip[-1] != still[0]).any() or value[0] in ("orbits", "circles", "swings")
+        assert (clip[4] != still[0]).any()
+
+
+def test_the_track_is_where_the_sprite_is_drawn():
+    for index in range(40):
+        scene = synthetic.example(4, index, "train").target._replace(style=None, effect=None)
+        scene = scene._replace(identity=scene.identity._replace(shape="disc"))
+        cover = synthetic.coverage(scene, WIDE)
+        track = synthetic.track(scene, WIDE)
+        rows, columns = np.mgrid[: WIDE.height, : WIDE.width]
+        for t, (column, row) in enumerate(track):
+            if 19 < column < WIDE.width - 20 and 19 < row < WIDE.height - 20:  # all of it is in the picture, however near
+                weights = cover[t] / cover[t].sum()
+                assert np.hypot((weights * columns).sum() - column, (weights * rows).sum() - row) < 0.3
+
+
+def test_places_follow_the_camera():
+    still = synthetic.example(1, 3, "train").target._replace(camera=None)
+    assert np.ptp(synthetic.places(still, SMALL), axis=0).max() == 0
+    pan = synthetic.places(still._replace(camera=synthetic.Camera("pans", "three")), SMALL)
+    moved = pan[-1] - pan[0]
+    assert moved[..., 0] == pytest.approx(0.75 * 16, rel=2e-3)
+    assert moved[..., 1] == pytest.approx(0, abs=0.02)
+
+
+def test_alternatives_differ_in_one_factor():
+    scene = synthetic.example(0, 2, "held_out").target
+    others = synthetic.alternatives(scene, "motion", key=0)
+    assert len({other.motion for other in others} | {scene.motion}) == 8
+    assert {other._replace(motion=scene.motion) for other in others} == {scene}

@@ -1,0 +1,99 @@
+"""The model that the package holds: its folder is of the tiny configurations, and found and read from anywhere."""
+
+from importlib.resources import files as package
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs import stage0, stage1, stage2, stage3, wan
+from data_pipelines import synthetic
+from launch import embed
+from omnitransfer_jax import checkpoint, parts, run, run_checkpoint, tasks
+from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.params import flat_params
+from omnitransfer_jax.training import abstract_params
+
+CONFIGS = {"wan": wan, "stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
+TINY = stage2.get_config("tiny")
+FOLDER = checkpoint.EMBEDDED_FOLDER
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_of_every_tiny_configuration(name):
+    config = CONFIGS[name].get_config("tiny")
+    config.validate()
+    assert {"vae", "text", "image", "mllm"} <= set(checkpoint.require_model(FOLDER, config))
+    assert config.train.init_from == ("" if name == "stage0" else "embedded")
+
+
+def test_there_is_no_stage_0_of_the_full_size():
+    for variant in ("", "smoke"):
+        with pytest.raises(RequestError, match=r"variant '.*': stage0 has `tiny` alone; .* python -m launch.import_weights"):
+            stage0.get_config(variant)
+
+
+def test_it_is_within_the_package_and_small():
+    assert package("omnitransfer_jax") / "embedded" == FOLDER
+    held = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in held) <= 24e6
+    assert {path.relative_to(FOLDER).parts[0] for path in held} == {
+        "made.json", "model.json", "tokenizer", "mllm_tokenizer", *(f"{name}.safetensors" for name in checkpoint.read_model(FOLDER))
+    }  # fmt: skip
+
+
+def test_every_part_is_loaded_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load = {"vae": parts.load_vae, "text": parts.load_text_encoder, "image": parts.load_image_encoder, "mllm": parts.load_mllm}
+    load["dit"] = parts.load_dit
+    for name in checkpoint.read_model(FOLDER):
+        params, stored = flat_params(load[name]("embedded", TINY)), load_file(FOLDER / f"{name}.safetensors")
+        assert params.keys() == stored.keys()
+        assert all(np.array_equal(params[path], x) and np.isfinite(x).all() for path, x in stored.items())
+    assert len(parts.load_vocabulary("embedded")) == len(parts.load_mllm_vocabulary("embedded")) > 9
+    with pytest.raises(RequestError, match="embedded: imported weights have no queries and no connector"):
+        parts.load_alignment("embedded", TINY)
+
+
+def test_its_vocabulary_has_every_word_and_the_tokens_the_configuration_names():
+    vocabulary = parts.load_vocabulary("embedded")
+    for text in [*synthetic.WORDS, *(task.template for task in tasks.TASKS), "USER\n", "assistant\n"]:
+        assert 2 not in vocabulary(text)["input_ids"], text
+    found = vocabulary.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|video_pad|>"])
+    assert found == [TINY.mllm.vision_start, TINY.mllm.image_token, TINY.mllm.video_token]
+    assert len(vocabulary) <= min(TINY.text.vocab_size, TINY.mllm.vocab_size)
+    assert parts.load_mllm_vocabulary("embedded").get_vocab() == vocabulary.get_vocab()
+    assert embed.world_vocabulary(TINY).get_vocab() == vocabulary.get_vocab()
+
+
+def test_nothing_the_world_says_is_cut():
+    vocabulary = parts.load_vocabulary("embedded")
+    for index in range(60):
+        example = synthetic.example(0, index, "train")
+        assert len(vocabulary(example.prompt)["input_ids"]) <= TINY.dit.text_len
+        instruction = f"{tasks.TASKS[tasks.task_index(example.task)].template} {example.prompt}"
+        assert len(vocabulary(instruction, add_special_tokens=False)["input_ids"]) <= TINY.alignment.prompt_tokens
+
+
+def test_a_workdir_keeps_the_name_and_not_the_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.with_absolute_paths(TINY).train.init_from == "embedded"
+    run_checkpoint.write_config(tmp_path, TINY)
+    assert run_checkpoint.imported_weights(str(tmp_path)) == str(FOLDER)
+    assert not run_checkpoint.is_run("embedded")
+    run.require_weights(TINY)
+
+
+def test_what_the_folder_lacks_starts_from_random_weights(tmp_path, capsys):
+    for name in ("vae", "mllm"):
+        (tmp_path / f"{name}.safetensors").symlink_to(FOLDER / f"{name}.safetensors")
+    checkpoint.write_model(tmp_path, {"vae": TINY.vae, "mllm": TINY.mllm})
+    params = abstract_params(TINY)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    place = dict.fromkeys(params, jax.sharding.NamedSharding(mesh, jax.P()))
+    found = run.imported_params(str(tmp_path), TINY, params, place)
+    assert found.keys() == {path for path in params if path.startswith("alignment.mllm.") and ".lora." not in path}
+    stored = load_file(FOLDER / "mllm.safetensors")
+    assert all(np.array_equal(x, stored[path.removeprefix("alignment.mllm.")]) for path, x in found.items())
+    assert "has no dit, which starts from random weights" in capsys.readouterr().out
