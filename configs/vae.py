@@ -1,6 +1,6 @@
 """The tiny autoencoder of the procedural world: Wan's, with fewer channels, and one step down instead of three.
 
-Goal    latents of a 9 x 32 x 32 clip in 5 x 16 x 16 x 6 numbers that show what its six factors are.
+Goal    latents of a 9 x 32 x 32 clip in 5 x 16 x 16 x 4 numbers that show what its six factors are.
 Trains  everything, from random weights, on clips that are drawn as they are needed.
 
     python -m launch.train_vae --config=vae:tiny --workdir=DIR
@@ -84,14 +84,14 @@ class VAETraining:
 TINY = VAETraining(
     vae=VAEConfig(
         base_dim=16,
-        z_dim=6,
+        z_dim=4,
         dim_mult=(1, 2),
         num_res_blocks=1,
         temporal_downsample=(True,),
         encode_frames=8,
         decode_frames=4,
-        latents_mean=(0.0,) * 6,
-        latents_std=(1.0,) * 6,
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
     ),
     video=VideoConfig(frames=9, height=32, width=32, fps=8),
 )

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from configs.base import Config
 from data_pipelines import clips, shown, synthetic
@@ -22,6 +23,13 @@ def example(config: Config, key: int, index: int, split: Split, task: str | None
     """Pair `index` of the world; for a network that reads no reference the prompt tells everything there is in the target."""
     pair = synthetic.example(key, index, split, task)
     return pair if config.train.references else pair._replace(prompt=synthetic.caption(pair.target))
+
+
+class Drawn(NamedTuple):
+    """The clips of a batch of pairs, in [-1, 1]."""
+
+    targets: Float[np.ndarray, "B T H W 3"]
+    references: Float[np.ndarray, "B t h w 3"]
 
 
 class Encoder:
@@ -47,10 +55,17 @@ class Encoder:
         tokens, mask = tokenize(self.vocabulary, [clean_prompt(prompt) for prompt in prompts], self.config.dit.text_len)
         return np.asarray(self.encode_text(jnp.asarray(tokens), jnp.asarray(mask))), mask.sum(1)
 
-    def __call__(self, pairs: Sequence[Example]) -> dict[str, Any]:
+    def draw(self, pairs: Sequence[Example]) -> Drawn:
+        """The clips of `pairs`; no accelerator takes part, so that it can be done while another batch is encoded."""
+        target, reference = self.config.video, self.config.data.reference
+        return Drawn(
+            clips.to_unit(np.stack([synthetic.render(pair.target, target) for pair in pairs])),
+            clips.to_unit(np.stack([synthetic.render(pair.reference, reference) for pair in pairs])),
+        )
+
+    def __call__(self, pairs: Sequence[Example], drawn: Drawn | None = None) -> dict[str, Any]:
         """The arrays of `training.Batch` (`shown` a dictionary), text_rows and first_frame, for pairs in any mix of tasks."""
-        config, size = self.config, self.config.video
-        targets = clips.to_unit(np.stack([synthetic.render(pair.target, size) for pair in pairs]))
+        config, (targets, references) = self.config, drawn or self.draw(pairs)
         task = np.array([tasks.task_index(pair.task) for pair in pairs], np.int32)
         temporal = [i for i, t in enumerate(task) if tasks.TASKS[t].family == "temporal"]
         text, rows = self.text([pair.prompt for pair in pairs])
@@ -68,7 +83,6 @@ class Encoder:
             arrays["image"][temporal] = self.encode_image(first)
         if not config.train.references:
             return arrays | {"reference": np.zeros((len(pairs), *shapes(config)["reference"]), np.float32)}
-        references = clips.to_unit(np.stack([synthetic.render(pair.reference, config.data.reference) for pair in pairs]))
         arrays["reference"] = np.asarray(self.encode_video(jnp.asarray(references)))
         if config.alignment.enabled:
             told = [self.show(pair.task, pair.prompt, bool(i)) for pair, i in zip(pairs, arrays["has_image"], strict=True)]
@@ -76,9 +90,9 @@ class Encoder:
             arrays["shown"]["features"] = self.look(targets[:, 0], arrays["has_image"], references)
         return arrays
 
-    def records(self, pairs: Sequence[Example]) -> list[dict[str, Any]]:
+    def records(self, pairs: Sequence[Example], drawn: Drawn | None = None) -> list[dict[str, Any]]:
         """The records (`records.schema`) of `pairs`."""
-        arrays = self(pairs)
+        arrays = self(pairs, drawn)
         shown_arrays = {f"shown_{name}": array for name, array in arrays.pop("shown", {}).items()}
         bits = {name: to_bits(arrays[name]) for name in ("target", "condition", "reference", "image", "text")}
         if "shown_features" in shown_arrays:

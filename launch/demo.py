@@ -5,7 +5,8 @@
 
 Everything happens in the procedural world (data_pipelines/synthetic.py), whose pairs share one known factor, so that every transfer has a
 true answer and every score its controls. The pairs that are shown and scored share values that training never sees. Started again it
-goes on where it stopped. DIR/report.html is the page, DIR/scores.json its numbers.
+goes on where it stopped. DIR/report.html is the page, DIR/scores.json its numbers, DIR/result.webp a
+picture of the first pairs.
 """
 
 import json
@@ -22,11 +23,11 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs.base import Config
+from configs.base import Config, VideoConfig
 from data_pipelines import synthetic
 from data_pipelines.batches import batches, empty_text
 from data_pipelines.synthetic_records import Encoder
-from evaluation import report, transfer
+from evaluation import picture, report, transfer
 from evaluation.curve import Curve
 from evaluation.report import Picture, Report, Row, Score, Section, Table
 from evaluation.transfer import Results, Transfer
@@ -65,6 +66,7 @@ def main() -> None:
     with clock.part("transfers", f"{SCORED.value} held-out pairs of each task, with their controls"):
         results, both = transfers(configs["stage3"], str(out / "stage3"))
     (out / "scores.json").write_text(json.dumps(results.table(), indent=2) + "\n")
+    draw(results, configs["stage3"].video, out / "result.webp")
     report.write(page(configs, out, results, both, clock), out / "report.html")
     print(summary(results))
     print(f"\n{clock.elapsed()} in all. Open {out / 'report.html'} in a browser.")
@@ -148,6 +150,22 @@ def summary(results: Results) -> str:
         shares = "".join(f"{results.mean(task, 'retrieval', control):10.2f}" for control in transfer.CONTROLS)
         lines.append(f"{task:15}{shares}{results.mean(task, 'psnr gain'):9.1f} dB")
     return "\n".join(lines)
+
+
+def draw(results: Results, video: VideoConfig, path: Path) -> None:
+    """The first pair of every task as one moving picture."""
+    columns = [
+        picture.Column(
+            PARTS[task],
+            (
+                synthetic.render(pairs[0].reference, video),
+                results.clips[task]["transfer"][0],
+                synthetic.render(pairs[0].target, video),
+            ),
+        )
+        for task, pairs in results.pairs.items()
+    ]
+    picture.write(columns, ("reference", "generated", "truth"), path, video.fps)
 
 
 def page(configs: dict[str, Config], out: Path, results: Results, both: list[Row], clock: Clock) -> Report:

@@ -15,7 +15,7 @@ from configs.base import Config
 from data_pipelines import records
 from data_pipelines.synthetic_records import Encoder, example
 from launch import command
-from launch.encode import weights_of
+from launch.encode import ahead, weights_of
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder of the records", required=True, flag_values=FLAGS)
@@ -44,9 +44,10 @@ def write(config: Config, folder: Path, pairs: int, key: int) -> None:
         with tqdm(total=sum(len(shard) for shard, _ in missing), desc="encoding", unit="pair", disable=None) as bar:
             for shard, path in missing:
                 with records.shard_writer(path, records.schema(config)) as append:
-                    for i in range(0, len(shard), BATCH):
-                        batch = [example(config, key, index, "train") for index in shard[i : i + BATCH]]
-                        for record in encoder.records(batch):
+                    examples = [example(config, key, index, "train") for index in shard]
+                    batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
+                    for batch, drawn in ahead(encoder.draw, batches, threads=1):
+                        for record in encoder.records(batch, drawn.result()):
                             append(record)
                         bar.update(len(batch))
     records.finish(folder, config, [len(shard) for shard in shards])

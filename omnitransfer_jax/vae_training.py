@@ -10,7 +10,7 @@ Started again on the same workdir it goes on after its latest checkpoint, bit fo
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ def train(config: VAETraining, workdir: Path) -> None:
             for n in range(done + 1, config.steps + 1):
                 with log.waiting():
                     batch = next(data)
-                state, metrics = train_step(state, batch, key, n <= cropped)
+                state, metrics = train_step(state, jnp.asarray(batch), key, n <= cropped)
                 if n % config.log_every == 0 or n == config.steps:
                     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
                     if not math.isfinite(values["loss"]):
@@ -129,7 +129,7 @@ def make_optimizer(config: VAETraining) -> optax.GradientTransformation:
     def rate(highest: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, highest, config.warmup_steps, config.steps)
 
-    def axes(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
+    def axes(params: Any) -> Any:
         kernel = {path: MuonDimensionNumbers(tuple(range(x.ndim - 1)), (-1,)) for path, x in params.items() if path.endswith("kernel")}
         return dict.fromkeys(params) | kernel
 

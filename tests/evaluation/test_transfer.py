@@ -1,0 +1,166 @@
+"""Transfers of the tiny model: each control reads what it says and nothing else, and results are sums over pairs."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import stage3
+from data_pipelines import synthetic
+from data_pipelines.synthetic_records import Encoder
+from evaluation import transfer
+from evaluation.transfer import Networks, Results, Transfer, held_out, swapped, with_control
+from omnitransfer_jax import checkpoint, parts, tasks
+from omnitransfer_jax.models.alignment import Alignment
+
+TINY = stage3.get_config("tiny")
+TINY = replace(TINY, sampler=replace(TINY.sampler, steps=2))
+PLAIN = replace(TINY, alignment=replace(TINY.alignment, enabled=False))
+BATCH = 3
+GREATEST = 1  # of a byte, between programs that compute the same
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "BATCH", BATCH)
+        yield
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(TINY, checkpoint.EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    """The package's transformer, or a random one as long as it has none."""
+    return parts.load_dit(checkpoint.EMBEDDED if "dit" in checkpoint.read_model(checkpoint.EMBEDDED_FOLDER) else "", TINY)
+
+
+@pytest.fixture(scope="module")
+def aligned(encoder, dit):
+    """Transfers told by the language model, and their networks."""
+    networks = Networks(dit, jax.jit(lambda: Alignment(TINY, rngs=nnx.Rngs(jax.random.key(1, impl="unsafe_rbg"))))())
+    return Transfer(TINY, encoder), networks
+
+
+@pytest.fixture(scope="module")
+def plain(encoder, dit):
+    """Transfers told by the text encoder."""
+    return Transfer(PLAIN, encoder), Networks(dit, None)
+
+
+@pytest.fixture(params=["plain", "aligned"])
+def made(request):
+    return request.getfixturevalue(request.param)
+
+
+def with_other_references(pairs):
+    """The same pairs with references that share nothing with their own."""
+    others = held_out(TINY, pairs[0].task, len(pairs), key=7)
+    return [pair._replace(reference=other.reference) for pair, other in zip(pairs, others, strict=True)]
+
+
+@pytest.mark.parametrize("task", tasks.NAMES)
+def test_another_reference_is_one_of_another_value(task):
+    factor, pairs = synthetic.SHARES[task], held_out(TINY, task, 24)
+    references = [pair.reference for pair in pairs]
+    for pair, other in zip(pairs, swapped(pairs), strict=True):
+        assert other.reference in references
+        assert getattr(other.reference, factor) != getattr(pair.target, factor)
+        assert other._replace(reference=pair.reference) == pair
+
+
+def test_held_out_pairs_share_what_training_never_saw():
+    for task in tasks.NAMES:
+        for pair in held_out(TINY, task, 8):
+            assert getattr(pair.target, synthetic.SHARES[task]) in synthetic.HELD_OUT[synthetic.SHARES[task]]
+            assert pair.task == task
+
+
+@pytest.mark.parametrize("task", ["motion", "id"])
+def test_what_a_transfer_reads(made, task):
+    run, networks = made
+    pairs = held_out(TINY, task, BATCH)
+    clips = run(networks, pairs)
+    assert clips.shape == (BATCH, 9, 32, 32, 3)
+    assert clips.std() > 0
+    assert (run(networks, pairs) == clips).all()
+    others = with_other_references(pairs)
+    read = run(networks, others)
+    assert all((a != b).any() for a, b in zip(read, clips, strict=True))
+    blind = run(networks, pairs, with_reference=False)
+    assert (run(networks, others, with_reference=False) == blind).all()
+    assert all((a != b).any() for a, b in zip(blind, clips, strict=True))
+    swapped_clips = with_control("swapped", run, networks, pairs)
+    assert (swapped_clips == run(networks, swapped(pairs))).all()
+    assert (with_control("none", run, networks, pairs) == blind).all()
+
+
+def test_the_clip_of_a_pair_depends_on_its_place_alone(plain):
+    run, networks = plain
+    pairs = held_out(TINY, "motion", BATCH + 2)
+    told = []
+    clips = run(networks, pairs, on_batch=told.append)
+    assert told == [BATCH, 2]
+    assert len(clips) == BATCH + 2
+    fewer = run(networks, [*pairs[2:4], pairs[2], *pairs[3:4]])  # another batch around it, padded otherwise
+    assert (fewer[3] == clips[3]).all()
+    assert (fewer[0] != clips[2]).any()
+
+
+def test_one_reference_combined_is_a_plain_transfer(made):
+    run, networks = made
+    pairs = held_out(TINY, "style", 2)
+    apart = run.combined(networks, pairs).astype(int) - run(networks, pairs)
+    assert np.abs(apart).max() <= GREATEST
+
+
+def test_two_references_are_both_read(made):
+    run, networks = made
+    style = held_out(TINY, "style", 2)
+    identity = [pair._replace(task="id", reference=other.reference) for pair, other in zip(style, held_out(TINY, "id", 2), strict=True)]
+    both = run.combined(networks, style, identity)
+    assert both.shape[0] == 2
+    for changed in (
+        run.combined(networks, with_other_references(style), identity),
+        run.combined(networks, style, [pair._replace(reference=style[0].target) for pair in identity]),
+        run.combined(networks, style),
+    ):
+        assert all((a != b).any() for a, b in zip(changed, both, strict=True))
+
+
+def test_controls_without_a_network(plain):
+    run, networks = plain
+    pairs = held_out(TINY, "camera", 2)
+    still, copied = (with_control(name, run, networks, pairs) for name in ("still", "copied"))
+    for i, pair in enumerate(pairs):
+        assert (still[i] == synthetic.render(pair.target, TINY.video)[0]).all()
+        assert (copied[i] == synthetic.render(pair.reference, TINY.video)).all()
+
+
+def test_results_are_of_every_pair_and_control(plain):
+    run, networks = plain
+    pairs = {"camera": held_out(TINY, "camera", 2), "id": held_out(TINY, "id", 2)}
+    found = transfer.measure(run, networks, pairs)
+    assert found.scores.keys() == found.clips.keys() == pairs.keys()
+    for task, controls in found.scores.items():
+        assert tuple(controls) == transfer.CONTROLS
+        for control, scores in controls.items():
+            for i, pair in enumerate(pairs[task]):
+                alone = transfer.scores(pair, found.clips[task][control][i], TINY.video)
+                assert {name: values[i] for name, values in scores.items() if name != "psnr gain"} == alone
+            assert (scores["psnr gain"] == scores["psnr"] - controls["none"]["psnr"]).all()
+        assert controls["copied"]["leak"].tolist() == [1, 1]
+
+
+def test_a_table_of_results():
+    values = np.array([0.0, 1.0, 1.0, 1.0])
+    results = Results({}, {}, {"id": {"transfer": {"retrieval": values}, "swapped": {"retrieval": 0 * values}}})
+    assert (results.mean("id", "retrieval"), results.mean("id", "retrieval", "swapped")) == (0.75, 0)
+    table = results.table()
+    assert table["id"]["transfer"]["retrieval"] == {"mean": 0.75, "interval": transfer.interval(values), "pairs": 4}
+    assert table["id"]["swapped"]["retrieval"]["mean"] == 0
