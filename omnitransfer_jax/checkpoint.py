@@ -32,7 +32,7 @@ MODEL_FILE = "model.json"
 GROUP_BYTES = 2**28  # leaves that go to or come from the disk together, unless one alone is larger
 CHUNK_BYTES = 2**26  # a process reads the chunks its shard of an array touches, so they are small, and cut along the widest axes
 # How a model runs, not which one it is.
-RUN_FIELDS = {"dtype", "attention", "references", "remat", "text_len", "encode_frames", "decode_frames"}
+RUN_FIELDS = {"dtype", "attention", "references", "offsets", "remat", "text_len", "encode_frames", "decode_frames"}
 Item = TypeVar("Item")
 IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
 
