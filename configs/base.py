@@ -421,7 +421,7 @@ class TrainConfig:
     shift: float = 3.0
     """Bends the drawn times towards noise, as in sampling."""
     weighting: Literal["velocity", "clean"] = "velocity"
-    """What the squared velocity error at a time t counts for: 1, or 1 / max(t, 0.5)^2, which favours times near the clean data."""
+    """What the squared velocity error at a time t counts for: 1, or min(1, 2t)^2, the error of the clean estimate over max(t, 0.5)^2."""
     references: bool = True
     """Whether targets read their references; if not, the network trains as Wan's does, without any."""
     ema: float = 0.0

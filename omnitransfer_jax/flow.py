@@ -45,8 +45,7 @@ def loss_per_example(
 
 
 def loss_weight(t: Float[Array, " B"], kind: Literal["velocity", "clean"]) -> Float[Array, " B"]:
-    """What a sample's squared velocity error counts for: 1, or by `clean` 1 / max(t, 0.5)^2, 4 up to the middle and 1 at pure noise."""
-    # As x_0 = x_t - t v, the clean estimate is off by t times the velocity's error. The velocity's squared error is thus the clean
-    # estimate's over t^2, which already favours small times; `clean` favours them more, by up to 4 against pure noise. The bound keeps
-    # the smallest times, where x_t shows the answer already, from counting without limit.
-    return jnp.ones_like(t) if kind == "velocity" else jnp.maximum(t, 0.5) ** -2
+    """What a sample's squared velocity error counts for: 1, or by `clean` min(1, 2t)^2, little where hardly any noise is left to remove."""
+    # As x_0 = x_t - t v, the clean estimate is off by t times the velocity's error. `clean` is its squared error over max(t, 0.5)^2:
+    # the velocity's own in the noisier half, and fading with t^2 in the other, where a small network would spend itself on details.
+    return jnp.ones_like(t) if kind == "velocity" else jnp.minimum(1.0, 2 * t) ** 2

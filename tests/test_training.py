@@ -130,11 +130,11 @@ def test_the_loss_is_of_the_velocity_at_the_drawn_time():
     np.testing.assert_allclose(evaluate(params, batch, drawn), np.square(drawn.noise - batch.target).mean((1, 2, 3, 4)), rtol=1e-6)
 
 
-def test_small_times_count_more_by_choice():
-    """1 / max(t, 0.5)^2 by the definition: 4 at every time up to the middle, 16 / 9 at 3/4."""
+def test_small_times_count_less_by_choice():
+    """The squared error of the clean estimate, t^2 times the velocity's, over max(t, 0.5)^2."""
     params, batch = draw_params(TINY), batch_of(0, 2)
     noise, clean = corrupt(jax.random.key(3), batch, TINY).noise, replace(TINY, train=replace(TINY.train, weighting="clean"))
-    for times, weights in [((0.0, 0.3), (4, 4)), ((0.5, 0.75), (4, 16 / 9))]:
+    for times, weights in [((0.1, 0.25), (1 / 25, 1 / 4)), ((0.5, 0.75), (1, 1))]:
         drawn = Corruption(jnp.array(times), noise, jnp.zeros(2))
         plain, weighted = evaluate(params, batch, drawn), evaluate(params, batch, drawn, clean)
         np.testing.assert_allclose(weighted / plain, weights, rtol=1e-6)
