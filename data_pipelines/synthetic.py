@@ -266,11 +266,10 @@ def render(scene: Scene, video: VideoConfig) -> UInt8[np.ndarray, "T H W 3"]:
 
 def render_moved(scene: Scene, video: VideoConfig, moved: Float[np.ndarray, "N 2"]) -> UInt8[np.ndarray, "N H W 3"]:
     """The first frame of a scene, its sprite moved by so many pixels, columns and rows."""
-    _, x, y = _screen(video)
-    dx, dy = (moved.astype(np.float32) * np.float32(2 / video.height)).T[:, :, None, None]
-    picture = _with_sprite(
-        _background(scene.background, x, y), scene, np.zeros((1, 1, 1), np.float32), x - dx, y - dy, np.float32(2 / video.height)
-    )
+    time, x, y = _screen(video)
+    pixel = np.full_like(time[:1], 2 / video.height)
+    dx, dy = (moved.astype(np.float32) * pixel[0]).T[:, :, None, None]
+    picture = _with_sprite(_background(scene.background, x, y), scene, time[:1], x - dx, y - dy, pixel)
     return _to_bytes(picture if scene.style is None else _stylise(picture, scene.style))
 
 

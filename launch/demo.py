@@ -39,7 +39,7 @@ from omnitransfer_jax.mesh import make_mesh
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", "out/demo", "folder of records, runs and report", flag_values=FLAGS)
-PAIRS = flags.DEFINE_integer("pairs", 3000, "pairs to train on", lower_bound=5, flag_values=FLAGS)
+PAIRS = flags.DEFINE_integer("pairs", 2500, "pairs to train on", lower_bound=5, flag_values=FLAGS)
 SCORED = flags.DEFINE_integer("scored", 40, "held-out pairs of each task that are scored", lower_bound=8, flag_values=FLAGS)
 LENGTH = flags.DEFINE_float("length", 1.0, "training steps, as a multiple of the configurations' own", lower_bound=0.001, flag_values=FLAGS)
 

@@ -1,7 +1,7 @@
 """What the network costs: floating-point operations of its matrix products, counted from the sizes alone.
 
-Only useful work counts: a target reads itself and its references, a reference reads itself, and nothing is counted twice for being
-recomputed. Left out, under 1% together at full size: the embeddings, the head, the CLIP branch and everything that is not a product.
+Only useful work counts: a target reads itself and its references, a reference reads itself (or, in the bidirectional form, everything),
+and nothing is counted twice for being recomputed. Left out, under 1% together at full size: the embeddings, the head, the CLIP branch and everything that is not a product.
 """
 
 import math
@@ -26,7 +26,12 @@ def reference_pass(config: DiTConfig, tokens: int) -> int:
 def train_step(config: Config) -> int:
     """A training step: forward of target and reference, and twice as much again for the gradients, for every sample."""
     target, reference = tokens(config, config.video), tokens(config, config.data.reference)
-    forward = target_pass(config.dit, target, reference) + reference_pass(config.dit, reference)
+    if not config.train.references:
+        forward = target_pass(config.dit, target)
+    elif config.dit.references == "bidirectional":
+        forward = target_pass(config.dit, target + reference)
+    else:
+        forward = target_pass(config.dit, target, reference) + reference_pass(config.dit, reference)
     return 3 * forward * config.train.batch_size
 
 

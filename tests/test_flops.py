@@ -31,3 +31,11 @@ def test_a_step_is_three_forward_passes_of_every_sample():
     assert flops.train_step(config) / 1e15 == pytest.approx(16 * 12.25, rel=1e-3)
     halved = replace(config, train=replace(config.train, batch_size=8))
     assert 2 * flops.train_step(halved) == flops.train_step(config)
+
+
+def test_what_a_target_reads_decides_the_cost():
+    config, per_sample = stage1.get_config(), 3 * 16
+    joint = replace(config, dit=replace(config.dit, references="bidirectional"))
+    assert flops.train_step(joint) / 1e15 == pytest.approx(per_sample * 5.111, rel=5e-4)
+    alone = replace(config, train=replace(config.train, references=False))
+    assert flops.train_step(alone) / 1e15 == pytest.approx(per_sample * 1.678, rel=5e-4)

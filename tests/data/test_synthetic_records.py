@@ -111,11 +111,11 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(write, encoder, t
     write(tmp_path / "whole")
     plain, seen = encoder.records, []
 
-    def counted(pairs):
+    def counted(pairs, drawn):
         seen.append(pairs[0].id)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return plain(pairs)
+        return plain(pairs, drawn)
 
     monkeypatch.setattr(encoder, "records", counted)
     with pytest.raises(KeyboardInterrupt):

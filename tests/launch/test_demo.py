@@ -180,6 +180,7 @@ def test_next_steps_are_commands_that_exist():
         assert all(name in imported.FLAGS or name == "config" or "." in name for name in given), line
 
 
+@pytest.mark.slow
 def test_the_whole_road(tmp_path, monkeypatch, capsys):
     """Records, three stages, transfers and the page; a second call does nothing of it again but the page."""
     monkeypatch.setattr(transfer, "BATCH", 8)
