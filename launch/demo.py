@@ -288,6 +288,7 @@ def facts(configs: dict[str, Config], clock: Clock) -> Table:
 NEXT = (
     ("Train longer: the same command with three times the steps.", "python -m launch.demo --out=out/long --length=3 --pairs=10000"),
     ("Bring the real weights of the base.", "python -m launch.import_weights --source=Wan2.1-I2V-14B-480P-Diffusers --out=wan_i2v"),
+    ("And of the language model.", "python -m launch.import_weights --source=Qwen2.5-VL-3B-Instruct --out=wan_i2v"),
     ("Encode your own clips.", "python -m launch.encode --config=stage3 --manifest=clips.jsonl --out=records --train.init_from=wan_i2v"),
     (
         "Train the first stage on them.",

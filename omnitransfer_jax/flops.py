@@ -1,7 +1,8 @@
 """What the network costs: floating-point operations of its matrix products, counted from the sizes alone.
 
 Only useful work counts: a target reads itself and its references, a reference reads itself (or, in the bidirectional form, everything),
-and nothing is counted twice for being recomputed. Left out, under 1% together at full size: the embeddings, the head, the CLIP branch and everything that is not a product.
+and nothing is counted twice for being recomputed. Left out, under 1% together at full size: the embeddings, the head, the CLIP branch and
+everything that is not a product.
 """
 
 import math
