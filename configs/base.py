@@ -340,6 +340,11 @@ class VideoConfig:
         """Frames, rows, columns and channels of the video's latents."""
         return (self.frames - 1) // vae.time_stride + 1, self.height // vae.space_stride, self.width // vae.space_stride, vae.z_dim
 
+    def patches(self, vae: VAEConfig, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The transformer's tokens of the video: time, rows, columns."""
+        (frames, rows, columns, _), (t, h, w) = self.latent_shape(vae), patch
+        return frames // t, rows // h, columns // w
+
     def validate(self, at: str, vae: VAEConfig, patch: tuple[int, int, int]) -> None:
         """`at` is the field's name in messages; the autoencoder and the patch decide which sizes exist."""
         stride = vae.time_stride

@@ -6,8 +6,9 @@ Trains  everything, from random weights, on clips that are drawn as they are nee
     python -m launch.train_vae --config=vae:tiny --workdir=DIR
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from configs import wan
 from configs.base import CheckpointConfig, VAEConfig, VideoConfig, require
 
 
@@ -72,7 +73,8 @@ class VAETraining:
         )
         require(0 <= self.whole_share <= 1, f"whole_share={self.whole_share}: a share from 0 to 1")
         require(0 <= self.grey_share <= 1, f"grey_share={self.grey_share}: a share from 0 to 1")
-        require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: more than 0")
+        for name in ("learning_rate", "vector_learning_rate"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: more than 0")
         require(0 <= self.warmup_steps < self.steps, f"warmup_steps={self.warmup_steps}: from 0 to below steps={self.steps}")
         require(self.kl_weight >= 0, f"kl_weight={self.kl_weight}: at least 0")
         require(
@@ -81,19 +83,10 @@ class VAETraining:
         )
 
 
+MODEL = wan.get_config("tiny")
 TINY = VAETraining(
-    vae=VAEConfig(
-        base_dim=16,
-        z_dim=4,
-        dim_mult=(1, 2),
-        num_res_blocks=1,
-        temporal_downsample=(True,),
-        encode_frames=8,
-        decode_frames=4,
-        latents_mean=(0.0,) * 4,
-        latents_std=(1.0,) * 4,
-    ),
-    video=VideoConfig(frames=9, height=32, width=32, fps=8),
+    vae=replace(MODEL.vae, latents_mean=(0.0,) * MODEL.vae.z_dim, latents_std=(1.0,) * MODEL.vae.z_dim),
+    video=MODEL.video,
 )
 
 

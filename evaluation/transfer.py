@@ -103,8 +103,8 @@ class Transfer:
 
     def open(self, latents: jax.Array, task: jax.Array) -> omnitransfer.Reference:
         """Encoded references, flagged and placed."""
-        (frames, rows, columns, _), (t, h, w) = self.config.video.latent_shape(self.config.vae), self.config.dit.patch
-        return omnitransfer.open_reference(latents, task, (frames // t, rows // h, columns // w), by=self.config.dit.offsets)
+        target = self.config.video.patches(self.config.vae, self.config.dit.patch)
+        return omnitransfer.open_reference(latents, task, target, by=self.config.dit.offsets)
 
     @staticmethod
     @jax.jit

@@ -132,7 +132,7 @@ def encode(config: Config, request: Request) -> Conditions:
                 family = [together or tasks.TASKS[other].family for other, _ in request.references[: k + 1]]
                 rank = family.count(family[k]) if config.sampler.stack_references else 1
                 encoded = encode_clip(vae, jnp.asarray(clips.to_unit(clip))[None])
-                target = patches(config, video)
+                target = video.patches(config.vae, config.dit.patch)
                 references.append(omnitransfer.open_reference(encoded, jnp.array([task]), target, rank, config.dit.offsets))
     return Conditions(text[:1], text[1:], image, latents, tuple(references))
 
@@ -163,12 +163,6 @@ def tell(config: Config, request: Request) -> jax.Array:
             said.append(say(alignment, Shown(**batch), jnp.array([task])))
     told = jnp.concatenate(said, axis=1)
     return jnp.concatenate([told, jnp.zeros_like(told)])
-
-
-def patches(config: Config, video: VideoConfig) -> tuple[int, int, int]:
-    """The video's tokens: time, rows, columns."""
-    (frames, rows, columns, _), (t, h, w) = video.latent_shape(config.vae), config.dit.patch
-    return frames // t, rows // h, columns // w
 
 
 def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.Array:

@@ -38,4 +38,4 @@ def train_step(config: Config) -> int:
 
 def tokens(config: Config, video: VideoConfig) -> int:
     """Tokens of a video in the transformer."""
-    return math.prod(video.latent_shape(config.vae)[:-1]) // math.prod(config.dit.patch)
+    return math.prod(video.patches(config.vae, config.dit.patch))
