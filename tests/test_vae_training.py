@@ -130,6 +130,17 @@ def test_grey_clips_show_their_first_frame_alone():
     assert error(later) == error(clips) != error(first)
 
 
+def test_a_crop_is_one_part_of_every_clip():
+    """The step's error is that of a step on whole clips which were cut by hand, at one place for all of them."""
+    step, state, clips = vae_training.make_train_step(SMALL), vae_training.init_state(SMALL), np.stack(scenes("train", 2))
+
+    def error(clips, crop):
+        return step(jax.tree.map(jnp.copy, state), clips, jax.random.key(0), crop)[1]["squared_error"].item()
+
+    parts = [error(clips[:, :, i : i + 4, j : j + 4], False) for i in range(5) for j in range(5)]
+    assert sum(part == pytest.approx(error(clips, True), rel=1e-6) for part in parts) == 1
+
+
 def test_divergence_is_torch_s():
     draw = np.random.default_rng(0)
     mean, log_variance = draw.standard_normal((2, 5, 3)).astype(np.float32)
