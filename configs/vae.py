@@ -1,6 +1,6 @@
 """The tiny autoencoder of the procedural world: Wan's, with fewer channels, and one step down instead of three.
 
-Goal    latents of a 9 x 32 x 32 clip in 5 x 16 x 16 x 4 numbers that show what its six factors are.
+Goal    latents of a 9 x 32 x 32 clip in 5 x 16 x 16 x 3 numbers that show what its six factors are.
 Trains  everything, from random weights, on clips that are drawn as they are needed.
 
     python -m launch.train_vae --config=vae:tiny --workdir=DIR
@@ -38,7 +38,7 @@ class VAETraining:
     """Steps up to the highest rate."""
     kl_weight: float = 1e-5
     """Weight of the divergence from a standard normal, averaged over the latents, beside the mean squared error in [-1, 1]."""
-    evaluate_every: int = 500
+    evaluate_every: int = 300
     """Steps between reconstructions of held-out clips."""
     evaluate_clips: int = 256
     """Held-out clips at the end; an eighth of them before."""

@@ -64,7 +64,7 @@ class Encoder:
         )
 
     def __call__(self, pairs: Sequence[Example], drawn: Drawn | None = None) -> dict[str, Any]:
-        """The arrays of `training.Batch` (`shown` a dictionary), text_rows and first_frame, for pairs in any mix of tasks."""
+        """The arrays of `training.Batch` but target (`shown` a dictionary), text_rows and first_frame, for pairs in any mix of tasks."""
         config, (targets, references) = self.config, drawn or self.draw(pairs)
         task = np.array([tasks.task_index(pair.task) for pair in pairs], np.int32)
         temporal = [i for i, t in enumerate(task) if tasks.TASKS[t].family == "temporal"]
@@ -74,7 +74,7 @@ class Encoder:
             "task": task,
             "has_image": np.isin(np.arange(len(pairs)), temporal).astype(np.float32),
         }
-        arrays |= {"target": np.asarray(self.encode_video(jnp.asarray(targets))), "text": text, "text_rows": rows}
+        arrays |= {"text": text, "text_rows": rows}
         arrays["condition"] = np.repeat(self.no_condition[None], len(pairs), 0)
         arrays["image"] = np.zeros((len(pairs), *shapes(config)["image"]), np.float32)
         if temporal:
@@ -92,7 +92,8 @@ class Encoder:
 
     def records(self, pairs: Sequence[Example], drawn: Drawn | None = None) -> list[dict[str, Any]]:
         """The records (`records.schema`) of `pairs`."""
-        arrays = self(pairs, drawn)
+        drawn = drawn or self.draw(pairs)
+        arrays = self(pairs, drawn) | {"target": np.asarray(self.encode_video(jnp.asarray(drawn.targets)))}
         shown_arrays = {f"shown_{name}": array for name, array in arrays.pop("shown", {}).items()}
         bits = {name: to_bits(arrays[name]) for name in ("target", "condition", "reference", "image", "text")}
         if "shown_features" in shown_arrays:

@@ -22,6 +22,7 @@ from data_pipelines.synthetic import Example
 from data_pipelines.synthetic_records import Encoder, example
 from evaluation.world import interval, scores
 from omnitransfer_jax import parts
+from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.alignment import Alignment, Shown
 from omnitransfer_jax.models.omnitransfer import Conditions
@@ -137,12 +138,14 @@ def with_control(
 
 
 def swapped(pairs: Sequence[Example]) -> list[Example]:
-    """Each pair with the reference of the next one that shares another value."""
+    """Each pair with the reference of the next one that shares another value; a `RequestError` if all share the same."""
     found = []
     for i, pair in enumerate(pairs):
         factor = synthetic.SHARES[pair.task]
         others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
-        other = next(o for o in others if getattr(o.target, factor) != getattr(pair.target, factor))
+        other = next((o for o in others if getattr(o.target, factor) != getattr(pair.target, factor)), None)
+        if other is None:
+            raise RequestError(f"{len(pairs)} pairs of task {pair.task!r} that all share one {factor}: nothing to swap; give more pairs")
         found.append(pair._replace(reference=other.reference))
     return found
 

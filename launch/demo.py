@@ -81,9 +81,10 @@ class Clock:
     def part(self, name: str, what: str) -> "Clock":
         """Opens a part; the context that is left closes it."""
         self.name, self.begun = name, time.monotonic()
-        done = sum(self.share[each] for each in self.seconds)
-        spent = time.monotonic() - self.started
-        left = f", about {timedelta(seconds=round(spent / done * (1 - done)))} to go in all" if done and spent > 5 else ""
+        ran = [each for each, seconds in self.seconds.items() if seconds > 5]  # what was there already tells nothing
+        spent, done = sum(self.seconds[each] for each in ran), sum(self.share[each] for each in ran)
+        ahead = sum(self.share.values()) - sum(self.share[each] for each in self.seconds)
+        left = f", about {timedelta(seconds=round(spent / done * ahead))} to go in all" if ran else ""
         number = len(self.seconds) + 1
         print(f"\n[{number}/{len(self.share)}] {name}: {what} ({self.elapsed()} so far{left})", flush=True)
         return self

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import stage1, stage3
-from configs.base import MeshConfig
+from configs.base import MeshConfig, OptimizerConfig
 from omnitransfer_jax import checkpoint, run, run_checkpoint
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.mesh import make_mesh, specs
@@ -50,8 +50,8 @@ def whole(tmp_path_factory):
     return workdir
 
 
-def with_steps(steps):
-    return replace(TINY, train=replace(TINY.train, steps=steps))
+def with_steps(steps, config=TINY):
+    return replace(config, train=replace(config.train, steps=steps))
 
 
 def lines(workdir):
@@ -81,8 +81,8 @@ def left_by(workdir, config=TINY) -> dict[str, np.ndarray]:
     return leaves | metrics | {"next": next(data)["target"]}
 
 
-def assert_same(workdir, other):
-    ours, theirs = left_by(workdir), left_by(other)
+def assert_same(workdir, other, config=TINY):
+    ours, theirs = left_by(workdir, config), left_by(other, config)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
 
@@ -115,6 +115,14 @@ def test_resumed_equals_uninterrupted(whole, tmp_path):
     train(TINY, tmp_path)
     assert_same(tmp_path, whole)
     assert saved_steps(tmp_path) == ["6", "8"]
+
+
+def test_muon_resumed_equals_uninterrupted(tmp_path):
+    muon = replace(TINY, optimizer=OptimizerConfig(kind="muon", learning_rate=1e-2, warmup_steps=2))
+    train(muon, tmp_path / "whole")
+    train(with_steps(3, muon), tmp_path / "again")
+    train(muon, tmp_path / "again")
+    assert_same(tmp_path / "again", tmp_path / "whole", muon)
 
 
 def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):

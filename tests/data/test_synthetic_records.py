@@ -27,8 +27,8 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def made(encoder):
-    """The arrays of `PAIRS`."""
-    return encoder(PAIRS)
+    """The arrays of `PAIRS`, the target's among them."""
+    return encoder(PAIRS) | {"target": np.asarray(encoder.encode_video(encoder.draw(PAIRS).targets))}
 
 
 @pytest.fixture

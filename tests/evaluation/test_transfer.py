@@ -13,6 +13,7 @@ from data_pipelines.synthetic_records import Encoder
 from evaluation import transfer
 from evaluation.transfer import Networks, Results, Transfer, held_out, swapped, with_control
 from omnitransfer_jax import checkpoint, parts, tasks
+from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.models.alignment import Alignment
 
 TINY = stage3.get_config("tiny")
@@ -72,6 +73,12 @@ def test_another_reference_is_one_of_another_value(task):
         assert other.reference in references
         assert getattr(other.reference, factor) != getattr(pair.target, factor)
         assert other._replace(reference=pair.reference) == pair
+
+
+def test_pairs_of_one_value_have_nothing_to_swap():
+    pair = held_out(TINY, "style", 1)[0]
+    with pytest.raises(RequestError, match="2 pairs of task 'style' that all share one style"):
+        swapped([pair, pair])
 
 
 def test_held_out_pairs_share_what_training_never_saw():

@@ -150,10 +150,22 @@ def test_the_time_that_is_left(monkeypatch, capsys):
             now[0] += seconds
     first, second, third = (line for line in capsys.readouterr().out.splitlines() if line)
     assert first == "[1/3] a: work (0:00:08 so far)"
-    assert second == "[2/3] b: work (0:01:00 so far, about 0:03:00 to go in all)"
-    assert third == "[3/3] c: work (0:03:00 so far, about 0:01:00 to go in all)"
+    assert second == "[2/3] b: work (0:01:00 so far, about 0:02:36 to go in all)"
+    assert third == "[3/3] c: work (0:03:00 so far, about 0:00:57 to go in all)"
     assert clock.seconds == {"a": 52, "b": 120, "c": 60}
     assert clock.elapsed() == "0:04:00"
+
+
+def test_what_was_there_already_tells_nothing_of_the_time_that_is_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
+    clock = demo.Clock({"a": 0.25, "b": 0.5, "c": 0.25})
+    for name, seconds in (("a", 1), ("b", 120), ("c", 60)):
+        with clock.part(name, "work"):
+            now[0] += seconds
+    _, second, third = (line for line in capsys.readouterr().out.splitlines() if line)
+    assert second == "[2/3] b: work (0:00:01 so far)"
+    assert third == "[3/3] c: work (0:02:01 so far, about 0:01:00 to go in all)"
 
 
 def test_the_shares_of_the_time_are_of_every_part():
