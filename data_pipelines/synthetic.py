@@ -40,7 +40,7 @@ SCENERIES = {
     "snow": ("#f3f6f9", "#c3d0dc"), "clay": ("#d69a7a", "#a8664a"), "night": ("#39436a", "#1b2138"), "moss": ("#6f8d69", "#3f5a41"),
 }  # fmt: skip
 ROWS, COLUMNS = ("top", "upper", "lower", "bottom"), ("left", "midleft", "midright", "right")
-PATHS = ("glides", "swings", "orbits", "circles", "turns", "weaves")
+PATHS = ("glides", "swings", "circles", "turns")
 COMPASS = ("e", "ene", "ne", "nne", "n", "nnw", "nw", "wnw", "w", "wsw", "sw", "ssw", "s", "sse", "se", "ese")
 VIEWS = ("pans", "pushes", "pulls", "rolls", "tilts")
 HOURS = ("three", "two", "one", "twelve", "eleven", "ten", "nine", "eight", "seven", "six", "five", "four")
@@ -151,9 +151,8 @@ SHARES = {"id": "identity", "style": "style", "motion": "motion", "camera": "cam
 SENTENCES = (*NOTHING.values(), *UNSAID.values())
 WORDS = tuple(sorted({word for values in VALUES.values() for value in values for word in value} | set(" ".join(SENTENCES).split())))
 
-# How often a factor that a pair does not share is there at all.
-PRESENT_IN_REFERENCE = {"motion": 1 / 4, "camera": 1 / 8, "effect": 1 / 8, "style": 1 / 4}
-PRESENT_IN_TARGET = {"motion": 1 / 2, "camera": 1 / 8, "effect": 1 / 8, "style": 1 / 4}  # of appearance tasks
+# How often a factor that a pair does not share is there, in a reference or in the target of an appearance task. Camera and effect are not.
+PRESENT = {"motion": 1 / 4, "style": 1 / 4}
 EDGE = 0.78  # the sprite's centre stays within this part of the picture
 
 
@@ -210,12 +209,12 @@ def example(key: int, index: int, split: Split, task: str | None = None) -> Exam
     draw = Draw("world", key, split, task, index)
     value = draw.choose((TRAINED if split == "train" else HELD_OUT)[shared], "shared")
     sides = {}
-    for side, presence in (("reference", PRESENT_IN_REFERENCE), ("target", {} if temporal else PRESENT_IN_TARGET)):
+    for side, presence in (("reference", PRESENT), ("target", {} if temporal else PRESENT)):
         presence = presence | {"identity": 1, "background": 1}
         if side == "reference" and task == "id":
             presence = presence | {"style": 0}  # another style would hide the colours that are to be kept
         if side == "target" and temporal:
-            presence = presence | {"style": PRESENT_IN_TARGET["style"]}  # it is seen in the first frame
+            presence = presence | {"style": PRESENT["style"]}  # it is seen in the first frame
         other = sides.get("reference")
         factors = {shared: value}
         for factor in (f for f in FACTORS if f != shared):
@@ -326,7 +325,7 @@ def _turns(names: Sequence[str], name: str) -> np.float32:
 
 def _start(start: Start) -> np.ndarray:
     """The sprite's centre in the world, x and y."""
-    return np.array([COLUMNS.index(start.column), ROWS.index(start.row)], np.float32) * np.float32(0.36) - np.float32(0.54)
+    return np.array([COLUMNS.index(start.column), ROWS.index(start.row)], np.float32) * np.float32(0.2) - np.float32(0.3)
 
 
 def _path(motion: Motion | None, time: np.ndarray) -> np.ndarray:
@@ -340,14 +339,11 @@ def _path(motion: Motion | None, time: np.ndarray) -> np.ndarray:
             along, aside = long * time, 0 * time
         case "swings":
             along, aside = long * _sine(time / 2), 0 * time
-        case "orbits" | "circles":
-            along = np.float32(0.42) * _sine(time)
-            aside = np.float32(0.42) * (1 - _sine(time + np.float32(0.25))) * (1 if motion.path == "orbits" else -1)
-        case "turns":
+        case "circles":
+            along, aside = np.float32(0.42) * _sine(time), np.float32(0.42) * (1 - _sine(time + np.float32(0.25)))
+        case _:  # turns
             half = np.float32(0.5)
             along, aside = long * np.minimum(time, half) * np.float32(1.5), long * np.maximum(time - half, 0) * np.float32(1.5)
-        case _:  # weaves
-            along, aside = long * time, np.float32(0.3) * _sine(time)
     return np.stack([ax * along + sx * aside, ay * along + sy * aside], -1)
 
 
@@ -481,14 +477,14 @@ def _stylise(picture: np.ndarray, style: Style) -> np.ndarray:
     grey = picture[..., 0] * np.float32(0.3) + picture[..., 1] * np.float32(0.59) + picture[..., 2] * np.float32(0.11)
     match style.drawing:
         case "duotone":
-            return _mix(dark, light, _clip(grey * np.float32(1.15) - np.float32(0.05))[..., None])
+            return _mix(dark, light, grey[..., None])
         case "negative":
-            return _mix(1 - picture, hue, np.float32(0.4))
+            return _mix(light, dark, grey[..., None])
         case "poster":
             low, high = (_clip(np.float32(0.5) + np.float32(4) * (grey - np.float32(edge)))[..., None] for edge in (0.36, 0.66))
             return _mix(_mix(dark, hue, low), light, high)
         case _:  # faded
-            return _mix(picture, light, np.float32(0.62))
+            return _mix(hue, light, grey[..., None])
 
 
 def _with_effect(picture: np.ndarray, effect: Effect, time: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def digest(count: int = 30) -> str:
 
 def test_the_same_key_gives_the_same_bytes_on_every_machine():
     # Written down on one machine (x86-64, NumPy 2) and checked on every other that runs this test.
-    assert digest() == "a29a415002b805e69f14aef046ffa8733289749d7a5acd4d3144e9d8ff338b8d"
+    assert digest() == "4b0378b67bd35b51389f61e37984d8ee2476d0e49f66b47982233bd044a9402a"
 
 
 def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
@@ -122,7 +122,7 @@ def test_what_happens_over_time_begins_with_nothing(factor: str):
     for value in VALUES[factor]:
         clip = synthetic.render(scene._replace(**{factor: value}), SMALL)
         assert (clip[0] == still[0]).all()
-        assert (clip[-1] != still[0]).any() or value[0] in ("orbits", "circles", "swings")
+        assert (clip[-1] != still[0]).any() or value[0] in ("circles", "swings")
         assert (clip[4] != still[0]).any()
 
 
