@@ -151,6 +151,8 @@ SHARES = {"id": "identity", "style": "style", "motion": "motion", "camera": "cam
 SENTENCES = (*NOTHING.values(), *UNSAID.values())
 WORDS = tuple(sorted({word for values in VALUES.values() for value in values for word in value} | set(" ".join(SENTENCES).split())))
 
+TURNS = (*tasks.NAMES, "style", "motion")  # a network learns these two late, so they come twice
+
 # How often a factor that a pair does not share is there, in a reference or in the target of an appearance task. Camera and effect are not.
 PRESENT = {"motion": 1 / 4, "style": 1 / 4}
 EDGE = 0.78  # the sprite's centre stays within this part of the picture
@@ -204,7 +206,7 @@ class Draw:
 
 def example(key: int, index: int, split: Split, task: str | None = None) -> Example:
     """Pair `index` of the endless list that `key` stands for; the tasks take turns unless one is named."""
-    task = tasks.NAMES[index % len(tasks.NAMES)] if task is None else task
+    task = TURNS[index % len(TURNS)] if task is None else task
     shared, temporal = SHARES[task], tasks.TASKS[tasks.task_index(task)].family == "temporal"
     draw = Draw("world", key, split, task, index)
     value = draw.choose((TRAINED if split == "train" else HELD_OUT)[shared], "shared")

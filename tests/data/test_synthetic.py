@@ -34,7 +34,7 @@ def digest(count: int = 30) -> str:
 
 def test_the_same_key_gives_the_same_bytes_on_every_machine():
     # Written down on one machine (x86-64, NumPy 2) and checked on every other that runs this test.
-    assert digest() == "4b0378b67bd35b51389f61e37984d8ee2476d0e49f66b47982233bd044a9402a"
+    assert digest() == "187a81f1214fbef48754fc4451968c335d3e97a339128e1ea40440483a992ccd"
 
 
 def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
@@ -54,7 +54,7 @@ def test_another_key_gives_another_world():
 def test_a_pair_shares_exactly_the_named_factor(split: synthetic.Split):
     for index in range(1000):
         pair = synthetic.example(3, index, split)
-        assert pair.task == tasks.NAMES[index % 5]
+        assert pair.task == ("id", "style", "motion", "camera", "effect", "style", "motion")[index % 7]
         both = zip(FACTORS, *([getattr(side, factor) for factor in FACTORS] for side in (pair.reference, pair.target)), strict=True)
         assert [factor for factor, a, b in both if a is not None and a == b] == [SHARES[pair.task]]
         assert pair.reference.start != pair.target.start
