@@ -184,10 +184,11 @@ def measure(
     made, found = {}, {}
     for task, of_task in pairs.items():
         made[task] = {control: with_control(control, transfer, networks, of_task, on_batch) for control in controls}
-        each = {
-            control: [scores(p, c, transfer.config.video) for p, c in zip(of_task, x, strict=True)] for control, x in made[task].items()
-        }
-        found[task] = {control: {name: np.array([row[name] for row in rows]) for name in rows[0]} for control, rows in each.items()}
+        each = [
+            {control: scores(pair, clips_of[i], transfer.config.video) for control, clips_of in made[task].items()}
+            for i, pair in enumerate(of_task)
+        ]
+        found[task] = {control: {name: np.array([row[control][name] for row in each]) for name in each[0][control]} for control in controls}
         if "none" in controls:
             for of_control in found[task].values():
                 of_control["psnr gain"] = of_control["psnr"] - found[task]["none"]["psnr"]

@@ -23,12 +23,12 @@ from data_pipelines.synthetic import Example, Scene
 
 Clip = UInt8[np.ndarray, "T H W 3"]
 RETRIEVAL_KEY = 0  # which renders stand beside the truth
+CAMERAS = (None, *synthetic.VALUES["camera"])
 
 
 def scores(pair: Example, clip: Clip, video: VideoConfig) -> dict[str, float]:
     """All scores that the pair's task has."""
-    factor, truth = synthetic.SHARES[pair.task], synthetic.render(pair.target, video)
-    others = [synthetic.render(scene, video) for scene in synthetic.alternatives(pair.target, factor, RETRIEVAL_KEY)]
+    truth, *others = _candidates(pair.target, synthetic.SHARES[pair.task], video)
     error = distance(clip, truth)
     found = {
         "retrieval": float(all(error < distance(clip, other) for other in others)),
@@ -67,7 +67,19 @@ def find_sprite(scene: Scene, clip: Clip, video: VideoConfig) -> Float[np.ndarra
     return places[errors.argmin(1)]
 
 
-@lru_cache(maxsize=64)  # all controls of a pair ask for the same
+@lru_cache(maxsize=1)  # the controls of a pair ask for the same, one after the other
+def _candidates(scene: Scene, factor: str, video: VideoConfig) -> list[Clip]:
+    """The render of a scene, then those that stand beside it."""
+    return [synthetic.render(each, video) for each in (scene, *synthetic.alternatives(scene, factor, RETRIEVAL_KEY))]
+
+
+@lru_cache(maxsize=1)
+def _under_cameras(scene: Scene, video: VideoConfig) -> list[Clip]:
+    """The scene under each of `CAMERAS`."""
+    return [synthetic.render(scene._replace(camera=camera), video) for camera in CAMERAS]
+
+
+@lru_cache(maxsize=1)
 def _places(scene: Scene, video: VideoConfig) -> tuple[Float[np.ndarray, "N 2"], UInt8[np.ndarray, "N H W 3"]]:
     """Places of the sprite, and the picture with it there."""
     start, reach = synthetic.track(scene, video)[0], synthetic.EDGE * video.height / 2 + 1
@@ -79,9 +91,8 @@ def _places(scene: Scene, video: VideoConfig) -> tuple[Float[np.ndarray, "N 2"],
 
 def find_camera(scene: Scene, clip: Clip, video: VideoConfig) -> synthetic.Camera | None:
     """The camera with which a render of `scene` is nearest to the clip; None is one that does not move."""
-    candidates = [None, *synthetic.VALUES["camera"]]
-    errors = [distance(clip, synthetic.render(scene._replace(camera=camera), video)) for camera in candidates]
-    return candidates[int(np.argmin(errors))]
+    errors = [distance(clip, render) for render in _under_cameras(scene._replace(camera=None), video)]
+    return CAMERAS[int(np.argmin(errors))]
 
 
 def _appearance(clip: Clip, truth: Clip, where: Bool[np.ndarray, "T H W"]) -> dict[str, float]:
