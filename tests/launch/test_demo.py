@@ -140,32 +140,26 @@ def test_numbers_are_told_with_their_intervals():
     assert demo.told("colour", values) == "0.500 (0.000 to 1.000)"
 
 
-def test_the_time_that_is_left(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        ((52, 120, 60), ("0:00:08 so far", "0:01:00 so far, about 0:02:36 to go in all", "0:03:00 so far, about 0:00:57 to go in all")),
+        # The first part was there already, so it tells nothing.
+        ((1, 120, 60), ("0:00:08 so far", "0:00:09 so far", "0:02:09 so far, about 0:01:00 to go in all")),
+    ],
+)
+def test_the_time_that_is_left(monkeypatch, capsys, seconds, told):
     now = [100.0]
     monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
     clock = demo.Clock({"a": 0.25, "b": 0.5, "c": 0.25})
     now[0] += 8  # nothing is done yet, so nothing is known
-    for name, seconds in (("a", 52), ("b", 120), ("c", 60)):
+    for name, each in zip("abc", seconds, strict=True):
         with clock.part(name, "work"):
-            now[0] += seconds
-    first, second, third = (line for line in capsys.readouterr().out.splitlines() if line)
-    assert first == "[1/3] a: work (0:00:08 so far)"
-    assert second == "[2/3] b: work (0:01:00 so far, about 0:02:36 to go in all)"
-    assert third == "[3/3] c: work (0:03:00 so far, about 0:00:57 to go in all)"
-    assert clock.seconds == {"a": 52, "b": 120, "c": 60}
-    assert clock.elapsed() == "0:04:00"
-
-
-def test_what_was_there_already_tells_nothing_of_the_time_that_is_left(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
-    clock = demo.Clock({"a": 0.25, "b": 0.5, "c": 0.25})
-    for name, seconds in (("a", 1), ("b", 120), ("c", 60)):
-        with clock.part(name, "work"):
-            now[0] += seconds
-    _, second, third = (line for line in capsys.readouterr().out.splitlines() if line)
-    assert second == "[2/3] b: work (0:00:01 so far)"
-    assert third == "[3/3] c: work (0:02:01 so far, about 0:01:00 to go in all)"
+            now[0] += each
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines == [f"[{n}/3] {name}: work ({words})" for n, name, words in zip((1, 2, 3), "abc", told, strict=True)]
+    assert clock.seconds == dict(zip("abc", seconds, strict=True))
+    assert clock.elapsed() == f"0:0{(8 + sum(seconds)) // 60}:{(8 + sum(seconds)) % 60:02}"
 
 
 def test_the_shares_of_the_time_are_of_every_part():
