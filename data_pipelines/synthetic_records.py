@@ -93,7 +93,8 @@ class Encoder:
     def records(self, pairs: Sequence[Example], drawn: Drawn | None = None) -> list[dict[str, Any]]:
         """The records (`records.schema`) of `pairs`."""
         drawn = drawn or self.draw(pairs)
-        arrays = self(pairs, drawn) | {"target": np.asarray(self.encode_video(jnp.asarray(drawn.targets)))}
+        arrays = self(pairs, drawn)
+        arrays["target"] = np.asarray(self.encode_video(jnp.asarray(drawn.targets)))
         shown_arrays = {f"shown_{name}": array for name, array in arrays.pop("shown", {}).items()}
         bits = {name: to_bits(arrays[name]) for name in ("target", "condition", "reference", "image", "text")}
         if "shown_features" in shown_arrays:
