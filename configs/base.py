@@ -4,7 +4,7 @@ Model configs come first (one per file of `omnitransfer_jax/models`), then what 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from omnitransfer_jax.errors import RequestError
 
@@ -485,6 +485,56 @@ class CheckpointConfig:
     def validate(self) -> None:
         require(self.every >= 1, f"checkpoint.every={self.every}: at least 1")
         require(self.keep >= 1, f"checkpoint.keep={self.keep}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTraining:
+    """How one part of the tiny model is trained by itself, before stage 0: what all such trainings share."""
+
+    free: ClassVar[frozenset[str]] = frozenset({"log_every", "evaluate_every", "evaluate_clips", "checkpoint", "threads"})
+    """What may change when a run goes on."""
+
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """The clips."""
+    steps: int = 1200
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Clips, or pairs of them, per step."""
+    learning_rate: float = 2e-2
+    """Highest rate of Muon on matrices, after the warm-up; from there it falls to 0 along half a cosine."""
+    vector_learning_rate: float = 5e-3
+    """The same of Adam on the rest."""
+    warmup_steps: int = 20
+    """Steps up to the highest rate."""
+    evaluate_every: int = 300
+    """Steps between looks at held-out clips."""
+    evaluate_clips: int = 256
+    """Held-out clips, or pairs, at the end; an eighth of them before."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl and of the console."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When it saves."""
+    threads: int = 2
+    """Threads that draw clips."""
+    seed: int = 0
+    """The one root of every random number."""
+
+    def validate(self) -> None:
+        """Raises `RequestError` for the first value that cannot work."""
+        self.checkpoint.validate()
+        for name in ("steps", "batch_size", "evaluate_every", "log_every", "threads"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: at least 1")
+        whole = 8 * self.batch_size
+        require(
+            self.evaluate_clips >= whole and self.evaluate_clips % whole == 0,
+            f"evaluate_clips={self.evaluate_clips}: a multiple of {whole}",
+        )
+        require(
+            self.evaluate_every % self.log_every == 0, f"evaluate_every={self.evaluate_every}: a multiple of log_every={self.log_every}"
+        )
+        for name in ("learning_rate", "vector_learning_rate"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: more than 0")
+        require(0 <= self.warmup_steps < self.steps, f"warmup_steps={self.warmup_steps}: from 0 to below steps={self.steps}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from transformers import PreTrainedTokenizerFast
 
 from configs.base import Config, require
@@ -92,19 +93,26 @@ def look(config: Config, mllm: Qwen2_5VL) -> Look:
 
 def look_at_many(config: Config, mllm: Qwen2_5VL) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """`look` over batches: first frames "B H W 3", 1 where there is one "B", references "B T H W 3" -> features float32 "B V D"."""
-    image, video = sizes(config)
+    compiled = partial(jax.jit(partial(features, config)), mllm.vision)
 
-    def see(vision: QwenVision, frames: jax.Array, has_frame: jax.Array, references: jax.Array) -> jax.Array:
-        of_image = jax.vmap(partial(_see, vision, size=image))(frames[:, None]) * has_frame[:, None, None]
-        return jnp.concatenate([of_image, jax.vmap(partial(_see, vision, size=video))(references)], axis=1)
-
-    compiled = partial(jax.jit(see), mllm.vision)
-
-    def features(frames: np.ndarray, has_frame: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def look(frames: np.ndarray, has_frame: np.ndarray, references: np.ndarray) -> np.ndarray:
         picked = references[:, picked_frames(references.shape[1], config.alignment.frames)]
         return np.asarray(compiled(*map(jnp.asarray, (frames, has_frame, picked))))
 
-    return features
+    return look
+
+
+def features(
+    config: Config,
+    vision: QwenVision,
+    frames: Float[Array, "B H W 3"],
+    has_frame: Float[Array, " B"],
+    references: Float[Array, "B T h w 3"],
+) -> Float[Array, "B V D"]:
+    """Of first frames, 0 where there is none, and of references that are reduced to the frames that are seen."""
+    image, video = sizes(config)
+    of_image = jax.vmap(partial(_see, vision, size=image))(frames[:, None]) * has_frame[:, None, None]
+    return jnp.concatenate([of_image, jax.vmap(partial(_see, vision, size=video))(references)], axis=1)
 
 
 def picked_frames(available: int, wanted: int) -> np.ndarray:

@@ -4,8 +4,9 @@
     background  scenery and pattern                             effect   what sweeps over the picture as time goes by
     motion      the sprite's path from where it starts          style    how the whole picture is drawn
 
-A pair of task X shares X and nothing else. Temporal tasks (motion, camera, effect) give the target's first frame, and nothing but X
-happens in the target, so reference and first frame determine it. Appearance tasks (id, style) give a caption of all that is not X.
+A pair of task X shares X and nothing else; a motion is a path on the screen, so its two clips start from the same place, and all others
+do not. Temporal tasks (motion, camera, effect) give the target's first frame, and nothing but X happens in the target, so reference and
+first frame determine it. Appearance tasks (id, style) give a caption of all that is not X.
 
 Held-out values of a factor never occur in training: directions of motion and camera that no training clip has, and combinations of
 the parts of identity, effect and style. A held-out pair shares a held-out value; all else in it is drawn as in training.
@@ -47,7 +48,7 @@ HOURS = ("three", "two", "one", "twelve", "eleven", "ten", "nine", "eight", "sev
 EFFECTS = ("sweep", "iris", "ripple", "glow")
 SIDES = ("righthand", "upperright", "above", "upperleft", "lefthand", "lowerleft", "below", "lowerright")
 LIGHTS = {"crimson": "#e0313f", "gold": "#ffb81c", "azure": "#2aa7ff", "white": "#fdfdfd", "violet": "#8a3ffc", "jade": "#12b886"}
-DRAWINGS = ("duotone", "negative", "poster", "faded")
+DRAWINGS = ("duotone", "framed", "hatched", "vignetted")
 HUES = {
     "rosy": "#e85d9a", "amber": "#f2a33a", "olive": "#8fa63a", "teal": "#2aa39a",
     "navy": "#3b5fc0", "plum": "#8e4bb8", "grey": "#8c8c8c", "rust": "#c4562e",
@@ -224,6 +225,8 @@ def example(key: int, index: int, split: Split, task: str | None = None) -> Exam
                 options = [v for v in TRAINED[factor] if other is None or v != getattr(other, factor)]
                 factors[factor] = draw.choose(options, side, factor)
         starts = [s for s in VALUES["start"] if _stays_inside(s, factors.get("motion")) and (other is None or s != other.start)]
+        if other is not None and task == "motion":
+            starts = [other.start]
         sides[side] = Scene(start=draw.choose(starts, side, "start"), **factors)
     prompt = "" if temporal else caption(sides["target"], {shared})
     return Example(f"{task}-{split}-{key}-{index}", task, sides["reference"], sides["target"], prompt)
@@ -259,7 +262,7 @@ def render(scene: Scene, video: VideoConfig) -> UInt8[np.ndarray, "T H W 3"]:
     pixel = np.float32(2 / video.height) * zoom
     picture = _with_sprite(_background(scene.background, x, y), scene, time, x, y, pixel)
     if scene.style is not None:
-        picture = _stylise(picture, scene.style)
+        picture = _stylise(picture, scene.style, u, v)
     if scene.effect is not None:
         picture = _with_effect(picture, scene.effect, time, u, v)
     return _to_bytes(picture)
@@ -267,11 +270,11 @@ def render(scene: Scene, video: VideoConfig) -> UInt8[np.ndarray, "T H W 3"]:
 
 def render_moved(scene: Scene, video: VideoConfig, moved: Float[np.ndarray, "N 2"]) -> UInt8[np.ndarray, "N H W 3"]:
     """The first frame of a scene, its sprite moved by so many pixels, columns and rows."""
-    time, x, y = _screen(video)
+    time, u, v = _screen(video)
     pixel = np.full_like(time[:1], 2 / video.height)
     dx, dy = (moved.astype(np.float32) * pixel[0]).T[:, :, None, None]
-    picture = _with_sprite(_background(scene.background, x, y), scene, time[:1], x - dx, y - dy, pixel)
-    return _to_bytes(picture if scene.style is None else _stylise(picture, scene.style))
+    picture = _with_sprite(_background(scene.background, u, v), scene, time[:1], u - dx, v - dy, pixel)
+    return _to_bytes(picture if scene.style is None else _stylise(picture, scene.style, u, v))
 
 
 def track(scene: Scene, video: VideoConfig) -> Float[np.ndarray, "T 2"]:
@@ -472,21 +475,21 @@ def _with_sprite(picture: np.ndarray, scene: Scene, time: np.ndarray, x: np.ndar
     return _mix(picture, _mix(first, second, share[..., None]), (one * _cover(shape, x, y, pixel))[..., None])
 
 
-def _stylise(picture: np.ndarray, style: Style) -> np.ndarray:
-    """The picture drawn in another way, frame by frame."""
+def _stylise(picture: np.ndarray, style: Style, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The picture drawn in another way, frame by frame: its brightness in shades of a hue, and something on top of it."""
     hue = _colour(HUES[style.hue])
-    dark, light = hue * np.float32(0.22), _mix(hue, np.float32(1), np.float32(0.72))
+    dark, light = hue * np.float32(0.22), _mix(hue, np.float32(1), np.float32(0.6))
     grey = picture[..., 0] * np.float32(0.3) + picture[..., 1] * np.float32(0.59) + picture[..., 2] * np.float32(0.11)
+    tinted = _mix(dark, light, grey[..., None])
     match style.drawing:
         case "duotone":
-            return _mix(dark, light, grey[..., None])
-        case "negative":
-            return _mix(light, dark, grey[..., None])
-        case "poster":
-            low, high = (_clip(np.float32(0.5) + np.float32(4) * (grey - np.float32(edge)))[..., None] for edge in (0.36, 0.66))
-            return _mix(_mix(dark, hue, low), light, high)
-        case _:  # faded
-            return _mix(hue, light, grey[..., None])
+            return tinted
+        case "framed":  # a bright border
+            return _mix(tinted, light, _clip((np.maximum(np.abs(u), np.abs(v)) - np.float32(0.72)) / np.float32(0.12))[..., None])
+        case "hatched":  # dark strokes from one corner to the other
+            return _mix(tinted, dark, _clip(np.float32(0.3) + np.float32(0.6) * _sine((u + v) / np.float32(0.8)))[..., None])
+        case _:  # vignetted, dark corners
+            return _mix(tinted, dark, _clip((u * u + v * v - np.float32(0.4)) / np.float32(0.8))[..., None])
 
 
 def _with_effect(picture: np.ndarray, effect: Effect, time: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -118,7 +118,8 @@ def trained_dit(shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
     """The transformer of --base, and how it was trained."""
     run, step = run_checkpoint.read_config(BASE.value), int(run_checkpoint.latest(BASE.value).name)
     found = run_checkpoint.load_params(BASE.value, {f"dit.{path}": leaf for path, leaf in shapes.items()}, dtype="float32")
-    source = {"steps": step, "batch_size": run.train.batch_size, "ema": run.train.ema, "optimizer": asdict(run.optimizer)}
+    told = {name: getattr(run.train, name) for name in ("batch_size", "ema", "shift", "weighting")}
+    source = {"steps": step, **told, "optimizer": asdict(run.optimizer)}
     return to_host({path.removeprefix("dit."): leaf for path, leaf in found.items()}), source
 
 

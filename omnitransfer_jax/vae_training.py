@@ -2,13 +2,12 @@
 
     clips -> posterior -> sample -> reconstruction -> squared error + divergence -> update;   at the end: held-out PSNR, statistics
 
-Started again on the same workdir it goes on after its latest checkpoint, bit for bit as if it had never stopped. At the end there are
+The loop is part_training.py. At the end there are
 
     WORKDIR/vae.safetensors    float32 parameters by path, as `params.flat_params` names them
     WORKDIR/vae.json           vae (its configuration, the statistics included), held_out_psnr in dB, held_out_clips, steps, seconds
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -23,72 +22,33 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import MuonDimensionNumbers
 
-from configs.base import TrainConfig, VideoConfig, require
+from configs.base import VideoConfig
 from configs.vae import VAETraining
 from data_pipelines import synthetic
 from data_pipelines.clips import to_bytes, to_unit
-from data_pipelines.records import write_whole
-from omnitransfer_jax import run_checkpoint
-from omnitransfer_jax.log import METRICS_FILE, RunLog
+from omnitransfer_jax import part_training
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.params import abstract, flat_params, with_params
-from omnitransfer_jax.run import stop_signals
 from omnitransfer_jax.training import Params, TrainState
-from omnitransfer_jax.weights import files
-
-CONFIG_FILE, RESULT_FILE = run_checkpoint.CONFIG_FILE, "vae.json"
-FREE = {"log_every", "evaluate_every", "evaluate_clips", "statistics_clips", "checkpoint", "threads"}  # may change when a run goes on
 
 
 def train(config: VAETraining, workdir: Path) -> None:
     """Trains up to `config.steps` and writes vae.safetensors and vae.json."""
     workdir = workdir.absolute()
-    begin(workdir, config)
-    data, state = batches(config), init_state(config)
-    train_step, reconstruct = make_train_step(config), make_reconstruct(config)
-    key = jax.random.key(config.seed)
-    held_out = list(clips(config, "held_out", config.evaluate_clips))
-    with run_checkpoint.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
-        if checkpoints.latest:
-            print(f"{workdir}: going on after step {checkpoints.latest.step}", flush=True)
-            state = run_checkpoint.restore(checkpoints, state, data)
-        done, cropped = int(state.step), config.steps * (1 - config.whole_share)
-        with RunLog(workdir, TrainConfig(steps=config.steps, log_every=config.log_every), done) as log:
-            for n in range(done + 1, config.steps + 1):
-                with log.waiting():
-                    batch = next(data)
-                state, metrics = train_step(state, jnp.asarray(batch), key, n <= cropped)
-                if n % config.log_every == 0 or n == config.steps:
-                    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-                    if not math.isfinite(values["loss"]):
-                        raise FloatingPointError(f"step {n}: the loss is not finite; lower --learning_rate")
-                    if n % config.evaluate_every == 0:
-                        values["held_out_psnr"] = mean_psnr(reconstruct, state.trainable, held_out[: len(held_out) // 8])
-                        print(f"step {n}  held-out PSNR {values['held_out_psnr']:.2f} dB", flush=True)
-                    log.write(n, values)
-                stop = stopping(n)
-                if stop or n == config.steps or n % config.checkpoint.every == 0:
-                    run_checkpoint.save(checkpoints, n, state, data)
-                if stop and n < config.steps:
-                    print(f"stopped after step {n} of {config.steps}; the same command goes on from there", flush=True)
-                    return
-    finish(config, workdir, state.trainable, mean_psnr(reconstruct, state.trainable, held_out))
+    one_step, reconstruct = make_train_step(config), make_reconstruct(config)
+    held_out, cropped = list(clips(config, "held_out", config.evaluate_clips)), config.steps * (1 - config.whole_share)
 
+    def train_step(n: int, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        return one_step(state, jnp.asarray(batch), key, n <= cropped)
 
-def begin(workdir: Path, config: VAETraining) -> None:
-    """Writes the configuration, or compares it with the one there: a `RequestError` for the first field that makes it another run."""
-    path = workdir / CONFIG_FILE
-    fields = json.loads(json.dumps(asdict(config)))
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name, value in fields.items():
-            require(
-                name in FREE or before.get(name) == value,
-                f"--{name}={value}: the run in {workdir} was started with {before.get(name)}; give that, or another --workdir",
-            )
-    write_whole(path, json.dumps(fields, indent=2).encode())
+    def evaluate(params: Params) -> dict[str, float]:
+        return {"held_out_psnr": mean_psnr(reconstruct, params, held_out[: len(held_out) // 8])}
+
+    params = part_training.train(config, workdir, init_state(config), batches(config), train_step, evaluate)
+    if params is not None:
+        finish(config, workdir, params, mean_psnr(reconstruct, params, held_out))
 
 
 def batches(config: VAETraining) -> grain.DatasetIterator[UInt8[np.ndarray, "B T H W 3"]]:
@@ -124,17 +84,13 @@ def init_state(config: VAETraining) -> TrainState:
 
 
 def make_optimizer(config: VAETraining) -> optax.GradientTransformation:
-    """Muon on kernels, whose last axis is what they lead to, and Adam on the rest; it learns several times as fast as Adam alone."""
-
-    def rate(highest: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(0.0, highest, config.warmup_steps, config.steps)
+    """Kernels, whose last axis is what they lead to, are matrices."""
 
     def axes(params: Any) -> Any:
         kernel = {path: MuonDimensionNumbers(tuple(range(x.ndim - 1)), (-1,)) for path, x in params.items() if path.endswith("kernel")}
         return dict.fromkeys(params) | kernel
 
-    of_vectors = rate(config.vector_learning_rate)
-    return muon(rate(config.learning_rate), adam_learning_rate=of_vectors, muon_weight_dimension_numbers=axes)
+    return part_training.make_optimizer(config, axes)
 
 
 def make_train_step(config: VAETraining) -> Callable[[TrainState, Array, Array, bool], tuple[TrainState, dict[str, Array]]]:
@@ -160,8 +116,7 @@ def make_train_step(config: VAETraining) -> Callable[[TrainState, Array, Array, 
         grey = jax.random.bernoulli(key_grey, config.grey_share, (len(video), 1, 1, 1, 1))
         video = video.at[:, 1:].set(jnp.where(grey, 0.0, video[:, 1:]))
         grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable, video, key_noise)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
-            updates, moments = optimizer.update(grads, state.moments, state.trainable)
+        updates, moments = optimizer.update(grads, state.moments, state.trainable)
         params: Any = optax.apply_updates(state.trainable, updates)
         return state._replace(step=state.step + 1, trainable=params, moments=moments), metrics
 
@@ -208,21 +163,11 @@ def finish(config: VAETraining, workdir: Path, params: Params, held_out_psnr: fl
     vae = with_params(abstract(lambda rngs: WanVAE(config.vae, rngs=rngs)), params)
     encode = jax.jit(WanVAE.encode)
     mean, std = statistics(np.asarray(encode(vae, to_unit(x))) for x in clips(config, "train", config.statistics_clips))
-    arrays = {path: np.asarray(x) for path, x in params.items()}
-    files.write(workdir, "vae", {path: files.Spec(x.shape, x.dtype) for path, x in arrays.items()}, arrays.items())
     result = {
         "vae": asdict(replace(config.vae, latents_mean=mean, latents_std=std)),
         "held_out_psnr": held_out_psnr,
         "held_out_clips": config.evaluate_clips,
         "steps": config.steps,
-        "seconds": round(trained_seconds(workdir)),
     }
-    write_whole(workdir / RESULT_FILE, json.dumps(result, indent=2).encode())
-    print(f"{workdir / 'vae.safetensors'}: held-out PSNR {held_out_psnr:.2f} dB over {config.evaluate_clips} clips, {result['seconds']} s")
-
-
-def trained_seconds(workdir: Path) -> float:
-    """The time of all steps of a run, pauses between its processes not counted."""
-    lines = [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
-    steps = np.diff([0, *(line["step"] for line in lines)])
-    return float(steps @ np.array([line["seconds"] for line in lines]))
+    part_training.finish(workdir, "vae", params, result)
+    print(f"{workdir / 'vae.safetensors'}: held-out PSNR {held_out_psnr:.2f} dB over {config.evaluate_clips} clips")

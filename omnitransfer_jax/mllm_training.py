@@ -1,0 +1,182 @@
+"""Training of the language model on the procedural world: it is shown what stages 2 and 3 show it, and has to say what that is.
+
+    [first frame, reference, template, prompt] <|im_start|>assistant  ->  a caption of the frame, one of the reference, the prompt
+
+It learns to see and to read, not to transfer: what the target shows is never told. The loop is part_training.py. At the end there are
+
+    WORKDIR/mllm.safetensors   float32 parameters by path, as `params.flat_params` names them
+    WORKDIR/mllm.json          held_out_accuracy: of words, by what they tell, in pairs that share held-out values; steps, seconds
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from transformers import PreTrainedTokenizerFast
+
+from configs.base import Config
+from configs.mllm import MLLMTraining
+from data_pipelines import shown, synthetic
+from data_pipelines.synthetic import Example
+from omnitransfer_jax import optimizer, part_training, parts, tasks
+from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
+from omnitransfer_jax.params import abstract, flat_params, with_params
+from omnitransfer_jax.tokenizer import clean_prompt
+from omnitransfer_jax.training import Params, TrainState
+
+
+class Lesson(NamedTuple):
+    """A batch of pairs as the language model is shown them, and what it should say."""
+
+    tokens: Int[np.ndarray, "B S"]
+    """Up to the last word of the answer; placeholders where vision features go."""
+    mask: Bool[np.ndarray, "B S"]
+    positions: Int[np.ndarray, "B 3 S"]
+    source: Int[np.ndarray, "B S"]
+    """The row of features that stands in a token's place, or -1."""
+    answer: Bool[np.ndarray, "B S"]
+    """Where the answer's tokens are: what is learnt."""
+    frames: UInt8[np.ndarray, "B H W 3"]
+    """First frames."""
+    has_frame: Float[np.ndarray, " B"]
+    references: UInt8[np.ndarray, "B T h w 3"]
+
+
+def train(config: MLLMTraining, encoders: str, workdir: Path) -> None:
+    """Trains up to `config.steps` from the weights and words of the folder `encoders`, and writes mllm.safetensors and mllm.json."""
+    workdir, vocabulary = workdir.absolute(), parts.load_mllm_vocabulary(encoders)
+    held_out = [lesson(config, vocabulary, "held_out", i) for i in range(config.evaluate_clips // config.batch_size)]
+    correct = make_correct(config)
+
+    def evaluate(params: Params, lessons: list[Lesson]) -> dict[str, float]:
+        right = [np.asarray(correct(params, each))[each.answer] for each in lessons]
+        return {"held_out_accuracy": float(np.concatenate(right).mean())}
+
+    state = init_state(config, flat_params(parts.load_mllm(encoders, config.model)))
+    data, some = batches(config, vocabulary), held_out[: len(held_out) // 8]
+    params = part_training.train(config, workdir, state, data, make_train_step(config), partial(evaluate, lessons=some))
+    if params is not None:
+        result = {**evaluate(params, held_out), "held_out_pairs": config.evaluate_clips, "steps": config.steps}
+        part_training.finish(workdir, "mllm", params, result)
+        print(f"{workdir / 'mllm.safetensors'}: {result['held_out_accuracy']:.1%} of the words right over {config.evaluate_clips} pairs")
+
+
+def says(pair: Example) -> str:
+    """The answer: the first frame if there is one, the reference, and the prompt."""
+    words = [synthetic.caption(pair.reference), pair.prompt]
+    if is_temporal(pair):
+        words = [synthetic.caption(pair.target._replace(motion=None, camera=None, effect=None)), *words]
+    return " ".join(words).strip()
+
+
+def is_temporal(pair: Example) -> bool:
+    """Whether the pair's target has a first frame."""
+    return tasks.TASKS[tasks.task_index(pair.task)].family == "temporal"
+
+
+def read(config: Config, vocabulary: PreTrainedTokenizerFast, pair: Example) -> dict[str, np.ndarray]:
+    """The tokens that `shown.show` gives and those of the answer behind them, unpadded."""
+    arrays = shown.show(config, vocabulary, pair.task, pair.prompt, is_temporal(pair))
+    begin = int(arrays["mask"].sum())
+    before = {name: array[..., :begin] for name, array in arrays.items()}
+    words = np.array(vocabulary(clean_prompt(says(pair)), add_special_tokens=False)["input_ids"], np.int32)
+    following = before["positions"].max() + 1 + np.arange(len(words), dtype=np.int32)
+    return {
+        "tokens": np.concatenate([before["tokens"], words]),
+        "mask": np.ones(begin + len(words), bool),
+        "positions": np.concatenate([before["positions"], np.tile(following, (3, 1))], axis=1),
+        "source": np.concatenate([before["source"], np.full(len(words), -1, np.int32)]),
+        "answer": np.arange(begin + len(words)) >= begin,
+    }
+
+
+def lesson(config: MLLMTraining, vocabulary: PreTrainedTokenizerFast, split: synthetic.Split, index: int) -> Lesson:
+    """Batch `index` of the world, padded to its longest pair; with some of every task that is always one length."""
+    first = index * config.batch_size
+    pairs = [synthetic.example(config.seed, i, split) for i in range(first, first + config.batch_size)]
+    texts = [read(config.model, vocabulary, pair) for pair in pairs]
+    longest = max(len(text["tokens"]) for text in texts)
+
+    def together(name: str) -> np.ndarray:
+        fill = -1 if name == "source" else 0
+        room = [longest - text[name].shape[-1] for text in texts]
+        return np.stack(
+            [np.pad(t[name], [(0, 0)] * (t[name].ndim - 1) + [(0, r)], constant_values=fill) for t, r in zip(texts, room, strict=True)]
+        )
+
+    reference = config.model.data.reference
+    picked = shown.picked_frames(reference.frames, config.model.alignment.frames)
+    return Lesson(
+        **{name: together(name) for name in texts[0]},
+        frames=np.stack([synthetic.render(pair.target, config.video)[0] for pair in pairs]),
+        has_frame=np.array([is_temporal(pair) for pair in pairs], np.float32),
+        references=np.stack([synthetic.render(pair.reference, reference)[picked] for pair in pairs]),
+    )
+
+
+def batches(config: MLLMTraining, vocabulary: PreTrainedTokenizerFast) -> grain.DatasetIterator[Lesson]:
+    """Endless lessons of new training pairs; the iterator's state is the number of those it gave."""
+    lessons = grain.MapDataset.range(2**40).map(partial(lesson, config, vocabulary, "train"))
+    return iter(lessons.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)))
+
+
+def init_state(config: MLLMTraining, params: Params) -> TrainState:
+    """Everything trains, and nothing is averaged."""
+
+    def begin(params: Params) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, {}, make_optimizer(config).init(params), {}, zero)
+
+    return jax.jit(begin)(params)
+
+
+def make_optimizer(config: MLLMTraining) -> optax.GradientTransformation:
+    """The matrices are those of the stages' trainings."""
+    return part_training.make_optimizer(config, optimizer.dimension_numbers)
+
+
+def make_train_step(config: MLLMTraining) -> part_training.TrainStep:
+    """A step on a lesson; the loss is the mean cross-entropy of the answer's words, each after all before it, in nats."""
+    update = make_optimizer(config).update
+
+    def loss_of(params: Params, batch: Lesson) -> Array:
+        each = optax.softmax_cross_entropy_with_integer_labels(scores(config, params, batch)[:, :-1], batch.tokens[:, 1:])
+        return jnp.mean(each, where=batch.answer[:, 1:])
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Lesson) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = jax.value_and_grad(loss_of)(state.trainable, batch)
+        updates, moments = update(grads, state.moments, state.trainable)
+        params: Any = optax.apply_updates(state.trainable, updates)
+        return state._replace(step=state.step + 1, trainable=params, moments=moments), {"loss": loss}
+
+    return lambda n, state, batch, key: step(state, batch)
+
+
+def make_correct(config: MLLMTraining) -> Callable[[Params, Lesson], Bool[Array, "B S"]]:
+    """correct(params, lesson): whether the likeliest word after those before it is the one that is there."""
+
+    @jax.jit
+    def correct(params: Params, batch: Lesson) -> Bool[Array, "B S"]:
+        said = scores(config, params, batch).argmax(-1)
+        return jnp.pad(said[:, :-1], ((0, 0), (1, 0)), constant_values=-1) == batch.tokens
+
+    return correct
+
+
+def scores(config: MLLMTraining, params: Params, batch: Lesson) -> Float[Array, "B S V"]:
+    """Score of every next token."""
+    mllm = with_params(abstract(lambda rngs: Qwen2_5VL(config.model.mllm, rngs=rngs)), params)
+    frames, references = (x.astype(jnp.float32) / 127.5 - 1 for x in (batch.frames, batch.references))
+    features = shown.features(config.model, mllm.vision, frames, batch.has_frame, references)
+    x = mllm.embed(batch.tokens)
+    seen = jnp.take_along_axis(features, jnp.maximum(batch.source, 0)[..., None], axis=1)
+    x = jnp.where(batch.source[..., None] >= 0, seen, x)
+    return mllm.logits(mllm(x, batch.positions.swapaxes(0, 1), batch.mask))
