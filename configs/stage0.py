@@ -21,7 +21,7 @@ TINY_TRAIN = TrainConfig(init_from="embedded", ema=0.99, weighting="clean", shif
 
 TINY = replace(
     wan.get_config("tiny"),
-    train=replace(TINY_TRAIN, init_from="", steps=7_604, references=False),
+    train=replace(TINY_TRAIN, init_from="", steps=6_636, references=False),
     optimizer=TINY_OPTIMIZER,
 )
 

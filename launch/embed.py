@@ -1,12 +1,12 @@
-"""The small model that the package holds, as a folder: --config=stage0:tiny --out=DIR [--vae=DIR] [--base=WORKDIR] [--mllm=FILE].
+"""The small model that the package holds, as a folder: --config=stage0:tiny --out=DIR [--vae=DIR] [--mllm=DIR] [--base=WORKDIR].
 
     python -m launch.embed --config=stage0:tiny --vae=out/vae --out=out/encoders
-    python -m launch.embed --config=stage0:tiny --base=out/stage0 --out=omnitransfer_jax/embedded
+    python -m launch.embed --config=stage0:tiny --base=out/stage0 --mllm=out/mllm --out=omnitransfer_jax/embedded
 
---vae is a run of launch.train_vae. --base is a run of stage 0: it brings the transformer, averaged if it keeps an average, and everything
-that it started from. --mllm is a safetensors file of the language model. What none of them brings is random, drawn from the seed: encoders
-may be, for they are frozen and the transformer learns to read them. Without --base there is no transformer; such a folder is what
-stage 0 starts from.
+--vae is a run of launch.train_vae and --mllm one of launch.train_mllm. --base is a run of stage 0: it brings the transformer, averaged if
+it keeps an average, and everything that it started from. What none of them brings is random, drawn from the seed: text and image encoder
+may be, for they are frozen and the transformer learns to read them. Without --base there is no transformer; such a folder is what stage 0
+and launch.train_mllm start from.
 
 DIR is one of omnitransfer_jax/checkpoint.py, each part a safetensors file. DIR/made.json tells where every part came from.
 """
@@ -37,7 +37,7 @@ FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
 VAE = flags.DEFINE_string("vae", "", "workdir of launch.train_vae", flag_values=FLAGS)
 BASE = flags.DEFINE_string("base", "", "workdir of a training of stage 0", flag_values=FLAGS)
-MLLM_FILE = flags.DEFINE_string("mllm", "", "safetensors file of the language model, parameters by path", flag_values=FLAGS)
+MLLM_RUN = flags.DEFINE_string("mllm", "", "workdir of launch.train_mllm", flag_values=FLAGS)
 
 LIMIT = 24_000_000  # bytes; the folder is part of the package, and of its history
 MADE_FILE = "made.json"
@@ -101,10 +101,8 @@ def given(config: Config, shapes: Mapping[str, Mapping[str, Any]], origin: str) 
                 parts[name] = load(origin, name, shapes[name]), before.get(name, {}).get("from", "imported")
     if VAE.value:
         parts["vae"] = trained_vae(config, shapes["vae"])
-    if MLLM_FILE.value:
-        file = Path(MLLM_FILE.value)
-        require(file.suffix == ".safetensors" and file.is_file(), f"--mllm={file}: no such safetensors file")
-        parts["mllm"] = load(file.parent, file.stem, shapes["mllm"]), file.name
+    if MLLM_RUN.value:
+        parts["mllm"] = load(MLLM_RUN.value, "mllm", shapes["mllm"]), read_result("mllm", MLLM_RUN.value)
     if BASE.value:
         parts["dit"] = trained_dit(shapes["dit"])
     return {name: Made(*part) for name, part in parts.items()}
@@ -125,13 +123,18 @@ def trained_dit(shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
 
 def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
     """The autoencoder of --vae, whose latents' statistics the configuration must have: they are a part of the model."""
-    file = Path(VAE.value, "vae.json")
-    require(file.is_file(), f"--vae={VAE.value}: no {file.name}; train one: python -m launch.train_vae --config=vae:tiny --workdir=DIR")
-    made = json.loads(file.read_text())
-    trained = checkpoint.configuration(VAEConfig, made.pop("vae"), str(file))
+    made = read_result("vae", VAE.value)
+    trained = checkpoint.configuration(VAEConfig, made.pop("vae"), VAE.value)
     wrong = [f"{name} is {getattr(trained, name)}" for name, _ in checkpoint.differences(trained, config.vae)]
-    require(not wrong, f"{file}: another autoencoder than the configuration's: {'; '.join(wrong)}; put that in configs/wan.py")
+    require(not wrong, f"--vae={VAE.value}: another autoencoder than the configuration's: {'; '.join(wrong)}; put that in configs/wan.py")
     return load(VAE.value, "vae", shapes), made
+
+
+def read_result(name: str, workdir: str) -> dict[str, Any]:
+    """What the training of a part wrote at its end."""
+    file, command = Path(workdir, f"{name}.json"), f"python -m launch.train_{name} --config={name}:tiny --workdir=DIR"
+    require(file.is_file(), f"--{name}={workdir}: no {file.name}; train one to its end: {command}")
+    return json.loads(file.read_text())
 
 
 def load(folder: str | Path, name: str, shapes: Mapping[str, Any]) -> Leaves:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from configs import vae as configs_vae
 from configs.base import CheckpointConfig, VAEConfig, VideoConfig
 from data_pipelines import synthetic
-from omnitransfer_jax import vae_training
+from omnitransfer_jax import part_training, vae_training
 from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.params import abstract, with_params
@@ -83,7 +83,7 @@ def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
         yield lambda step: step == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(vae_training, "stop_signals", after_three)
+        patch.setattr(part_training, "stop_signals", after_three)
         vae_training.train(SMALL, tmp_path)
     assert not (tmp_path / "vae.json").exists()
     vae_training.train(SMALL, tmp_path)

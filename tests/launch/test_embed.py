@@ -102,9 +102,11 @@ def test_a_base_brings_the_transformer_and_all_it_started_from(encoders, tmp_pat
 
 def test_a_given_language_model(encoders, tmp_path):
     mllm = drawn("mllm", 4)
-    save_file(mllm, tmp_path / "eyes.safetensors")
-    assert execute(f"--mllm={tmp_path / 'eyes.safetensors'}", f"--out={tmp_path / 'out'}") == 0
+    save_file(mllm, tmp_path / "mllm.safetensors")
+    (tmp_path / "mllm.json").write_text('{"held_out_accuracy": 0.9}')
+    assert execute(f"--mllm={tmp_path}", f"--out={tmp_path / 'out'}") == 0
     assert_same(load_file(tmp_path / "out" / "mllm.safetensors"), mllm)
+    assert json.loads((tmp_path / "out" / "made.json").read_text())["parts"]["mllm"]["from"] == {"held_out_accuracy": 0.9}
     for name in ("text", "image"):  # the seed decides what is drawn, and no other part does
         assert_same(load_file(tmp_path / "out" / f"{name}.safetensors"), load_file(encoders[0] / f"{name}.safetensors"))
 
@@ -119,13 +121,15 @@ def test_24_megabytes_at_most(tmp_path, capsys):
 
 def test_wrong_requests(tmp_path, capsys):
     trained_vae(tmp_path / "vae", latents_mean=(0.5,) * 16)
-    save_file({"x": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+    (tmp_path / "other").mkdir()
+    save_file({"x": np.zeros(3, np.float32)}, tmp_path / "other" / "mllm.safetensors")
+    (tmp_path / "other" / "mllm.json").write_text("{}")
     for args, words in (
         ([f"--vae={tmp_path / 'vae'}"], "another autoencoder than the configuration's: latents_mean is (0.5, 0.5,"),
-        ([f"--vae={tmp_path}"], "no vae.json; train one: python -m launch.train_vae"),
+        ([f"--vae={tmp_path}"], "no vae.json; train one to its end: python -m launch.train_vae"),
         ([f"--base={tmp_path}"], "no training run"),
-        ([f"--mllm={tmp_path / 'absent.safetensors'}"], "no such safetensors file"),
-        ([f"--mllm={tmp_path / 'other.safetensors'}"], "not the other of this configuration"),
+        ([f"--mllm={tmp_path}"], "no mllm.json; train one to its end: python -m launch.train_mllm"),
+        ([f"--mllm={tmp_path / 'other'}"], "not the mllm of this configuration"),
         ([f"--out={tmp_path}"], "not empty"),
         (["--text.vocab_size=100"], "the configuration's vocab_size has room for 100"),
     ):
