@@ -454,6 +454,8 @@ class OptimizerConfig:
     """Rate after the warm-up (paper section 5.1)."""
     vector_learning_rate: float = 2e-3
     """With Muon, the rate after the warm-up of what is no matrix: biases, norms, modulations, queries."""
+    adapter_share: float = 1.0
+    """Share of these rates at which the language model's adapters and the queries move."""
     warmup_steps: int = 100
     """Steps from 0 to the rate."""
     b1: float = 0.9
@@ -470,6 +472,7 @@ class OptimizerConfig:
     def validate(self) -> None:
         for name in ("learning_rate", "vector_learning_rate"):
             require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)}: more than 0")
+        require(self.adapter_share >= 0, f"optimizer.adapter_share={self.adapter_share}: at least 0")
         require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate}: at least 1")
 
 

@@ -28,7 +28,7 @@ class MLLMTraining(PartTraining):
 
 MODEL = stage3.get_config("tiny")
 TINY = MLLMTraining(
-    model=MODEL, video=MODEL.video, steps=2_000, batch_size=32, learning_rate=1e-2, evaluate_every=250, checkpoint=MODEL.checkpoint
+    model=MODEL, video=MODEL.video, steps=1_500, batch_size=32, learning_rate=1e-2, evaluate_every=250, checkpoint=MODEL.checkpoint
 )
 
 

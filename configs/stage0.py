@@ -16,7 +16,9 @@ from configs import wan
 from configs.base import Config, OptimizerConfig, TrainConfig, require
 
 # The numbers that all tiny stages share.
-TINY_OPTIMIZER = OptimizerConfig(kind="muon", learning_rate=1e-2, vector_learning_rate=1e-2, warmup_steps=50, weight_decay=0.0)
+TINY_OPTIMIZER = OptimizerConfig(
+    kind="muon", learning_rate=1e-2, vector_learning_rate=1e-2, adapter_share=0.03, warmup_steps=50, weight_decay=0.0
+)
 TINY_TRAIN = TrainConfig(init_from="embedded", ema=0.99, weighting="clean", shift=wan.TINY_SHIFT)
 
 TINY = replace(

@@ -18,7 +18,7 @@ SMOKE_VIDEO = VideoConfig(frames=9, height=32, width=48, fps=8)
 
 VARIANTS = {
     "": FULL,
-    "tiny": replace(stage0.TINY, train=replace(stage0.TINY_TRAIN, steps=580)),
+    "tiny": replace(stage0.TINY, train=replace(stage0.TINY_TRAIN, steps=560)),
     "smoke": replace(
         wan.get_config("smoke"),
         video=SMOKE_VIDEO,

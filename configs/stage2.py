@@ -25,7 +25,7 @@ def aligned(config: Config, steps: int) -> Config:
 
 VARIANTS = {
     "": aligned(replace(stage1.get_config(), alignment=AlignmentConfig()), steps=2_000),
-    "tiny": aligned(stage1.get_config("tiny"), steps=60),
+    "tiny": aligned(stage1.get_config("tiny"), steps=150),
     "smoke": aligned(stage1.get_config("smoke"), steps=40),
 }
 

@@ -15,7 +15,7 @@ from configs.base import Config, variant_of
 
 VARIANTS = {
     name: replace(config, train=replace(config.train, steps=steps, trainable=("dit/.*", *stage2.TRAINABLE)))
-    for (name, config), steps in zip(stage2.VARIANTS.items(), (5_000, 340, 40), strict=True)
+    for (name, config), steps in zip(stage2.VARIANTS.items(), (5_000, 310, 40), strict=True)
 }
 
 

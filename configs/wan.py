@@ -91,7 +91,7 @@ VARIANTS = {
             vision=QwenVisionConfig(dim=64, ffn_dim=96, num_layers=2, num_heads=4, patch=8, window=32, full_attention=(1,)),
         ),
         lora=LoRAConfig(rank=8, alpha=8.0),
-        alignment=AlignmentConfig(queries=16, frames=9, frame_pixels=32 * 32, prompt_tokens=64, connector_dim=128),
+        alignment=AlignmentConfig(queries=40, frames=9, frame_pixels=32 * 32, prompt_tokens=64, connector_dim=128),
         video=TINY_VIDEO,
         sampler=SamplerConfig(solver="euler", steps=10, shift=TINY_SHIFT, guidance=1.0),
         data=DataConfig(reference=TINY_VIDEO, threads=1),

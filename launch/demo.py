@@ -44,7 +44,7 @@ SCORED = flags.DEFINE_integer("scored", 40, "held-out pairs of each task that ar
 LENGTH = flags.DEFINE_float("length", 1.0, "training steps, as a multiple of the configurations' own", lower_bound=0.001, flag_values=FLAGS)
 
 STAGES = ("stage1", "stage2", "stage3")
-SHARE = {"records": 0.13, "stage1": 0.41, "stage2": 0.04, "stage3": 0.29, "transfers": 0.13}  # of the time, measured on two CPU cores
+SHARE = {"records": 0.14, "stage1": 0.40, "stage2": 0.08, "stage3": 0.27, "transfers": 0.11}  # of the time, measured on two CPU cores
 SHOWN = 6  # pairs of each task on the page, the first ones
 TARGETS = {"effect": 0.9, "motion": 0.6, "style": 0.8}  # of retrieval on held-out pairs
 MOST_SWAPPED = 0.3  # of retrieval with another pair's reference

@@ -1,11 +1,13 @@
 """Training of the language model on the procedural world: it is shown what stages 2 and 3 show it, and has to say what that is.
 
-    [first frame, reference, template, prompt] <|im_start|>assistant  ->  a caption of the frame, one of the reference, the prompt
+    [first frame, reference, template, prompt] <|im_start|>assistant  ->  the prompt, a caption of the reference, one of the first frame
 
-It learns to see and to read, not to transfer: what the target shows is never told. The loop is part_training.py. At the end there are
+It learns to see and to read, not to transfer: what the target shows is never told. It says everything at once: at the places of the answer
+stands noise, so that a state knows its word by its place alone, as those of the alignment's queries have to, which stand there later.
+The loop is part_training.py. At the end there are
 
     WORKDIR/mllm.safetensors   float32 parameters by path, as `params.flat_params` names them
-    WORKDIR/mllm.json          held_out_accuracy: of words, by what they tell, in pairs that share held-out values; steps, seconds
+    WORKDIR/mllm.json          held_out_accuracy: share of the words, in pairs that share held-out values; held_out_pairs, steps, seconds
 """
 
 from collections.abc import Callable
@@ -36,13 +38,13 @@ class Lesson(NamedTuple):
     """A batch of pairs as the language model is shown them, and what it should say."""
 
     tokens: Int[np.ndarray, "B S"]
-    """Up to the last word of the answer; placeholders where vision features go."""
+    """Up to the last word of the answer, which the network does not see; placeholders where vision features go."""
     mask: Bool[np.ndarray, "B S"]
     positions: Int[np.ndarray, "B 3 S"]
     source: Int[np.ndarray, "B S"]
     """The row of features that stands in a token's place, or -1."""
     answer: Bool[np.ndarray, "B S"]
-    """Where the answer's tokens are: what is learnt."""
+    """Where the answer's tokens are."""
     frames: UInt8[np.ndarray, "B H W 3"]
     """First frames."""
     has_frame: Float[np.ndarray, " B"]
@@ -69,11 +71,9 @@ def train(config: MLLMTraining, encoders: str, workdir: Path) -> None:
 
 
 def says(pair: Example) -> str:
-    """The answer: the first frame if there is one, the reference, and the prompt."""
-    words = [synthetic.caption(pair.reference), pair.prompt]
-    if is_temporal(pair):
-        words = [synthetic.caption(pair.target._replace(motion=None, camera=None, effect=None)), *words]
-    return " ".join(words).strip()
+    """The answer: the prompt if there is one, the reference, and the first frame if there is one."""
+    frame = synthetic.caption(pair.target._replace(motion=None, camera=None, effect=None)) if is_temporal(pair) else ""
+    return " ".join(words for words in (pair.prompt, synthetic.caption(pair.reference), frame) if words)
 
 
 def is_temporal(pair: Example) -> bool:
@@ -143,40 +143,40 @@ def make_optimizer(config: MLLMTraining) -> optax.GradientTransformation:
 
 
 def make_train_step(config: MLLMTraining) -> part_training.TrainStep:
-    """A step on a lesson; the loss is the mean cross-entropy of the answer's words, each after all before it, in nats."""
+    """A step on a lesson; the loss is the mean cross-entropy of the answer's words, in nats."""
     update = make_optimizer(config).update
 
-    def loss_of(params: Params, batch: Lesson) -> Array:
-        each = optax.softmax_cross_entropy_with_integer_labels(scores(config, params, batch)[:, :-1], batch.tokens[:, 1:])
-        return jnp.mean(each, where=batch.answer[:, 1:])
+    def loss_of(params: Params, batch: Lesson, key: Array) -> Array:
+        each = optax.softmax_cross_entropy_with_integer_labels(scores(config, params, batch, key), batch.tokens)
+        return jnp.mean(each, where=batch.answer)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Lesson) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = jax.value_and_grad(loss_of)(state.trainable, batch)
+    def step(state: TrainState, batch: Lesson, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = jax.value_and_grad(loss_of)(state.trainable, batch, jax.random.fold_in(key, state.step))
         updates, moments = update(grads, state.moments, state.trainable)
         params: Any = optax.apply_updates(state.trainable, updates)
         return state._replace(step=state.step + 1, trainable=params, moments=moments), {"loss": loss}
 
-    return lambda n, state, batch, key: step(state, batch)
+    return lambda n, state, batch, key: step(state, batch, key)
 
 
 def make_correct(config: MLLMTraining) -> Callable[[Params, Lesson], Bool[Array, "B S"]]:
-    """correct(params, lesson): whether the likeliest word after those before it is the one that is there."""
+    """correct(params, lesson): whether the likeliest word of a place is the one that is there; of use where the answer is."""
 
     @jax.jit
     def correct(params: Params, batch: Lesson) -> Bool[Array, "B S"]:
-        said = scores(config, params, batch).argmax(-1)
-        return jnp.pad(said[:, :-1], ((0, 0), (1, 0)), constant_values=-1) == batch.tokens
+        return scores(config, params, batch, jax.random.key(config.seed)).argmax(-1) == batch.tokens
 
     return correct
 
 
-def scores(config: MLLMTraining, params: Params, batch: Lesson) -> Float[Array, "B S V"]:
-    """Score of every next token."""
+def scores(config: MLLMTraining, params: Params, batch: Lesson, key: Array) -> Float[Array, "B S V"]:
+    """Score of every word at every place; `key` is that of the noise in the answer's places, as large as queries are at first."""
     mllm = with_params(abstract(lambda rngs: Qwen2_5VL(config.model.mllm, rngs=rngs)), params)
     frames, references = (x.astype(jnp.float32) / 127.5 - 1 for x in (batch.frames, batch.references))
     features = shown.features(config.model, mllm.vision, frames, batch.has_frame, references)
     x = mllm.embed(batch.tokens)
     seen = jnp.take_along_axis(features, jnp.maximum(batch.source, 0)[..., None], axis=1)
     x = jnp.where(batch.source[..., None] >= 0, seen, x)
+    x = jnp.where(batch.answer[..., None], jax.random.normal(key, x.shape) * x.shape[-1] ** -0.5, x)
     return mllm.logits(mllm(x, batch.positions.swapaxes(0, 1), batch.mask))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,12 +15,13 @@ from configs.base import OptimizerConfig
 
 # Stacked layers give biases two axes and modulations three, so the name tells what a matrix is, not the shape.
 MATRIX = r"(.*\.)?(kernel|patch_embedding|lora\.down|lora\.up)"
+ADAPTER = r"alignment\.(queries|mllm\..*)"
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Decoupled weight decay on matrices alone; epsilon is AdamW's usual 1e-8, outside the root."""
     make = muon if config.kind == "muon" else adamw
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), *make(config))
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), *make(config), optax.stateless(partial(slow_adapters, config)))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
@@ -49,6 +51,11 @@ def muon(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
             muon_weight_dimension_numbers=dimension_numbers,
         ),
     )
+
+
+def slow_adapters(config: OptimizerConfig, updates: dict[str, Any], params: Any) -> dict[str, Any]:
+    """The updates by path, those of adapters and queries `adapter_share` as large."""
+    return {path: x * config.adapter_share if re.fullmatch(ADAPTER, path) else x for path, x in updates.items()}
 
 
 def learning_rate(updates: Int32[Array, ""], config: OptimizerConfig) -> Float[Array, ""]:

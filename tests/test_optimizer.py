@@ -92,3 +92,23 @@ def test_matrices_are_what_maps_in_to_out():
     maps = {path for path, spec in specs(params, SHARDING, 1).items() if MESH_AXIS["in"] in tuple(spec)}
     assert {path for path, decays in matrices(params).items() if decays} == maps
     assert 0 < len(maps) < len(params)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_adapters_and_queries_move_a_share(kind):
+    shapes = {
+        "dit.blocks.ffn.up.kernel": (2, 4, 16),
+        "alignment.connector.first.kernel": (4, 6),
+        "alignment.mllm.layers.mlp.up.lora.down": (3, 16, 4),
+        "alignment.queries": (5, 2, 4),
+    }
+    start = {path: jnp.asarray(draw(i, *shape)) for i, (path, shape) in enumerate(shapes.items())}
+    grads = {path: jnp.asarray(draw(9 + i, *shape)) for i, (path, shape) in enumerate(shapes.items())}
+
+    def moved(share: float):
+        optimizer = make_optimizer(OptimizerConfig(kind=kind, adapter_share=share))
+        return optimizer.update(grads, optimizer.init(start), start)[0]
+
+    whole, part = moved(1.0), moved(0.25)
+    for path in shapes:
+        np.testing.assert_allclose(part[path], whole[path] * (0.25 if "lora" in path or "queries" in path else 1), rtol=1e-6)
