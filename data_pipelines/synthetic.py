@@ -214,8 +214,8 @@ def example(key: int, index: int, split: Split, task: str | None = None) -> Exam
     sides = {}
     for side, presence in (("reference", PRESENT), ("target", {} if temporal else PRESENT)):
         presence = presence | {"identity": 1, "background": 1}
-        if side == "reference" and task == "id":
-            presence = presence | {"style": 0}  # another style would hide the colours that are to be kept
+        if task == "id":
+            presence = presence | {"style": 0}  # it would hide the colours that are to be kept
         if side == "target" and temporal:
             presence = presence | {"style": PRESENT["style"]}  # it is seen in the first frame
         other = sides.get("reference")
