@@ -35,20 +35,20 @@ from omnitransfer_jax.training import Params, TrainState
 
 
 class Lesson(NamedTuple):
-    """A batch of pairs as the language model is shown them, and what it should say."""
+    """A batch of pairs as the language model is shown them, and what it should say; of NumPy until a step takes it."""
 
-    tokens: Int[np.ndarray, "B S"]
+    tokens: Int[Array, "B S"]
     """Up to the last word of the answer, which the network does not see; placeholders where vision features go."""
-    mask: Bool[np.ndarray, "B S"]
-    positions: Int[np.ndarray, "B 3 S"]
-    source: Int[np.ndarray, "B S"]
+    mask: Bool[Array, "B S"]
+    positions: Int[Array, "B 3 S"]
+    source: Int[Array, "B S"]
     """The row of features that stands in a token's place, or -1."""
-    answer: Bool[np.ndarray, "B S"]
+    answer: Bool[Array, "B S"]
     """Where the answer's tokens are."""
-    frames: UInt8[np.ndarray, "B H W 3"]
+    frames: UInt8[Array, "B H W 3"]
     """First frames."""
-    has_frame: Float[np.ndarray, " B"]
-    references: UInt8[np.ndarray, "B T h w 3"]
+    has_frame: Float[Array, " B"]
+    references: UInt8[Array, "B T h w 3"]
 
 
 def train(config: MLLMTraining, encoders: str, workdir: Path) -> None:
@@ -113,12 +113,11 @@ def lesson(config: MLLMTraining, vocabulary: PreTrainedTokenizerFast, split: syn
 
     reference = config.model.data.reference
     picked = shown.picked_frames(reference.frames, config.model.alignment.frames)
-    return Lesson(
-        **{name: together(name) for name in texts[0]},
-        frames=np.stack([synthetic.render(pair.target, config.video)[0] for pair in pairs]),
-        has_frame=np.array([is_temporal(pair) for pair in pairs], np.float32),
-        references=np.stack([synthetic.render(pair.reference, reference)[picked] for pair in pairs]),
-    )
+    arrays: dict[str, Any] = {name: together(name) for name in texts[0]}
+    arrays["frames"] = np.stack([synthetic.render(pair.target, config.video)[0] for pair in pairs])
+    arrays["has_frame"] = np.array([is_temporal(pair) for pair in pairs], np.float32)
+    arrays["references"] = np.stack([synthetic.render(pair.reference, reference)[picked] for pair in pairs])
+    return Lesson(**arrays)
 
 
 def batches(config: MLLMTraining, vocabulary: PreTrainedTokenizerFast) -> grain.DatasetIterator[Lesson]:

@@ -53,7 +53,7 @@ def muon(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
     )
 
 
-def slow_adapters(config: OptimizerConfig, updates: dict[str, Any], params: Any) -> dict[str, Any]:
+def slow_adapters(config: OptimizerConfig, updates: Any, params: Any) -> Any:
     """The updates by path, those of adapters and queries `adapter_share` as large."""
     return {path: x * config.adapter_share if re.fullmatch(ADAPTER, path) else x for path, x in updates.items()}
 

@@ -103,7 +103,7 @@ def test_it_sees_frame_and_reference(first):
         one, two = (np.asarray(score(**clips))[np.arange(5), at] for clips in (both, both | other))
         return np.abs(one - two).max(-1)
 
-    assert (moved(references=lesson.references[:, ::-1]) > 1e-5).all()
+    assert (moved(references=255 - lesson.references) > 1e-5).all()
     assert ((moved(frames=255 - lesson.frames) > 1e-5) == (lesson.has_frame == 1)).all()
     assert sorted(lesson.has_frame.tolist()) == [0, 0, 1, 1, 1]
 
@@ -154,7 +154,7 @@ def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
 def test_wrong_requests(whole):
     with pytest.raises(RequestError, match=r"learning_rate=0\.5: the run in .* was started with 0\.01"):
         mllm_training.train(replace(SMALL, learning_rate=0.5), "", whole)
-    with pytest.raises(RequestError, match=r"evaluate_clips=20: a multiple of 32, eight batches"):
+    with pytest.raises(RequestError, match=r"evaluate_clips=20: a multiple of 32"):
         replace(SMALL, evaluate_clips=20).validate()
     with pytest.raises(RequestError, match=r"at full size the model is Qwen2\.5-VL, imported"):
         configs_mllm.get_config("")

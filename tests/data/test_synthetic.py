@@ -87,6 +87,14 @@ def test_nothing_but_the_shared_factor_happens_in_a_temporal_target():
             assert pair.prompt == synthetic.caption(pair.target, {SHARES[pair.task]})
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_style_hides_an_identity(split: synthetic.Split):
+    for index in range(300):
+        pair = synthetic.example(3, index, split, "id")
+        assert pair.reference.style is None
+        assert pair.target.style is None
+
+
 def test_training_never_sees_a_held_out_value():
     for index in range(5000):
         pair = synthetic.example(0, index, "train")
