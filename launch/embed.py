@@ -102,7 +102,8 @@ def given(config: Config, shapes: Mapping[str, Mapping[str, Any]], origin: str) 
     if VAE.value:
         parts["vae"] = trained_vae(config, shapes["vae"])
     if MLLM_RUN.value:
-        parts["mllm"] = load(MLLM_RUN.value, "mllm", shapes["mllm"]), read_result("mllm", MLLM_RUN.value)
+        result = read_result("mllm", MLLM_RUN.value)
+        parts["mllm"] = load(MLLM_RUN.value, "mllm", shapes["mllm"]), result
     if BASE.value:
         parts["dit"] = trained_dit(shapes["dit"])
     return {name: Made(*part) for name, part in parts.items()}

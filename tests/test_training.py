@@ -78,7 +78,7 @@ def test_only_the_chosen_parameters_move(step):
     assert {path.split(".")[1] for path in after.frozen} >= {"patch_embedding", "text_embedder", "time_projection"}
     assert [path for path, x in after.frozen.items() if not np.array_equal(x, step.state.frozen[path])] == []
     assert [path for path, x in after.trainable.items() if np.array_equal(x, step.state.trainable[path])] == []
-    _, adam, _, _ = after.moments
+    _, adam, *_ = after.moments
     assert adam.mu.keys() == adam.nu.keys() == after.ema.keys() == after.trainable.keys()
 
 
@@ -199,7 +199,7 @@ def test_the_state_lies_as_the_parameters_do():
     mesh, spec = make_mesh(config.mesh), specs(abstract_params(config), SHARDING, 1)
     state = abstract_state(config, mesh, spec, make_optimizer(config.optimizer))
     path = "dit.blocks.ffn.up.kernel"
-    _, adam, _, _ = state.moments
+    _, adam, *_ = state.moments
     assert state.trainable[path].sharding == adam.mu[path].sharding == adam.nu[path].sharding
     assert state.trainable[path].sharding.spec == spec[path]
     assert state.ema == {}  # the full size keeps none
