@@ -497,8 +497,6 @@ class PartTraining:
     free: ClassVar[frozenset[str]] = frozenset({"log_every", "evaluate_every", "evaluate_clips", "checkpoint", "threads"})
     """What may change when a run goes on."""
 
-    video: VideoConfig = field(default_factory=VideoConfig)
-    """The clips."""
     steps: int = 1200
     """Optimizer steps."""
     batch_size: int = 8

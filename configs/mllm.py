@@ -23,13 +23,10 @@ class MLLMTraining(PartTraining):
         """Raises `RequestError` for the first value that cannot work."""
         super().validate()
         self.model.validate()
-        require(self.video == self.model.video, "video: that of model")
 
 
 MODEL = stage3.get_config("tiny")
-TINY = MLLMTraining(
-    model=MODEL, video=MODEL.video, steps=1_500, batch_size=32, learning_rate=1e-2, evaluate_every=250, checkpoint=MODEL.checkpoint
-)
+TINY = MLLMTraining(model=MODEL, steps=1_500, batch_size=32, learning_rate=1e-2, evaluate_every=250)
 
 
 def get_config(variant: str = "") -> MLLMTraining:

@@ -3,7 +3,7 @@
 Goal    a small transformer that makes clips of the procedural world from a first frame, a prompt or both: what Wan2.1 is to stage 1.
 Trains  every parameter of the transformer, from random weights; autoencoder and encoders are those of the folder in train.init_from.
 Size    `tiny` alone. At full size stage 0 is Wan2.1 itself, imported: python -m launch.import_weights --source=DIR --out=DIR
-Cost    0.30 s a step of 16 samples on two CPU cores, 9 frames of 32 x 32 pixels: 38 minutes (docs/world.md).
+Cost    0.30 s a step of 16 samples on two CPU cores, 9 frames of 32 x 32 pixels (docs/world.md).
 
     python -m launch.embed --config=stage0:tiny --vae=VAE --out=ENCODERS
     python -m launch.train --config=stage0:tiny --workdir=DIR --data.path=RECORDS --train.init_from=ENCODERS

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from configs import wan
-from configs.base import PartTraining, VAEConfig, require
+from configs.base import PartTraining, VAEConfig, VideoConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class VAETraining(PartTraining):
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     """The autoencoder; its latents are not normalised before their statistics are known, so the means are 0 and the deviations 1."""
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """The clips."""
     crop: int = 16
     """Height and width of what a step sees of its clips: pixels of one clip resemble each other, so more and smaller parts teach more."""
     whole_share: float = 0.1

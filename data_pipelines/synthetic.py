@@ -4,9 +4,9 @@
     background  scenery and pattern                             effect   what sweeps over the picture as time goes by
     motion      the sprite's path from where it starts          style    how the whole picture is drawn
 
-A pair of task X shares X and nothing else; a motion is a path on the screen, so its two clips start from the same place, and all others
-do not. Temporal tasks (motion, camera, effect) give the target's first frame, and nothing but X happens in the target, so reference and
-first frame determine it. Appearance tasks (id, style) give a caption of all that is not X.
+A pair of task X shares X and nothing else. What moves is followed on the screen, so the sprites of a motion or camera pair start from the
+same place; those of all other pairs do not. Temporal tasks (motion, camera, effect) give the target's first frame, and nothing but X
+happens in the target, so reference and first frame determine it. Appearance tasks (id, style) give a caption of all that is not X.
 
 Held-out values of a factor never occur in training: directions of motion and camera that no training clip has, and combinations of
 the parts of identity, effect and style. A held-out pair shares a held-out value; all else in it is drawn as in training.
@@ -137,6 +137,11 @@ class Example(NamedTuple):
     prompt: str
     """What the model is told: nothing in temporal tasks, a caption in appearance tasks."""
 
+    @property
+    def is_temporal(self) -> bool:
+        """Whether the target's first frame is given."""
+        return tasks.TASKS[tasks.task_index(self.task)].family == "temporal"
+
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "identity": tuple(Identity(*parts) for parts in product(COLOURS, TEXTURES, SHAPES)),
@@ -152,7 +157,7 @@ SHARES = {"id": "identity", "style": "style", "motion": "motion", "camera": "cam
 SENTENCES = (*NOTHING.values(), *UNSAID.values())
 WORDS = tuple(sorted({word for values in VALUES.values() for value in values for word in value} | set(" ".join(SENTENCES).split())))
 
-TURNS = (*tasks.NAMES, "style", "motion")  # a network learns these two late, so they come twice
+TURNS = (*tasks.NAMES, "style", "motion", "camera")  # a network learns these three late, so they come twice
 
 # How often a factor that a pair does not share is there, in a reference or in the target of an appearance task. Camera and effect are not.
 PRESENT = {"motion": 1 / 4, "style": 1 / 4}
@@ -225,7 +230,7 @@ def example(key: int, index: int, split: Split, task: str | None = None) -> Exam
                 options = [v for v in TRAINED[factor] if other is None or v != getattr(other, factor)]
                 factors[factor] = draw.choose(options, side, factor)
         starts = [s for s in VALUES["start"] if _stays_inside(s, factors.get("motion")) and (other is None or s != other.start)]
-        if other is not None and task == "motion":
+        if other is not None and task in ("motion", "camera"):
             starts = [other.start]
         sides[side] = Scene(start=draw.choose(starts, side, "start"), **factors)
     prompt = "" if temporal else caption(sides["target"], {shared})

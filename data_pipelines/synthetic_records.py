@@ -67,7 +67,7 @@ class Encoder:
         """The arrays of `training.Batch` but target (`shown` a dictionary), text_rows and first_frame, for pairs in any mix of tasks."""
         config, (targets, references) = self.config, drawn or self.draw(pairs)
         task = np.array([tasks.task_index(pair.task) for pair in pairs], np.int32)
-        temporal = [i for i, t in enumerate(task) if tasks.TASKS[t].family == "temporal"]
+        temporal = [i for i, pair in enumerate(pairs) if pair.is_temporal]
         text, rows = self.text([pair.prompt for pair in pairs])
         arrays: dict[str, Any] = {
             "first_frame": targets[:, 0],

@@ -27,7 +27,8 @@ from configs.base import Config
 from configs.mllm import MLLMTraining
 from data_pipelines import shown, synthetic
 from data_pipelines.synthetic import Example
-from omnitransfer_jax import optimizer, part_training, parts, tasks
+from omnitransfer_jax import optimizer, part_training, parts
+from omnitransfer_jax.models.alignment import Shown, embed
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.params import abstract, flat_params, with_params
 from omnitransfer_jax.tokenizer import clean_prompt
@@ -72,18 +73,13 @@ def train(config: MLLMTraining, encoders: str, workdir: Path) -> None:
 
 def says(pair: Example) -> str:
     """The answer: the prompt if there is one, the reference, and the first frame if there is one."""
-    frame = synthetic.caption(pair.target._replace(motion=None, camera=None, effect=None)) if is_temporal(pair) else ""
+    frame = synthetic.caption(pair.target._replace(motion=None, camera=None, effect=None)) if pair.is_temporal else ""
     return " ".join(words for words in (pair.prompt, synthetic.caption(pair.reference), frame) if words)
-
-
-def is_temporal(pair: Example) -> bool:
-    """Whether the pair's target has a first frame."""
-    return tasks.TASKS[tasks.task_index(pair.task)].family == "temporal"
 
 
 def read(config: Config, vocabulary: PreTrainedTokenizerFast, pair: Example) -> dict[str, np.ndarray]:
     """The tokens that `shown.show` gives and those of the answer behind them, unpadded."""
-    arrays = shown.show(config, vocabulary, pair.task, pair.prompt, is_temporal(pair))
+    arrays = shown.show(config, vocabulary, pair.task, pair.prompt, pair.is_temporal)
     begin = int(arrays["mask"].sum())
     before = {name: array[..., :begin] for name, array in arrays.items()}
     words = np.array(vocabulary(clean_prompt(says(pair)), add_special_tokens=False)["input_ids"], np.int32)
@@ -114,8 +110,8 @@ def lesson(config: MLLMTraining, vocabulary: PreTrainedTokenizerFast, split: syn
     reference = config.model.data.reference
     picked = shown.picked_frames(reference.frames, config.model.alignment.frames)
     arrays: dict[str, Any] = {name: together(name) for name in texts[0]}
-    arrays["frames"] = np.stack([synthetic.render(pair.target, config.video)[0] for pair in pairs])
-    arrays["has_frame"] = np.array([is_temporal(pair) for pair in pairs], np.float32)
+    arrays["frames"] = np.stack([synthetic.render(pair.target, config.model.video)[0] for pair in pairs])
+    arrays["has_frame"] = np.array([pair.is_temporal for pair in pairs], np.float32)
     arrays["references"] = np.stack([synthetic.render(pair.reference, reference)[picked] for pair in pairs])
     return Lesson(**arrays)
 
@@ -174,8 +170,6 @@ def scores(config: MLLMTraining, params: Params, batch: Lesson, key: Array) -> F
     mllm = with_params(abstract(lambda rngs: Qwen2_5VL(config.model.mllm, rngs=rngs)), params)
     frames, references = (x.astype(jnp.float32) / 127.5 - 1 for x in (batch.frames, batch.references))
     features = shown.features(config.model, mllm.vision, frames, batch.has_frame, references)
-    x = mllm.embed(batch.tokens)
-    seen = jnp.take_along_axis(features, jnp.maximum(batch.source, 0)[..., None], axis=1)
-    x = jnp.where(batch.source[..., None] >= 0, seen, x)
+    x = embed(mllm, Shown(batch.tokens, batch.mask, batch.positions, features, batch.source))
     x = jnp.where(batch.answer[..., None], jax.random.normal(key, x.shape) * x.shape[-1] ** -0.5, x)
     return mllm.logits(mllm(x, batch.positions.swapaxes(0, 1), batch.mask))

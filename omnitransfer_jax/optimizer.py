@@ -21,7 +21,12 @@ ADAPTER = r"alignment\.(queries|mllm\..*)"
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Decoupled weight decay on matrices alone; epsilon is AdamW's usual 1e-8, outside the root."""
     make = muon if config.kind == "muon" else adamw
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), *make(config), optax.stateless(partial(slow_adapters, config)))
+    clip, slow = optax.clip_by_global_norm(config.clip_norm), optax.stateless(partial(slow_adapters, config))
+    return promoting(optax.chain(clip, *make(config), slow))
+
+
+def promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` where numbers of several kinds may meet, which the rest of the code forbids."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count

@@ -20,6 +20,7 @@ from configs.base import PartTraining, TrainConfig, require
 from data_pipelines.records import write_whole
 from omnitransfer_jax import run_checkpoint
 from omnitransfer_jax.log import METRICS_FILE, RunLog
+from omnitransfer_jax.optimizer import promoting
 from omnitransfer_jax.run import stop_signals
 from omnitransfer_jax.training import Params, TrainState
 from omnitransfer_jax.weights import files
@@ -88,17 +89,10 @@ def make_optimizer(config: PartTraining, dimension_numbers: Any) -> optax.Gradie
     def rate(highest: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, highest, config.warmup_steps, config.steps)
 
-    optimizer = optax.contrib.muon(
-        rate(config.learning_rate),
-        adam_learning_rate=rate(config.vector_learning_rate),
-        muon_weight_dimension_numbers=dimension_numbers,
+    of_vectors = rate(config.vector_learning_rate)
+    return promoting(
+        optax.contrib.muon(rate(config.learning_rate), adam_learning_rate=of_vectors, muon_weight_dimension_numbers=dimension_numbers)
     )
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
-            return optimizer.update(updates, state, params)
-
-    return optax.GradientTransformation(optimizer.init, update)
 
 
 def finish(workdir: Path, name: str, params: Params, result: Mapping[str, Any]) -> None:

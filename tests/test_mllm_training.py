@@ -22,7 +22,7 @@ from omnitransfer_jax.params import flat_params
 MODEL = stage3.get_config("smoke")
 SMALL = replace(
     configs_mllm.TINY,
-    model=MODEL, video=MODEL.video, steps=30, batch_size=4, warmup_steps=2, log_every=2, evaluate_every=10, evaluate_clips=32,
+    model=MODEL, steps=30, batch_size=4, warmup_steps=2, log_every=2, evaluate_every=10, evaluate_clips=32,
     checkpoint=CheckpointConfig(every=100), threads=1,
 )  # fmt: skip
 VOCABULARY = parts.load_mllm_vocabulary("")

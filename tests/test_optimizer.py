@@ -8,6 +8,7 @@ import torch
 
 from configs.base import OptimizerConfig
 from configs.wan import I2V_14B
+from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.mesh import MESH_AXIS, specs
 from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
 from omnitransfer_jax.optimizer import learning_rate, make_optimizer, matrices
@@ -112,3 +113,5 @@ def test_adapters_and_queries_move_a_share(kind):
     whole, part = moved(1.0), moved(0.25)
     for path in shapes:
         np.testing.assert_allclose(part[path], whole[path] * (0.25 if "lora" in path or "queries" in path else 1), rtol=1e-6)
+    with pytest.raises(RequestError, match=r"optimizer\.adapter_share=-1: at least 0"):
+        OptimizerConfig(adapter_share=-1).validate()

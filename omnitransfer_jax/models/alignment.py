@@ -94,9 +94,7 @@ class Alignment(nnx.Module):
 
     def __call__(self, shown: Shown, task: Int[Array, " B"]) -> Float[Array, "B Q E"]:
         """The context of each sample's task, float32."""
-        x = self.mllm.embed(shown.tokens)
-        seen = jnp.take_along_axis(shown.features, jnp.maximum(shown.source, 0)[..., None], axis=1).astype(x.dtype)
-        x = jnp.where(shown.source[..., None] >= 0, seen, x)
+        x = embed(self.mllm, shown)
         queries = self.queries.astype(x.dtype)[task]
         count = queries.shape[1]
         # The queries are text to the rotation: they count on behind the last token shown.
@@ -106,6 +104,13 @@ class Alignment(nnx.Module):
         mask = jnp.concatenate([shown.mask, jnp.ones((x.shape[0], count), bool)], axis=1)
         states = self.mllm(jnp.concatenate([x, queries], axis=1), positions, mask)
         return self.connector(states[:, -count:])
+
+
+def embed(mllm: Qwen2_5VL, shown: Shown) -> Float[Array, "B S D"]:
+    """What the language model takes for all that is shown: its words' embeddings, and the features in their places."""
+    x = mllm.embed(shown.tokens)
+    seen = jnp.take_along_axis(shown.features, jnp.maximum(shown.source, 0)[..., None], axis=1).astype(x.dtype)
+    return jnp.where(shown.source[..., None] >= 0, seen, x)
 
 
 class Connector(nnx.Module):
