@@ -229,7 +229,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def section(task: str, results: Results, video: Any) -> Section:
+def section(task: str, results: Results, video: VideoConfig) -> Section:
     """One task: its first pairs, and its scores beside their controls."""
     rows, temporal = [], tasks.TASKS[tasks.task_index(task)].family == "temporal"
     for i, pair in enumerate(results.pairs[task][:SHOWN]):
