@@ -16,7 +16,6 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
