@@ -230,11 +230,11 @@ NAMES = {
 
 def section(task: str, results: Results, video: VideoConfig) -> Section:
     """One task: its first pairs, and its scores beside their controls."""
-    rows, temporal = [], tasks.TASKS[tasks.task_index(task)].family == "temporal"
+    rows = []
     for i, pair in enumerate(results.pairs[task][:SHOWN]):
         truth = synthetic.render(pair.target, video)
         given = [Picture("reference", synthetic.render(pair.reference, video))]
-        given += [Picture("first frame", truth[0])] if temporal else []
+        given += [Picture("first frame", truth[0])] if pair.is_temporal else []
         clips = results.clips[task]
         made = [Picture("generated", clips["transfer"][i], "generated"), Picture("swapped reference", clips["swapped"][i], "control")]
         value = " ".join(getattr(pair.target, synthetic.SHARES[task]))
