@@ -51,19 +51,22 @@ import numpy as np
 from jaxtyping import Float
 
 from configs import stage1, stage2, stage3
-from configs.base import CheckpointConfig, Config, require
+from configs.errors import require
+from configs.run import CheckpointConfig, Config
 from data_pipelines import records
 from data_pipelines.batches import batches, empty_text
-from data_pipelines.synthetic import Example
-from data_pipelines.synthetic_records import Encoder
 from evaluation import transfer
-from evaluation.markup import Markup, element
+from evaluation.report.markup import Markup, element
 from evaluation.transfer import BATCH, Networks, Transfer
 from launch import command, encode_world
 from launch.encode import sha256
-from omnitransfer_jax import checkpoint, run, run_checkpoint, tasks
-from omnitransfer_jax.log import METRICS_FILE
+from omnitransfer_jax import tasks
+from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.train import loop
+from omnitransfer_jax.train.log import METRICS_FILE
+from world.pair_records import Encoder
+from world.scenes import Example
 
 
 class Row(NamedTuple):
@@ -136,7 +139,7 @@ def main() -> None:
 
 def settings() -> dict[str, Any]:
     """What all jobs of a folder have in common, in words of JSON."""
-    weights = {path.name: sha256(path) for path in sorted(checkpoint.EMBEDDED_FOLDER.glob("*.safetensors"))}
+    weights = {path.name: sha256(path) for path in sorted(model_folder.EMBEDDED_FOLDER.glob("*.safetensors"))}
     return {
         "steps": STEPS.value,
         "pairs": PAIRS.value,
@@ -230,7 +233,7 @@ def stage_config(row: str, stage: str, seed: int, steps: int, out: Path) -> Conf
     """The configuration of one stage of a row."""
     config, names = STAGES[stage].get_config("tiny"), ROWS[row].stages
     before = names.index(stage) - 1
-    origin = str(out / "runs" / f"{row}-{seed}" / names[before]) if before >= 0 else checkpoint.EMBEDDED
+    origin = str(out / "runs" / f"{row}-{seed}" / names[before]) if before >= 0 else model_folder.EMBEDDED
     train = replace(config.train, steps=steps, log_every=max(1, steps // 12), references=ROWS[row].references, init_from=origin)
     return replace(
         config,
@@ -248,8 +251,8 @@ def train(config: Config, workdir: Path, skip: int) -> float:
     data = batches(config, seed=config.seed)
     for _ in range(skip):
         next(data)
-    run.train(config, workdir, make_mesh(config.mesh), data, empty_text(config))
-    if int(run_checkpoint.latest(workdir).name) < config.train.steps:
+    loop.train(config, workdir, make_mesh(config.mesh), data, empty_text(config))
+    if int(run_folder.latest(workdir).name) < config.train.steps:
         raise SystemExit("stopped; the same command goes on from there")
     lines = [json.loads(line)["seconds"] for line in (workdir / METRICS_FILE).read_text().splitlines()]
     return statistics.median(lines[1:] or lines)

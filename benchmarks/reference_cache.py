@@ -25,9 +25,9 @@ from flax import nnx
 
 from configs.base import DiTConfig
 from configs.wan import I2V_14B
-from omnitransfer_jax import flops
 from omnitransfer_jax.models.omnitransfer import open_reference
 from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.train import flops
 
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs of each form after one that is not counted.")
 

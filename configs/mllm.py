@@ -9,7 +9,8 @@ Trains  everything, the vision tower too, from the random weights of the encoder
 from dataclasses import dataclass, field
 
 from configs import stage3
-from configs.base import Config, PartTraining, require
+from configs.errors import require
+from configs.run import Config, PartTraining
 
 
 @dataclass(frozen=True, kw_only=True)

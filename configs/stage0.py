@@ -13,7 +13,8 @@ Cost    0.30 s a step of 16 samples on two CPU cores, 9 frames of 32 x 32 pixels
 from dataclasses import replace
 
 from configs import wan
-from configs.base import Config, OptimizerConfig, TrainConfig, require
+from configs.errors import require
+from configs.run import Config, OptimizerConfig, TrainConfig
 
 # The numbers that all tiny stages share.
 TINY_OPTIMIZER = OptimizerConfig(

@@ -11,7 +11,7 @@ Result  not run at full size. `tiny` starts from the base that the package holds
 from dataclasses import replace
 
 from configs import stage0, wan
-from configs.base import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainConfig, VideoConfig, variant_of
+from configs.run import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainConfig, VideoConfig, variant_of
 
 FULL = wan.get_config()
 SMOKE_VIDEO = VideoConfig(frames=9, height=32, width=48, fps=8)

@@ -12,7 +12,8 @@ Result  not run at full size. `tiny` is for a run of stage1:tiny; `smoke` has ra
 from dataclasses import replace
 
 from configs import stage1
-from configs.base import AlignmentConfig, Config, variant_of
+from configs.base import AlignmentConfig
+from configs.run import Config, variant_of
 
 TRAINABLE = ("alignment/queries", r"alignment/connector\..*", r"alignment/mllm\..*\.lora\..*")
 

@@ -11,7 +11,7 @@ Result  not run at full size. `tiny` is for a run of stage2:tiny; `smoke` has ra
 from dataclasses import replace
 
 from configs import stage2
-from configs.base import Config, variant_of
+from configs.run import Config, variant_of
 
 VARIANTS = {
     name: replace(config, train=replace(config.train, steps=steps, trainable=("dit/.*", *stage2.TRAINABLE)))

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from configs import wan
-from configs.base import PartTraining, VAEConfig, VideoConfig, require
+from configs.base import VAEConfig
+from configs.errors import require
+from configs.run import PartTraining, VideoConfig
 
 
 @dataclass(frozen=True, kw_only=True)

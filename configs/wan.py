@@ -10,22 +10,8 @@ python -m launch.sample --config=wan --checkpoint=DIR --first_frame=IMAGE --prom
 
 from dataclasses import replace
 
-from configs.base import (
-    AlignmentConfig,
-    CLIPVisionConfig,
-    Config,
-    DataConfig,
-    DiTConfig,
-    LoRAConfig,
-    QwenConfig,
-    QwenVisionConfig,
-    SamplerConfig,
-    TrainConfig,
-    UMT5Config,
-    VAEConfig,
-    VideoConfig,
-    variant_of,
-)
+from configs.base import AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, QwenVisionConfig, UMT5Config, VAEConfig
+from configs.run import Config, DataConfig, SamplerConfig, TrainConfig, VideoConfig, variant_of
 
 I2V_14B = DiTConfig()
 T2V_14B = replace(I2V_14B, in_channels=16, image_dim=None)

@@ -6,7 +6,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from configs.base import Config, require
+from configs.errors import require
+from configs.run import Config
 from data_pipelines import records
 
 ARRAYS = ("target", "condition", "reference", "image")

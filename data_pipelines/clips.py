@@ -12,7 +12,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from PIL import Image, ImageOps
 
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 EARLIER = 1e-6  # seconds; times closer than that are the same

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from configs.errors import RequestError
 from omnitransfer_jax import tasks
-from omnitransfer_jax.errors import RequestError
 
 REQUIRED = ("id", "task", "reference", "target", "prompt")
 OPTIONAL = ("first_frame", "start", "end")

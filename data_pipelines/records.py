@@ -7,7 +7,7 @@
 
 Real numbers are kept as bfloat16, whose bits go into uint16, for TFDS has no name for bfloat16: half the disk of float32, and the
 precision the network computes in. Shards are not compressed: latents gain nothing from it, and compressed ones are slower to open.
-With `alignment.enabled` records hold, beside all the rest, what the language model is shown (shown.py).
+With `alignment.enabled` records hold, beside all the rest, what the language model is shown (mllm_inputs.py).
 """
 
 import hashlib
@@ -27,10 +27,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from configs.base import Config, require
-from data_pipelines import shown
+from configs.errors import RequestError, require
+from configs.run import Config
+from data_pipelines import mllm_inputs
 from omnitransfer_jax import tasks
-from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.models.omnitransfer import MASK_CHANNELS
 
 FORMAT = 1
@@ -38,7 +38,7 @@ NAME, SPLIT = "records", "train"
 TFDS_FILES = ("dataset_info.json", "features.json")
 MADE_FILE, EMPTY_TEXT_FILE = "records.json", "empty_text.npy"
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read, as random access wants it
-SHOWN = {"tokens": np.int32, "mask": np.bool_, "positions": np.int32, "source": np.int32, "features": np.uint16}  # of shown.shapes
+SHOWN = {"tokens": np.int32, "mask": np.bool_, "positions": np.int32, "source": np.int32, "features": np.uint16}  # of mllm_inputs.shapes
 ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
 
 
@@ -73,7 +73,7 @@ def schema(config: Config) -> tfds.features.FeaturesDict:
     tensors = {name: tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes") for name, shape in arrays.items()}
     scalars = {"task": tfds.features.Scalar(np.int32), "has_image": tfds.features.Scalar(np.float32)}
     if config.alignment.enabled:
-        for name, shape in shown.shapes(config).items():
+        for name, shape in mllm_inputs.shapes(config).items():
             tensors[f"shown_{name}"] = tfds.features.Tensor(shape=shape, dtype=SHOWN[name], encoding="bytes")
     return tfds.features.FeaturesDict({"id": tfds.features.Text(), **scalars, **tensors})
 

@@ -16,18 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from configs.base import Config
-from data_pipelines import clips, synthetic
-from data_pipelines.synthetic import Example
-from data_pipelines.synthetic_records import Encoder, example
-from evaluation.world import interval, scores
-from omnitransfer_jax import parts
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
+from configs.run import Config
+from data_pipelines import clips
+from omnitransfer_jax import load_models
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.alignment import Alignment, Shown
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
+from world import scenes
+from world.pair_records import Encoder, example
+from world.scenes import Example
+from world.scores import interval, scores
 
 CONTROLS = ("transfer", "swapped", "none", "still", "copied")
 Clips = UInt8[np.ndarray, "B T H W 3"]
@@ -43,7 +44,7 @@ class Networks(NamedTuple):
 
 def load(config: Config, folder: str) -> Networks:
     """The networks of a run or of an imported folder."""
-    return Networks(parts.load_dit(folder, config), parts.load_alignment(folder, config) if config.alignment.enabled else None)
+    return Networks(load_models.load_dit(folder, config), load_models.load_alignment(folder, config) if config.alignment.enabled else None)
 
 
 def held_out(config: Config, task: str, count: int, key: int = 1) -> list[Example]:
@@ -132,16 +133,16 @@ def with_control(
         case "none":
             return transfer(networks, pairs, with_reference=False, on_batch=on_batch)
         case "still":
-            return np.stack([np.repeat(synthetic.render(pair.target, config.video)[:1], config.video.frames, 0) for pair in pairs])
+            return np.stack([np.repeat(scenes.render(pair.target, config.video)[:1], config.video.frames, 0) for pair in pairs])
         case _:
-            return np.stack([synthetic.render(pair.reference, config.video) for pair in pairs])
+            return np.stack([scenes.render(pair.reference, config.video) for pair in pairs])
 
 
 def swapped(pairs: Sequence[Example]) -> list[Example]:
     """Each pair with the reference of the next one that shares another value; a `RequestError` if all share the same."""
     found = []
     for i, pair in enumerate(pairs):
-        factor = synthetic.SHARES[pair.task]
+        factor = scenes.SHARES[pair.task]
         others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
         other = next((o for o in others if getattr(o.target, factor) != getattr(pair.target, factor)), None)
         if other is None:

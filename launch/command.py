@@ -21,7 +21,7 @@ import tyro
 from absl import app, flags, logging
 
 import configs
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
 
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a part has one kind; booleans are given as True or False
 
@@ -72,7 +72,7 @@ def load_config(name: str) -> Any:
 
 
 def _names() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "base"]
+    return [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name not in ("base", "errors", "run")]
 
 
 def _config_type(main: Callable[..., None]) -> type | None:

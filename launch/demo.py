@@ -3,7 +3,7 @@
     make demo
     python -m launch.demo --out=out/demo
 
-Everything happens in the procedural world (data_pipelines/synthetic.py), whose pairs share one known factor, so that every transfer has a
+Everything happens in the procedural world (world/scenes.py), whose pairs share one known factor, so that every transfer has a
 true answer and every score its controls. The pairs that are shown and scored share values that training never sees. Started again it
 goes on where it stopped. DIR/report.html is the page, DIR/scores.json its numbers, DIR/result.webp a
 picture of the first pairs.
@@ -22,19 +22,22 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs.base import Config, VideoConfig
-from data_pipelines import synthetic
+from configs.errors import RequestError
+from configs.run import Config, VideoConfig
 from data_pipelines.batches import batches, empty_text
-from data_pipelines.synthetic_records import Encoder
-from evaluation import picture, report, transfer
-from evaluation.curve import Curve
-from evaluation.report import Picture, Report, Row, Score, Section, Table
+from evaluation import transfer
+from evaluation.report import page as report
+from evaluation.report import picture
+from evaluation.report.curve import Curve
+from evaluation.report.page import Picture, Report, Row, Score, Section, Table
 from evaluation.transfer import Results, Transfer
 from launch import command, encode_world
-from omnitransfer_jax import run, tasks
-from omnitransfer_jax.errors import RequestError
-from omnitransfer_jax.log import METRICS_FILE
+from omnitransfer_jax import tasks
 from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.train import loop
+from omnitransfer_jax.train.log import METRICS_FILE
+from world import scenes
+from world.pair_records import Encoder
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", "out/demo", "folder of records, runs and report", flag_values=FLAGS)
@@ -59,7 +62,7 @@ def main() -> None:
         with clock.part(stage, f"{config.train.steps} training steps"):
             data = batches(config, seed=config.seed)
             try:
-                run.train(config, out / stage, make_mesh(config.mesh), data, empty_text(config))
+                loop.train(config, out / stage, make_mesh(config.mesh), data, empty_text(config))
             except RequestError as error:
                 raise RequestError(f"{error}; to begin anew, remove {out}") from None
     with clock.part("transfers", f"{SCORED.value} held-out pairs of each task, with their controls"):
@@ -122,7 +125,7 @@ def combination(made: Transfer, networks: transfer.Networks) -> list[Row]:
     """Identity from one reference and style from another, which training never asks for."""
     styled = transfer.held_out(made.config, "style", SHOWN, key=2)
     others = transfer.held_out(made.config, "id", SHOWN, key=2)
-    prompts = [synthetic.caption(pair.target, {"identity", "style"}) for pair in styled]
+    prompts = [scenes.caption(pair.target, {"identity", "style"}) for pair in styled]
     style = [pair._replace(prompt=prompt) for pair, prompt in zip(styled, prompts, strict=True)]
     identity = [
         pair._replace(task="id", reference=other.reference._replace(identity=pair.target.identity))
@@ -132,9 +135,9 @@ def combination(made: Transfer, networks: transfer.Networks) -> list[Row]:
         Row(
             f"Pair {i + 1}",
             (
-                Picture("identity from", synthetic.render(one.reference, made.config.video)),
-                Picture("style from", synthetic.render(two.reference, made.config.video)),
-                Picture("truth", synthetic.render(two.target, made.config.video), "truth"),
+                Picture("identity from", scenes.render(one.reference, made.config.video)),
+                Picture("style from", scenes.render(two.reference, made.config.video)),
+                Picture("truth", scenes.render(two.target, made.config.video), "truth"),
                 Picture("generated", clip, "generated"),
             ),
             two.prompt,
@@ -158,9 +161,9 @@ def draw(results: Results, video: VideoConfig, path: Path) -> None:
         picture.Column(
             PARTS[task],
             (
-                synthetic.render(pairs[0].reference, video),
+                scenes.render(pairs[0].reference, video),
                 results.clips[task]["transfer"][0],
-                synthetic.render(pairs[0].target, video),
+                scenes.render(pairs[0].target, video),
             ),
         )
         for task, pairs in results.pairs.items()
@@ -173,7 +176,7 @@ def page(configs: dict[str, Config], out: Path, results: Results, both: list[Row
     video = configs["stage3"].video
     opening = tuple(
         Row(PARTS[task].capitalize(), (
-            Picture("reference", synthetic.render(pairs[0].reference, video)),
+            Picture("reference", scenes.render(pairs[0].reference, video)),
             Picture("generated", results.clips[task]["transfer"][0], "generated"),
         ))
         for task, pairs in results.pairs.items()
@@ -232,12 +235,12 @@ def section(task: str, results: Results, video: VideoConfig) -> Section:
     """One task: its first pairs, and its scores beside their controls."""
     rows = []
     for i, pair in enumerate(results.pairs[task][:SHOWN]):
-        truth = synthetic.render(pair.target, video)
-        given = [Picture("reference", synthetic.render(pair.reference, video))]
+        truth = scenes.render(pair.target, video)
+        given = [Picture("reference", scenes.render(pair.reference, video))]
         given += [Picture("first frame", truth[0])] if pair.is_temporal else []
         clips = results.clips[task]
         made = [Picture("generated", clips["transfer"][i], "generated"), Picture("swapped reference", clips["swapped"][i], "control")]
-        value = " ".join(getattr(pair.target, synthetic.SHARES[task]))
+        value = " ".join(getattr(pair.target, scenes.SHARES[task]))
         rows.append(Row(value, (*given, Picture("truth", truth, "truth"), *made), pair.prompt))
     known = [name for name in SCORES if name in results.scores[task]["transfer"]]
     table = Table(

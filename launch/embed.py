@@ -8,7 +8,7 @@ it keeps an average, and everything that it started from. What none of them brin
 may be, for they are frozen and the transformer learns to read them. Without --base there is no transformer; such a folder is what stage 0
 and launch.train_mllm start from.
 
-DIR is one of omnitransfer_jax/checkpoint.py, each part a safetensors file. DIR/made.json tells where every part came from.
+DIR is one of omnitransfer_jax/folders/model_folder.py, each part a safetensors file. DIR/made.json tells where every part came from.
 """
 
 import json
@@ -24,14 +24,17 @@ from absl import flags
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
-from configs.base import Config, VAEConfig, require
-from data_pipelines.synthetic import WORDS
+from configs.base import VAEConfig
+from configs.errors import require
+from configs.run import Config
 from launch import command
-from omnitransfer_jax import checkpoint, run_checkpoint, tasks
+from omnitransfer_jax import tasks
+from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.models.alignment import ASSISTANT, USER
-from omnitransfer_jax.params import flat_params
+from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.tokenizer import word_tokenizer
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS, Part
+from world.scenes import WORDS
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
@@ -57,8 +60,8 @@ def main(config: Config) -> None:
     out, origin = Path(OUT.value), ""
     require(not out.exists() or not any(out.iterdir()), f"--out={out}: not empty; give a new folder, or remove this one")
     if BASE.value:
-        run_checkpoint.require_same_model(BASE.value, config)
-        origin = run_checkpoint.imported_weights(BASE.value)
+        run_folder.require_same_model(BASE.value, config)
+        origin = run_folder.imported_weights(BASE.value)
     shapes = {part.name: part.shapes(getattr(config, part.name)) for part in (*PARTS, MLLM) if part.name != "dit" or BASE.value}
     require_small(shapes)
     vocabulary = world_vocabulary(config)
@@ -68,7 +71,7 @@ def main(config: Config) -> None:
         if part.name in shapes and part.name not in parts:
             leaves = random_part(part, config, jax.random.fold_in(root, number))
             parts[part.name] = Made(leaves, f"random, seed {config.seed}")
-    sizes = {name: checkpoint.save_file(out, name, parts[name].leaves).stat().st_size for name in shapes}
+    sizes = {name: model_folder.save_file(out, name, parts[name].leaves).stat().st_size for name in shapes}
     write_vocabularies(out, vocabulary, origin)
     told = {
         name: {"parameters": sum(x.size for x in parts[name].leaves.values()), "bytes": size, "from": parts[name].source}
@@ -76,7 +79,7 @@ def main(config: Config) -> None:
     }
     commands = [*read_made(origin)["commands"], command_line()]
     (out / MADE_FILE).write_text(json.dumps({"commands": commands, "parts": told}, indent=2) + "\n")
-    checkpoint.write_model(out, {name: getattr(config, name) for name in shapes})  # last: now it is a checkpoint
+    model_folder.write_model(out, {name: getattr(config, name) for name in shapes})  # last: now it is a checkpoint
     for name, entry in told.items():
         print(f"{name:5} {entry['parameters']:>10,} parameters {entry['bytes'] / 1e6:>6.2f} MB  {json.dumps(entry['from'])}")
     print(f"wrote {out}" + ("" if "dit" in shapes else "; no transformer, which --base brings"))
@@ -96,7 +99,7 @@ def given(config: Config, shapes: Mapping[str, Mapping[str, Any]], origin: str) 
     """The parts that the flags bring; `origin` is where --base started."""
     parts, before = {}, read_made(origin)["parts"]
     if origin:
-        for name in checkpoint.require_model(origin, config):
+        for name in model_folder.require_model(origin, config):
             if name in shapes:
                 parts[name] = load(origin, name, shapes[name]), before.get(name, {}).get("from", "imported")
     if VAE.value:
@@ -115,8 +118,8 @@ def random_part(part: Part, config: Config, key: jax.Array) -> Leaves:
 
 def trained_dit(shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
     """The transformer of --base, and how it was trained."""
-    run, step = run_checkpoint.read_config(BASE.value), int(run_checkpoint.latest(BASE.value).name)
-    found = run_checkpoint.load_params(BASE.value, {f"dit.{path}": leaf for path, leaf in shapes.items()}, dtype="float32")
+    run, step = run_folder.read_config(BASE.value), int(run_folder.latest(BASE.value).name)
+    found = run_folder.load_params(BASE.value, {f"dit.{path}": leaf for path, leaf in shapes.items()}, dtype="float32")
     told = {name: getattr(run.train, name) for name in ("batch_size", "ema", "shift", "weighting")}
     source = {"steps": step, **told, "optimizer": asdict(run.optimizer)}
     return to_host({path.removeprefix("dit."): leaf for path, leaf in found.items()}), source
@@ -125,8 +128,8 @@ def trained_dit(shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
 def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
     """The autoencoder of --vae, whose latents' statistics the configuration must have: they are a part of the model."""
     made = read_result("vae", VAE.value)
-    trained = checkpoint.configuration(VAEConfig, made.pop("vae"), VAE.value)
-    wrong = [f"{name} is {getattr(trained, name)}" for name, _ in checkpoint.differences(trained, config.vae)]
+    trained = model_folder.configuration(VAEConfig, made.pop("vae"), VAE.value)
+    wrong = [f"{name} is {getattr(trained, name)}" for name, _ in model_folder.differences(trained, config.vae)]
     require(not wrong, f"--vae={VAE.value}: another autoencoder than the configuration's: {'; '.join(wrong)}; put that in configs/wan.py")
     return load(VAE.value, "vae", shapes), made
 
@@ -140,7 +143,7 @@ def read_result(name: str, workdir: str) -> dict[str, Any]:
 
 def load(folder: str | Path, name: str, shapes: Mapping[str, Any]) -> Leaves:
     """A part of a checkpoint folder in float32."""
-    return to_host(checkpoint.load_part(folder, name, shapes, dtype="float32"))
+    return to_host(model_folder.load_part(folder, name, shapes, dtype="float32"))
 
 
 def to_host(leaves: Mapping[str, jax.Array]) -> Leaves:

@@ -21,14 +21,15 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from configs.base import Config, require
+from configs.errors import RequestError, require
+from configs.run import Config
 from data_pipelines import records
-from data_pipelines.encode import Encoders, Pixels, encode, load_encoders, read_pixels
+from data_pipelines.encoders import Encoders, Pixels, encode, load_encoders, read_pixels
 from data_pipelines.manifest import Row, read_manifest
 from launch import command
-from omnitransfer_jax import checkpoint, tasks
-from omnitransfer_jax.errors import RequestError
-from omnitransfer_jax.run_checkpoint import imported_weights
+from omnitransfer_jax import tasks
+from omnitransfer_jax.folders import model_folder
+from omnitransfer_jax.folders.run_folder import imported_weights
 
 FLAGS = flags.FlagValues()
 MANIFEST = flags.DEFINE_string("manifest", None, "the pairs, one JSON object a line (docs/data.md)", required=True, flag_values=FLAGS)
@@ -81,8 +82,8 @@ def weights_of(config: Config) -> str | dict[str, str]:
     folder = imported_weights(config.train.init_from)
     if not folder:
         return RANDOM
-    checkpoint.require_model(folder, config)
-    return {"path": str(Path(folder).resolve()), checkpoint.MODEL_FILE: sha256(Path(folder) / checkpoint.MODEL_FILE)}
+    model_folder.require_model(folder, config)
+    return {"path": str(Path(folder).resolve()), model_folder.MODEL_FILE: sha256(Path(folder) / model_folder.MODEL_FILE)}
 
 
 def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Encoders, bar: tqdm) -> None:

@@ -2,7 +2,7 @@
 
     python -m launch.encode_world --config=stage3:tiny --pairs=4000 --out=out/records
 
-The pairs are those of the training split, the tasks in turn; the same --key gives the same pairs everywhere (data_pipelines/synthetic.py).
+The pairs are those of the training split, the tasks in turn; the same --key gives the same pairs everywhere (world/scenes.py).
 Started again it goes on where it stopped: finished shards are kept.
 """
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from configs.base import Config
+from configs.run import Config
 from data_pipelines import records
-from data_pipelines.synthetic_records import Encoder, example
 from launch import command
 from launch.encode import ahead, weights_of
+from world.pair_records import Encoder, example
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder of the records", required=True, flag_values=FLAGS)

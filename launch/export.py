@@ -19,12 +19,13 @@ from absl import flags
 from etils import epath
 from safetensors.numpy import save_file
 
-from configs.base import Config
+from configs.errors import RequestError
+from configs.run import Config
 from launch import command
-from omnitransfer_jax import checkpoint, run_checkpoint, tasks
-from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax import tasks
+from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.models.alignment import Alignment
-from omnitransfer_jax.params import abstract, flat_params
+from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl
 from omnitransfer_jax.weights.files import SHARD_BYTES
 from omnitransfer_jax.weights.parts import PARTS, TOKENIZERS, Part
@@ -61,10 +62,10 @@ in the cross-attention of the target (into: {into}); several tasks' results lie 
 
 def main(config: Config) -> None:
     trained, out = epath.Path(CHECKPOINT.value), Path(OUT.value)
-    if is_run := run_checkpoint.is_run(CHECKPOINT.value):
-        run_checkpoint.require_same_model(trained, config)
-    source = epath.Path(run_checkpoint.imported_weights(CHECKPOINT.value))
-    stored = (*(checkpoint.require_model(source, config) if str(source) != "." else ()), *(["dit"] if is_run else []))
+    if is_run := run_folder.is_run(CHECKPOINT.value):
+        run_folder.require_same_model(trained, config)
+    source = epath.Path(run_folder.imported_weights(CHECKPOINT.value))
+    stored = (*(model_folder.require_model(source, config) if str(source) != "." else ()), *(["dit"] if is_run else []))
     if out.exists() and any(out.iterdir()):
         raise RequestError(f"{out}: not empty; give a new folder with --out, or empty this one")
     parts = [part for part in PARTS if part.name in stored and (LAYOUT.value != "comfyui" or part.name == "dit")]
@@ -92,8 +93,8 @@ def export_part(part: Part, config: Config, source: epath.Path, run: epath.Path 
         name = str(FLAGS["config"].value).replace(":", "_")
         folder, stem, prefix, shard_bytes = out / "diffusion_models", name, part.prefixes[0], math.inf
     table = part.entries(model, "diffusers" if layout == "diffusers" else "original")
-    leaves = part.shapes(model) if run else checkpoint.part_leaves(source, part.name)
-    arrays = trained_leaves(run, part.name, leaves) if run else checkpoint.read_part(source, part.name)
+    leaves = part.shapes(model) if run else model_folder.part_leaves(source, part.name)
+    arrays = trained_leaves(run, part.name, leaves) if run else model_folder.read_part(source, part.name)
     written = convert.save(arrays, leaves, table, folder, stem, prefix=prefix, shard_bytes=shard_bytes)
     if layout == "diffusers":
         write_json(folder / "config.json", part.table.config_json(model))
@@ -107,7 +108,7 @@ def trained_leaves(run: epath.Path, part: str, leaves: Mapping[str, Any]) -> Ite
     """The leaves of a part as the run's latest checkpoint has them, one at a time."""
     params = {f"{part}.{path}": leaf for path, leaf in leaves.items()}
     for path in leaves:
-        yield path, np.asarray(run_checkpoint.load_params(run, params, only={f"{part}.{path}"})[f"{part}.{path}"])
+        yield path, np.asarray(run_folder.load_params(run, params, only={f"{part}.{path}"})[f"{part}.{path}"])
 
 
 def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
@@ -115,7 +116,7 @@ def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
     model = flat_params(abstract(lambda rngs: Alignment(config, rngs=rngs)))
     added = {path: leaf for path, leaf in model.items() if not path.startswith("mllm.") or ".lora." in path}
     params = {f"alignment.{path}": leaf for path, leaf in model.items()}
-    loaded = run_checkpoint.load_params(run, params, only={f"alignment.{path}" for path in added})
+    loaded = run_folder.load_params(run, params, only={f"alignment.{path}" for path in added})
     arrays = {path.removeprefix("alignment."): np.asarray(x) for path, x in loaded.items()}
     adapters = {path.removeprefix("mllm."): x for path, x in arrays.items() if ".lora." in path}
     table = lora.entries(qwen2_5_vl.entries(config.mllm, "original"), adapters, lora.PEFT_PREFIX)

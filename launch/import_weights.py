@@ -23,9 +23,9 @@ from etils import epath
 from tqdm import tqdm
 
 from configs import wan
+from configs.errors import RequestError
 from launch import command
-from omnitransfer_jax import checkpoint
-from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.weights import convert, files
 from omnitransfer_jax.weights.files import DTYPES, Tensor
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, MLLM_TOKENIZER_FILES, PARTS, TOKENIZERS, Layout, Part
@@ -136,8 +136,8 @@ def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
             return item
 
         # map, for it holds no leaf it has passed on
-        checkpoint.save_part(out, found.part.name, map(count, convert.leaves(found.tensors, table, shapes, dtype=dtype)))
-    checkpoint.write_model(out, {found.part.name: found.config})
+        model_folder.save_part(out, found.part.name, map(count, convert.leaves(found.tensors, table, shapes, dtype=dtype)))
+    model_folder.write_model(out, {found.part.name: found.config})
     size = sum(tensor.nbytes for tensor in found.tensors.values())
     print(f"{found.part.name}: {len(found.tensors)} tensors, {size / 1e9:.3g} GB, {time.monotonic() - start:.1f} s", flush=True)
 
@@ -161,7 +161,7 @@ def import_tokenizer(source: Path, out: epath.Path) -> None:
 
 def report(out: epath.Path) -> None:
     """Says what the checkpoint still lacks, and what to type next."""
-    stored = checkpoint.read_model(out)
+    stored = model_folder.read_model(out)
     for part in PARTS:
         if part.name not in stored:
             print(f"{part.name}: not there; {part.absent}")
@@ -172,10 +172,10 @@ def report(out: epath.Path) -> None:
     fits = [
         variant
         for variant, config in wan.VARIANTS.items()
-        if not any(checkpoint.differences(model, getattr(config, name)) for name, model in stored.items())
+        if not any(model_folder.differences(model, getattr(config, name)) for name, model in stored.items())
     ]
     if not fits:
-        print(f"No variant of configs/wan.py has these sizes; {out / checkpoint.MODEL_FILE} tells them, for one of your own")
+        print(f"No variant of configs/wan.py has these sizes; {out / model_folder.MODEL_FILE} tells them, for one of your own")
         return
     name = f"wan:{fits[0]}" if fits[0] else "wan"
     first_frame = "" if "dit" in stored and stored["dit"].image_dim is None else "--first_frame=IMAGE "

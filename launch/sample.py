@@ -19,10 +19,11 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs.base import Config, VideoConfig, require
-from data_pipelines import clips, shown
+from configs.errors import require
+from configs.run import Config, VideoConfig
+from data_pipelines import clips, mllm_inputs
 from launch import command
-from omnitransfer_jax import parts, tasks
+from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.alignment import Shown
 from omnitransfer_jax.models.omnitransfer import Conditions
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
     conditions = encode(config, request)
     latents = generate(config, request.video, conditions)
     with stage("video decoder"):
-        video = jax.jit(WanVAE.decode)(parts.load_vae(weights(config), config), latents)
+        video = jax.jit(WanVAE.decode)(load_models.load_vae(weights(config), config), latents)
         clips.write_clip(OUT.value, clips.to_bytes(video[0]), request.video.fps)
     size = request.video
     print(f"wrote {OUT.value}: {size.frames} frames, {size.width} x {size.height}, {size.fps} fps")
@@ -118,12 +119,12 @@ def encode(config: Config, request: Request) -> Conditions:
     if request.first_frame is not None:
         picture = jnp.asarray(clips.to_unit(request.first_frame))[None]
         with stage("image encoder"):
-            image = jax.jit(omnitransfer.encode_image)(parts.load_image_encoder(folder, config), picture)
+            image = jax.jit(omnitransfer.encode_image)(load_models.load_image_encoder(folder, config), picture)
         frame = bicubic_resize(picture, video.height, video.width)
     latents, references = None, []
     if config.dit.image_dim is not None:
         with stage("video encoder"):
-            vae = parts.load_vae(folder, config)
+            vae = load_models.load_vae(folder, config)
             encode_first = jax.jit(omnitransfer.encode_first_frame, static_argnames="shape")
             latents = encode_first(vae, frame, shape=(1, video.frames, video.height, video.width))
             encode_clip = jax.jit(lambda vae, clip: vae.encode(clip))
@@ -141,8 +142,8 @@ def encode_prompts(config: Config, request: Request) -> jax.Array:
     """The prompt and the negative prompt by UMT5, "2 S E"."""
     prompts, folder = [request.prompt, clean_prompt(config.sampler.negative_prompt)], weights(config)
     with stage("text encoder"):
-        tokens, mask = tokenize(parts.load_vocabulary(folder), prompts, config.dit.text_len)
-        encoder = parts.load_text_encoder(folder, config)
+        tokens, mask = tokenize(load_models.load_vocabulary(folder), prompts, config.dit.text_len)
+        encoder = load_models.load_text_encoder(folder, config)
         return jax.jit(omnitransfer.encode_text)(encoder, jnp.asarray(tokens), jnp.asarray(mask))
 
 
@@ -151,14 +152,14 @@ def tell(config: Config, request: Request) -> jax.Array:
     folder, first = weights(config), request.first_frame
     with stage("vision tower"):
         frame = None if first is None else clips.to_unit(clips.fit(first, request.video.height, request.video.width))
-        look = shown.look(config, parts.load_mllm(folder, config))
+        look = mllm_inputs.look(config, load_models.load_mllm(folder, config))
         features = [look(frame, clips.to_unit(clip)) for _, clip in request.references]
     with stage("language model"):
-        vocabulary, alignment = parts.load_mllm_vocabulary(folder), parts.load_alignment(folder, config)
+        vocabulary, alignment = load_models.load_mllm_vocabulary(folder), load_models.load_alignment(folder, config)
         say = jax.jit(lambda alignment, seen, task: alignment(seen, task))
         said = []
         for (task, _), seen in zip(request.references, features, strict=True):
-            prompt = shown.show(config, vocabulary, tasks.NAMES[task], request.prompt, frame is not None)
+            prompt = mllm_inputs.show(config, vocabulary, tasks.NAMES[task], request.prompt, frame is not None)
             batch = jax.tree.map(lambda x: jnp.asarray(x)[None], prompt | {"features": seen})
             said.append(say(alignment, Shown(**batch), jnp.array([task])))
     told = jnp.concatenate(said, axis=1)
@@ -169,7 +170,7 @@ def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.
     """Latents from noise, with a progress bar."""
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
     with stage("transformer"):
-        dit = parts.load_dit(weights(config), config)
+        dit = load_models.load_dit(weights(config), config)
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
 
         def tick(step: int) -> None:

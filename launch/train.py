@@ -12,12 +12,13 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from configs.base import Config, require
+from configs.errors import require
+from configs.run import Config
 from data_pipelines.batches import batches, empty_text
 from launch import command
-from omnitransfer_jax import run
-from omnitransfer_jax.dry_run import describe
 from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.train import loop
+from omnitransfer_jax.train.plan import describe
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=FLAGS)
@@ -31,14 +32,14 @@ def main(config: Config) -> None:
     if DRY_RUN.value:
         print(describe(config))
         return
-    run.require_weights(config)
+    loop.require_weights(config)
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     mesh = make_mesh(config.mesh)
-    index, count = run.data_share(mesh)
+    index, count = loop.data_share(mesh)
     data = batches(config, seed=config.seed, process_index=index, process_count=count)
-    run.train(config, Path(WORKDIR.value), mesh, data, empty_text(config))
+    loop.train(config, Path(WORKDIR.value), mesh, data, empty_text(config))
 
 
 if __name__ == "__main__":

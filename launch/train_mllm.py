@@ -13,7 +13,7 @@ from absl import flags
 
 from configs.mllm import MLLMTraining
 from launch import command
-from omnitransfer_jax import mllm_training
+from world import mllm_training
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True, flag_values=FLAGS)

@@ -12,7 +12,7 @@ from absl import flags
 
 from configs.vae import VAETraining
 from launch import command
-from omnitransfer_jax import vae_training
+from world import vae_training
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True, flag_values=FLAGS)

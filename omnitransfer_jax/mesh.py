@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.base import MeshConfig, require
+from configs.errors import require
+from configs.run import MeshConfig
 
 DATA, CONTEXT = "data", "context"
 MESH_AXIS = {"in": DATA, "out": None, "layers": None, "vector": None, None: None}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from configs.base import SamplerConfig
+from configs.run import SamplerConfig
 from omnitransfer_jax.flow import TIMESTEPS, time_grid
 
 Velocity = Callable[[Array, Array], Array]

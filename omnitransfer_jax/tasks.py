@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
 
 
 class Task(NamedTuple):

@@ -16,14 +16,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import stage1, wan
-from configs.base import MeshConfig
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
+from configs.run import MeshConfig
 from omnitransfer_jax.mesh import DATA, make_mesh, shardings, specs
 from omnitransfer_jax.models.omnitransfer import SHARDING
-from omnitransfer_jax.run import to_mesh
-from omnitransfer_jax.training import abstract_params, abstract_state, init_state, make_train_step
+from omnitransfer_jax.train.loop import to_mesh
+from omnitransfer_jax.train.step import abstract_params, abstract_state, init_state, make_train_step
 from tests.compare import relative_l2
-from tests.tiny_run import EMPTY_TEXT, TINY, sample
+from tests.train.tiny_run import EMPTY_TEXT, TINY, sample
 
 HERE = Path(__file__).parents[1]
 CASES = {"2x4": (2, 4, 1), "4x2_in_two_parts": (4, 2, 2), "8x1": (8, 1, 1)}  # data, context, accumulate

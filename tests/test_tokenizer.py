@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from configs.errors import RequestError
 from configs.wan import get_config
-from omnitransfer_jax.errors import RequestError
 from omnitransfer_jax.tokenizer import byte_tokenizer, clean_prompt, load_tokenizer, tokenize, word_tokenizer
 
 PROMPTS = ["a cat", "été 猫", "", "a much longer prompt than fits"]

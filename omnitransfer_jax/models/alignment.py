@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from configs.base import Config, VideoConfig
+from configs.run import Config, VideoConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.models.layers import Linear
 from omnitransfer_jax.models.lora import add_lora
@@ -32,7 +32,7 @@ SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their
 
 
 class Shown(NamedTuple):
-    """What the language model sees of each sample, padded to one length (data_pipelines/shown.py)."""
+    """What the language model sees of each sample, padded to one length (data_pipelines/mllm_inputs.py)."""
 
     tokens: Int[Array, "B S"]
     """Token ids; placeholders where vision features go."""
@@ -85,7 +85,7 @@ class Alignment(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.mllm = Qwen2_5VL(config.mllm, rngs=rngs)
-        del self.mllm.vision  # frozen, and run once for every clip: data_pipelines/shown.py
+        del self.mllm.vision  # frozen, and run once for every clip: data_pipelines/mllm_inputs.py
         add_lora(self.mllm, config.lora, rngs=rngs)
         shape = (len(tasks.TASKS), config.alignment.queries, config.mllm.dim)
         self.queries = nnx.Param(jax.random.normal(rngs.params(), shape) * config.mllm.dim**-0.5)

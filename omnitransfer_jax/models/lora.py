@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from configs.base import LoRAConfig, require
+from configs.base import LoRAConfig
+from configs.errors import require
 from omnitransfer_jax.models.layers import Linear
 
 

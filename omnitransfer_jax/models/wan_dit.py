@@ -22,10 +22,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from configs.base import DiTConfig, require
+from configs.base import DiTConfig
+from configs.errors import require
 from omnitransfer_jax.models.attention import Kind, attention, one_directional_attention
+from omnitransfer_jax.models.kv_cache import Memory, Stored
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
-from omnitransfer_jax.models.memory import Memory, Stored
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
 REMAT = {  # what the backward pass finds stored, by DiTConfig.remat

@@ -17,7 +17,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from configs.base import VAEConfig, require
+from configs.base import VAEConfig
+from configs.errors import require
 from omnitransfer_jax.models.attention import attention
 from omnitransfer_jax.models.layers import Linear
 

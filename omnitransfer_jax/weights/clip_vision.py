@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from configs.base import CLIPVisionConfig, require
+from configs.base import CLIPVisionConfig
+from configs.errors import require
 from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry, Layout
 
 IGNORED = (

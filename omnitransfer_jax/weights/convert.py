@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
 from omnitransfer_jax.weights import files
 from omnitransfer_jax.weights.files import DTYPES, SHARD_BYTES, Spec, Tensor
 from omnitransfer_jax.weights.table import Entry

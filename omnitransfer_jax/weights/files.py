@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}  # as the library orders them
 CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 from flax import nnx
 
 from omnitransfer_jax.models.clip_vision import CLIPVision
+from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
-from omnitransfer_jax.params import abstract, flat_params
 from omnitransfer_jax.weights import clip_vision, qwen2_5_vl, umt5, wan_dit, wan_vae
 from omnitransfer_jax.weights.table import Entry
 

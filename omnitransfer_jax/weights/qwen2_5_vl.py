@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from configs.base import QwenConfig, QwenVisionConfig, require
+from configs.base import QwenConfig, QwenVisionConfig
+from configs.errors import require
 from omnitransfer_jax.weights.table import LINEAR, SAME, Entry, Layout
 
 OPTIONAL_PREFIXES = ("model.language_model.", "model.")

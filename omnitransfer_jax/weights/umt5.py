@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from configs.base import UMT5Config, require
+from configs.base import UMT5Config
+from configs.errors import require
 from omnitransfer_jax.weights.table import LINEAR, SAME, Entry
 
 IGNORED = ("encoder.embed_tokens.weight", "decoder.*", "lm_head.weight")

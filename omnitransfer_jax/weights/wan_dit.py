@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from configs.base import DiTConfig, require
+from configs.base import DiTConfig
+from configs.errors import require
 from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry, Layout
 
 OPTIONAL_PREFIXES = ("model.diffusion_model.",)  # ComfyUI's files: the original's names behind this

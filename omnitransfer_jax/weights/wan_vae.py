@@ -5,7 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from configs.base import VAEConfig, require
+from configs.base import VAEConfig
+from configs.errors import require
 from omnitransfer_jax.models.wan_vae import decoder_widths, encoder_widths
 from omnitransfer_jax.weights.table import CONV, SAME, Entry, Layout
 

@@ -8,13 +8,14 @@ import pytest
 from flax import nnx
 
 from configs import stage3
-from data_pipelines import synthetic
-from data_pipelines.synthetic_records import Encoder
+from configs.errors import RequestError
 from evaluation import transfer
 from evaluation.transfer import Networks, Results, Transfer, held_out, swapped, with_control
-from omnitransfer_jax import checkpoint, parts, tasks
-from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.models.alignment import Alignment
+from world import scenes
+from world.pair_records import Encoder
 
 TINY = stage3.get_config("tiny")
 TINY = replace(TINY, sampler=replace(TINY.sampler, steps=2))
@@ -32,13 +33,13 @@ def small_batches():
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(TINY, checkpoint.EMBEDDED)
+    return Encoder(TINY, model_folder.EMBEDDED)
 
 
 @pytest.fixture(scope="module")
 def dit():
     """The package's transformer, or a random one as long as it has none."""
-    return parts.load_dit(checkpoint.EMBEDDED if "dit" in checkpoint.read_model(checkpoint.EMBEDDED_FOLDER) else "", TINY)
+    return load_models.load_dit(model_folder.EMBEDDED if "dit" in model_folder.read_model(model_folder.EMBEDDED_FOLDER) else "", TINY)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def with_other_references(pairs):
 
 @pytest.mark.parametrize("task", tasks.NAMES)
 def test_another_reference_is_one_of_another_value(task):
-    factor, pairs = synthetic.SHARES[task], held_out(TINY, task, 24)
+    factor, pairs = scenes.SHARES[task], held_out(TINY, task, 24)
     references = [pair.reference for pair in pairs]
     for pair, other in zip(pairs, swapped(pairs), strict=True):
         assert other.reference in references
@@ -84,7 +85,7 @@ def test_pairs_of_one_value_have_nothing_to_swap():
 def test_held_out_pairs_share_what_training_never_saw():
     for task in tasks.NAMES:
         for pair in held_out(TINY, task, 8):
-            assert getattr(pair.target, synthetic.SHARES[task]) in synthetic.HELD_OUT[synthetic.SHARES[task]]
+            assert getattr(pair.target, scenes.SHARES[task]) in scenes.HELD_OUT[scenes.SHARES[task]]
             assert pair.task == task
 
 
@@ -145,8 +146,8 @@ def test_controls_without_a_network(plain):
     pairs = held_out(TINY, "camera", 2)
     still, copied = (with_control(name, run, networks, pairs) for name in ("still", "copied"))
     for i, pair in enumerate(pairs):
-        assert (still[i] == synthetic.render(pair.target, TINY.video)[0]).all()
-        assert (copied[i] == synthetic.render(pair.reference, TINY.video)).all()
+        assert (still[i] == scenes.render(pair.target, TINY.video)[0]).all()
+        assert (copied[i] == scenes.render(pair.reference, TINY.video)).all()
 
 
 def test_results_are_of_every_pair_and_control(plain):

@@ -8,9 +8,9 @@ import pytest
 from absl import flags
 
 from configs import wan
-from configs.base import Config
+from configs.errors import RequestError
+from configs.run import Config
 from launch import command
-from omnitransfer_jax.errors import RequestError
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "where to write", required=True, flag_values=FLAGS)

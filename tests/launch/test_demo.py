@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from configs import stage3
-from data_pipelines import synthetic
-from evaluation import report, transfer
-from evaluation.report import Picture, Row
+from evaluation import transfer
+from evaluation.report import page as report
+from evaluation.report.page import Picture, Row
 from evaluation.transfer import CONTROLS, Results
 from launch import command, demo, encode_world
 from omnitransfer_jax import tasks
-from omnitransfer_jax.log import METRICS_FILE
+from omnitransfer_jax.train.log import METRICS_FILE
+from world import scenes
 
 TINY = stage3.get_config("tiny")
 OTHERS = {"id": ("colour", "texture"), "style": ("colour", "texture"), "motion": ("path",), "camera": ("camera",), "effect": ()}
@@ -44,7 +45,7 @@ class Reader(HTMLParser):
 def truths():
     """Pairs of every task, and their true clips under every control."""
     pairs = {task: transfer.held_out(TINY, task, COUNT) for task in tasks.NAMES}
-    clips = {task: np.stack([synthetic.render(pair.target, TINY.video) for pair in of_task]) for task, of_task in pairs.items()}
+    clips = {task: np.stack([scenes.render(pair.target, TINY.video) for pair in of_task]) for task, of_task in pairs.items()}
     return pairs, {task: dict.fromkeys(CONTROLS, truth) for task, truth in clips.items()}
 
 

@@ -11,11 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from configs import stage0
 from launch import command, embed
-from omnitransfer_jax import checkpoint, parts, run_checkpoint
+from omnitransfer_jax import load_models
+from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.tokenizer import word_tokenizer
-from omnitransfer_jax.training import TrainState
+from omnitransfer_jax.train.step import TrainState
 from omnitransfer_jax.weights.parts import MLLM, PARTS
-from tests.tiny_run import batches
+from tests.train.tiny_run import batches
 
 TINY = stage0.get_config("tiny")
 SHAPES = {part.name: part.shapes(getattr(TINY, part.name)) for part in (*PARTS, MLLM)}
@@ -49,9 +50,9 @@ def trained_dit(workdir, origin):
     """A workdir of stage 0 whose average differs from its weights; the average."""
     weights, average = ({f"dit.{path}": jnp.asarray(x) for path, x in drawn("dit", seed).items()} for seed in (2, 3))
     state = TrainState(jnp.int32(40), weights, {}, {"moment": jnp.zeros(1)}, average, jnp.int32(0))
-    with run_checkpoint.open_checkpoints(workdir, TINY.checkpoint) as checkpoints:
-        run_checkpoint.save(checkpoints, 40, state, batches(TINY))
-    run_checkpoint.write_config(workdir, replace(TINY, train=replace(TINY.train, init_from=str(origin))))
+    with run_folder.open_checkpoints(workdir, TINY.checkpoint) as checkpoints:
+        run_folder.save(checkpoints, 40, state, batches(TINY))
+    run_folder.write_config(workdir, replace(TINY, train=replace(TINY.train, init_from=str(origin))))
     return {path.removeprefix("dit."): x for path, x in average.items()}
 
 
@@ -66,7 +67,7 @@ def encoders(tmp_path_factory):
 
 def test_without_a_base(encoders, tmp_path, capsys):
     folder, vae = encoders
-    assert checkpoint.read_model(folder) == {name: getattr(TINY, name) for name in ENCODERS}
+    assert model_folder.read_model(folder) == {name: getattr(TINY, name) for name in ENCODERS}
     assert_same(load_file(folder / "vae.safetensors"), vae)
     for name in ENCODERS:
         stored = load_file(folder / f"{name}.safetensors")
@@ -76,7 +77,7 @@ def test_without_a_base(encoders, tmp_path, capsys):
     assert made["parts"]["text"]["from"] == "random, seed 0"
     assert made["parts"]["vae"]["bytes"] == (folder / "vae.safetensors").stat().st_size
     assert made["parts"]["vae"]["parameters"] == sum(x.size for x in vae.values())
-    assert parts.load_vocabulary(str(folder)).get_vocab() == parts.load_mllm_vocabulary(str(folder)).get_vocab()
+    assert load_models.load_vocabulary(str(folder)).get_vocab() == load_models.load_mllm_vocabulary(str(folder)).get_vocab()
 
 
 def test_a_base_brings_the_transformer_and_all_it_started_from(encoders, tmp_path):
@@ -97,7 +98,7 @@ def test_a_base_brings_the_transformer_and_all_it_started_from(encoders, tmp_pat
         *before["commands"],
         f"python -m launch.embed --config=stage0:tiny --base={tmp_path / 'base'} --out={tmp_path / 'out'}",
     ]
-    assert_same(load_file(tmp_path / "out" / "dit.safetensors"), checkpoint.load_part(tmp_path / "out", "dit", SHAPES["dit"]))
+    assert_same(load_file(tmp_path / "out" / "dit.safetensors"), model_folder.load_part(tmp_path / "out", "dit", SHAPES["dit"]))
 
 
 def test_a_given_language_model(encoders, tmp_path):

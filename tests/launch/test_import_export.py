@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import wan
 from launch import command, export, import_weights
-from omnitransfer_jax import checkpoint
+from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.weights import files
 from omnitransfer_jax.weights.parts import PARTS
 from tests.parity.bridge import randomise
@@ -114,13 +114,13 @@ def test_import_says_what_it_did_and_what_comes_next(source, tmp_path, capfd):
     assert lines[0].startswith("dit: 87 tensors, 0.000")
     sample = f'--config=wan:smoke --checkpoint={tmp_path / "ours"} --first_frame=IMAGE --prompt="..." --out=out.mp4'
     assert lines[-1] == f"Next: python -m launch.sample {sample}"
-    stored = checkpoint.read_model(tmp_path / "ours")
+    stored = model_folder.read_model(tmp_path / "ours")
     assert stored == {name: replace(part, **run_fields(part)) for name, part in ((p.name, getattr(SMOKE, p.name)) for p in PARTS)}
 
 
 def run_fields(part):
     """What a config.json does not tell is at its default."""
-    return {name: getattr(type(part)(), name) for name in checkpoint.RUN_FIELDS if hasattr(part, name)}
+    return {name: getattr(type(part)(), name) for name in model_folder.RUN_FIELDS if hasattr(part, name)}
 
 
 def test_diffusers_to_ours_to_diffusers_is_bit_identical(source_and_export):
@@ -166,7 +166,7 @@ def test_the_originals_layout_goes_both_ways(ours, tmp_path):
     assert (tmp_path / "original" / "google" / "umt5-xxl" / "tokenizer.json").is_file()
     assert run_import(tmp_path / "original", tmp_path / "again") == 0
     for part in PARTS:
-        assert_same_bits(dict(checkpoint.read_part(tmp_path / "again", part.name)), dict(checkpoint.read_part(ours, part.name)))
+        assert_same_bits(dict(model_folder.read_part(tmp_path / "again", part.name)), dict(model_folder.read_part(ours, part.name)))
 
 
 def test_comfyuis_single_file_goes_both_ways(ours, tmp_path, capfd):
@@ -176,14 +176,14 @@ def test_comfyuis_single_file_goes_both_ways(ours, tmp_path, capfd):
     with safe_open(file, "np") as stream:
         assert all(name.startswith("model.diffusion_model.") for name in stream.keys())  # noqa: SIM118 - no mapping
     assert run_import(file, tmp_path / "again") == 0
-    assert_same_bits(dict(checkpoint.read_part(tmp_path / "again", "dit")), dict(checkpoint.read_part(ours, "dit")))
+    assert_same_bits(dict(model_folder.read_part(tmp_path / "again", "dit")), dict(model_folder.read_part(ours, "dit")))
     assert "vae: not there; no video can be encoded or decoded" in capfd.readouterr().out
 
 
 def test_weights_are_converted_on_request(source, ours, tmp_path):
     assert run_import(source, tmp_path / "ours", "--dtype=bfloat16") == 0
     for part in PARTS:
-        kept, converted = dict(checkpoint.read_part(ours, part.name)), dict(checkpoint.read_part(tmp_path / "ours", part.name))
+        kept, converted = dict(model_folder.read_part(ours, part.name)), dict(model_folder.read_part(tmp_path / "ours", part.name))
         assert_same_bits(converted, {path: leaf.astype(files.DTYPES["BF16"]) for path, leaf in kept.items()})
 
 
@@ -226,7 +226,7 @@ def test_parts_can_come_one_by_one(source, tmp_path, capfd):
         shutil.copytree(source / part.diffusers[0], tmp_path / part.name / part.diffusers[0])
         assert run_import(tmp_path / part.name, tmp_path / "ours") == 0
         capfd.readouterr()
-    assert set(checkpoint.read_model(tmp_path / "ours")) == set(CLASSES)
+    assert set(model_folder.read_model(tmp_path / "ours")) == set(CLASSES)
 
 
 def test_sizes_nobody_published_need_a_config_file(tmp_path, capfd):
@@ -290,7 +290,7 @@ def test_exports_that_cannot_be(ours, tmp_path, capfd, args, message):
 
 def test_only_the_parts_that_are_there_are_exported(ours, tmp_path):
     shutil.copytree(ours / "dit", tmp_path / "ours" / "dit")
-    checkpoint.write_model(tmp_path / "ours", {"dit": SMOKE.dit})
+    model_folder.write_model(tmp_path / "ours", {"dit": SMOKE.dit})
     assert run_export(tmp_path / "ours", tmp_path / "theirs") == 0
     index = json.loads((tmp_path / "theirs" / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "WanTransformer3DModel"]

@@ -12,8 +12,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from configs import stage1, stage2, stage3
 from data_pipelines import clips, example
 from launch import command, encode, export, sample, train
-from omnitransfer_jax import run_checkpoint, tasks
-from omnitransfer_jax.training import abstract_params
+from omnitransfer_jax import tasks
+from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.train.step import abstract_params
 from omnitransfer_jax.weights import qwen2_5_vl
 from tests.launch.test_road import SMOKE as ROAD
 from tests.launch.test_road import example_pairs, real_manifest
@@ -28,7 +29,7 @@ def run(module, stage, *args):
 def weights(workdir, config):
     """Everything a run holds, not averaged."""
     config = command._override(config, SMALL, train.FLAGS)  # the configuration the commands were given
-    return run_checkpoint.load_params(workdir, abstract_params(config))
+    return run_folder.load_params(workdir, abstract_params(config))
 
 
 def travel(tmp_path, manifest, pairs):

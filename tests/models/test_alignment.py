@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from configs import stage1, stage2, stage3
-from configs.base import Config
+from configs.run import Config
 from omnitransfer_jax import tasks
 from omnitransfer_jax.flow import loss_per_example
 from omnitransfer_jax.models.alignment import Alignment, Shown
+from omnitransfer_jax.models.flat_params import abstract, count, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import OmniTransfer, open_reference
-from omnitransfer_jax.params import abstract, count, flat_params, with_params
-from omnitransfer_jax.training import abstract_params, init_state, split_trainable
+from omnitransfer_jax.train.step import abstract_params, init_state, split_trainable
 from tests.compare import relative_l2
 
 SMOKE = stage2.get_config("smoke")

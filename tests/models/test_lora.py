@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from configs.base import LoRAConfig
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
+from omnitransfer_jax.models.flat_params import flat_params, with_params
 from omnitransfer_jax.models.lora import add_lora, merge_lora
 from omnitransfer_jax.models.wan_dit import WanDiT
-from omnitransfer_jax.params import flat_params, with_params
 from tests.compare import relative_l2
 from tests.models.test_wan_dit import TINY
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from configs.base import QwenConfig, QwenVisionConfig
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
 from omnitransfer_jax.models.attention import CHUNK
+from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.qwen2_5_vision import fit, grid_of, patchify
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL, causal_attention, place, position_ids
-from omnitransfer_jax.params import abstract, flat_params, with_params
 from tests.compare import relative_l2
 
 VISION = QwenVisionConfig(dim=16, ffn_dim=24, num_layers=2, num_heads=2, patch=2, window=8, full_attention=(1,))  # 2 x 2 features a window

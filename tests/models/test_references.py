@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs.base import SamplerConfig
+from configs.errors import RequestError
+from configs.run import SamplerConfig
 from omnitransfer_jax import tasks
-from omnitransfer_jax.errors import RequestError
-from omnitransfer_jax.models.memory import compress
+from omnitransfer_jax.models.flat_params import flat_params
+from omnitransfer_jax.models.kv_cache import compress
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, open_reference, reference_latents
 from omnitransfer_jax.models.rope3d import grid
 from omnitransfer_jax.models.wan_dit import ALONE, Context, Stream, WanDiT
-from omnitransfer_jax.params import flat_params
 from tests.compare import relative_l2
 from tests.models.test_wan_dit import TINY
 

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from configs.base import UMT5Config
+from configs.errors import RequestError
 from configs.wan import get_config
-from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.models.flat_params import abstract, count, flat_params, with_params
 from omnitransfer_jax.models.umt5 import UMT5Encoder, position_buckets
-from omnitransfer_jax.params import abstract, count, flat_params, with_params
 from omnitransfer_jax.weights.umt5 import config_from_json, config_json
 
 SMOKE = get_config("smoke").text

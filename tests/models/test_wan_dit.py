@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from configs.base import DiTConfig
 from configs.wan import I2V_14B, T2V_1_3B, T2V_14B
+from omnitransfer_jax.models.flat_params import abstract, count, flat_params
 from omnitransfer_jax.models.wan_dit import ALONE, Context, Stream, WanDiT
-from omnitransfer_jax.params import abstract, count, flat_params
 from tests.compare import relative_l2
 
 TINY = DiTConfig(dim=24, ffn_dim=32, num_layers=3, num_heads=2, text_dim=8, image_dim=8, freq_dim=16, dtype="float32", remat="none")

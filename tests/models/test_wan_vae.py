@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from configs.base import VAEConfig
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
+from omnitransfer_jax.models.flat_params import abstract, count, flat_params, with_params
 from omnitransfer_jax.models.wan_vae import WanVAE
-from omnitransfer_jax.params import abstract, count, flat_params, with_params
 
 SMALL = VAEConfig(
     base_dim=8, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from omnitransfer_jax.params import abstract, flat_params, with_params
+from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.weights.table import Entry
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from configs.base import CLIPVisionConfig
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
-from omnitransfer_jax.params import abstract, flat_params, with_params
+from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.weights.clip_vision import OPTIONAL_PREFIXES, config_from_json, config_json, entries
 from tests.compare import relative_l2
 from tests.parity.bridge import randomise, tensors, to_ours

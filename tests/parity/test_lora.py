@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 from configs.base import LoRAConfig
+from omnitransfer_jax.models.flat_params import flat_params, with_params
 from omnitransfer_jax.models.lora import add_lora
 from omnitransfer_jax.models.wan_dit import WanDiT
-from omnitransfer_jax.params import flat_params, with_params
 from omnitransfer_jax.weights import lora
 from omnitransfer_jax.weights.wan_dit import config_json, entries
 from tests.compare import relative_l2

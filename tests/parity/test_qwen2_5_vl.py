@@ -11,9 +11,9 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from configs.base import QwenConfig, QwenVisionConfig
+from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.qwen2_5_vision import fit, frequencies, grid_of, patchify
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL, place, position_ids
-from omnitransfer_jax.params import flat_params
 from omnitransfer_jax.weights.qwen2_5_vl import config_json, entries
 from tests.compare import relative_l2
 from tests.parity.bridge import gradients, port, randomise, to_ours

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from configs.base import SamplerConfig
+from configs.run import SamplerConfig
 from omnitransfer_jax.flow import time_grid
 from omnitransfer_jax.samplers import sample
 from tests.compare import relative_l2

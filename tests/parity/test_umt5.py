@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from configs.base import UMT5Config
+from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.umt5 import UMT5Encoder, position_buckets
-from omnitransfer_jax.params import abstract, flat_params, with_params
 from omnitransfer_jax.weights.umt5 import IGNORED, config_from_json, config_json, entries
 from tests.compare import relative_l2
 from tests.parity.bridge import gradients, randomise, tensors, to_ours

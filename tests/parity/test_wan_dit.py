@@ -10,8 +10,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from configs.base import DiTConfig
+from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.wan_dit import WanDiT
-from omnitransfer_jax.params import flat_params
 from omnitransfer_jax.weights.wan_dit import config_json, entries
 from tests.compare import relative_l2
 from tests.parity.bridge import gradients, port, randomise, to_ours

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKLWan
 
 from configs.base import VAEConfig
 from data_pipelines.clips import read_clip, to_unit
+from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.wan_vae import WanVAE
-from omnitransfer_jax.params import flat_params
 from omnitransfer_jax.weights.wan_vae import config_json, entries
 from tests.compare import relative_l2
 from tests.parity.bridge import gradients, port, randomise, to_ours

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import wan
 from configs.base import CLIPVisionConfig, DiTConfig, UMT5Config, VAEConfig
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
 from omnitransfer_jax.weights import convert, files
 from omnitransfer_jax.weights.parts import PARTS
 from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry

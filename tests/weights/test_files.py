@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save, save_file
 
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
 from omnitransfer_jax.weights import files
 from omnitransfer_jax.weights.files import Spec
 

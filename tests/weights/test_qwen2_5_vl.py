@@ -10,9 +10,9 @@ import transformers
 from safetensors.torch import save_file
 
 from configs.base import QwenConfig, QwenVisionConfig
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
+from omnitransfer_jax.models.flat_params import abstract, count, flat_params
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
-from omnitransfer_jax.params import abstract, count, flat_params
 from omnitransfer_jax.weights.convert import load, save, select, specs
 from omnitransfer_jax.weights.files import find, inspect
 from omnitransfer_jax.weights.qwen2_5_vl import OPTIONAL_PREFIXES, config_from_json, config_json, entries, ignored

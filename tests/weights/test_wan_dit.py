@@ -9,10 +9,10 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 from configs.base import DiTConfig
+from configs.errors import RequestError
 from configs.wan import I2V_14B, T2V_1_3B, T2V_14B
-from omnitransfer_jax.errors import RequestError
+from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.models.wan_dit import WanDiT
-from omnitransfer_jax.params import abstract, flat_params
 from omnitransfer_jax.weights.convert import specs
 from omnitransfer_jax.weights.wan_dit import config_from_json, config_json, entries
 

@@ -11,9 +11,9 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.numpy import save_file
 
 from configs.base import VAEConfig
-from omnitransfer_jax.errors import RequestError
+from configs.errors import RequestError
+from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.models.wan_vae import WanVAE
-from omnitransfer_jax.params import abstract, flat_params
 from omnitransfer_jax.weights.wan_vae import config_from_json, config_json, entries
 from tests.parity.bridge import randomise, tensors, to_ours
 

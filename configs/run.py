@@ -1,0 +1,297 @@
+"""What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from configs.base import AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
+from configs.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """The video a run makes."""
+
+    frames: int = 81
+    """Frames; the causal autoencoder needs 4n+1."""
+    height: int = 480
+    """Pixels. With a first frame, `height * width` is the area and the frame's own aspect ratio decides the shape."""
+    width: int = 832
+    """Pixels."""
+    fps: int = 16
+    """Frames per second (Wan2.1's training rate)."""
+
+    def latent_shape(self, vae: VAEConfig) -> tuple[int, int, int, int]:
+        """Frames, rows, columns and channels of the video's latents."""
+        return (self.frames - 1) // vae.time_stride + 1, self.height // vae.space_stride, self.width // vae.space_stride, vae.z_dim
+
+    def patches(self, vae: VAEConfig, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The transformer's tokens of the video: time, rows, columns."""
+        (frames, rows, columns, _), (t, h, w) = self.latent_shape(vae), patch
+        return frames // t, rows // h, columns // w
+
+    def validate(self, at: str, vae: VAEConfig, patch: tuple[int, int, int]) -> None:
+        """`at` is the field's name in messages; the autoencoder and the patch decide which sizes exist."""
+        stride = vae.time_stride
+        require(
+            self.frames >= 1 and (self.frames - 1) % stride == 0,
+            f"{at}.frames={self.frames}: the causal autoencoder needs {stride}n+1, "
+            f"the nearest is {max(0, round((self.frames - 1) / stride)) * stride + 1}",
+        )
+        for name, size, cover in (("height", self.height, patch[1]), ("width", self.width, patch[2])):
+            step = vae.space_stride * cover
+            require(
+                size > 0 and size % step == 0,
+                f"{at}.{name}={size}: a multiple of {step}, the pixels one token covers; "
+                f"the nearest is {max(1, round(size / step)) * step}",
+            )
+        require(self.fps > 0, f"{at}.fps={self.fps}: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How noise becomes a video. Defaults: Wan2.1 image-to-video at 480p."""
+
+    solver: Literal["unipc", "euler"] = "unipc"
+    """UniPC (order 2, bh2) on integer timesteps, or Euler on exact ones, both on the original's grid."""
+    steps: int = 40
+    """Denoising steps."""
+    shift: float = 3.0
+    """Bends the time grid towards noise: 3 at 480p, 5 at 720p."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 leaves the unconditional pass out."""
+    negative_prompt: str = ""
+    """What the unconditional pass is told."""
+    reference_cache: Literal["full", "float8", "int8", "none"] = "full"
+    """References' keys and values are computed once and kept, as they are or in one byte a number; `none` computes them at every step.
+
+    With `dit.references=bidirectional` they depend on the step, and nothing is kept.
+    """
+    stack_references: bool = False
+    """Several references of one family: all at the offset of Eq. 2, or, if true, the k-th k times as far."""
+
+    def validate(self) -> None:
+        require(self.steps >= 1, f"sampler.steps={self.steps}: at least 1")
+        require(self.shift > 0, f"sampler.shift={self.shift}: more than 0")
+        require(self.guidance >= 1, f"sampler.guidance={self.guidance}: at least 1 (1 is no guidance)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The records a run trains on, and how clips become records."""
+
+    path: str = ""
+    """Folder of records that launch.encode wrote."""
+    reference: VideoConfig = field(default_factory=VideoConfig)
+    """Size of the reference videos; it need not be the target's."""
+    text_drop: float = 0.1
+    """Share of the samples whose prompt is replaced by the empty one, which is what guidance needs."""
+    shuffle: bool = True
+    """Whether every epoch has its own order."""
+    threads: int = 4
+    """Reader threads."""
+
+    def validate(self) -> None:
+        require(0 <= self.text_drop < 1, f"data.text_drop={self.text_drop}: a share from 0 to below 1")
+        require(self.threads >= 1, f"data.threads={self.threads}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    steps: int = 10_000
+    """Optimizer steps (paper section 5.1, stage 1)."""
+    batch_size: int = 16
+    """Samples per step over all devices (paper section 5.1)."""
+    init_from: str = ""
+    """Where the weights start: a folder of launch.import_weights, or the workdir of another run."""
+    trainable: tuple[str, ...] = ("dit/.*",)
+    """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
+    shift: float = 3.0
+    """Bends the drawn times towards noise, as in sampling."""
+    weighting: Literal["velocity", "clean"] = "velocity"
+    """What the squared velocity error at a time t counts for: 1, or min(1, 2t)^2, the error of the clean estimate over max(t, 0.5)^2."""
+    references: bool = True
+    """Whether targets read their references; if not, the network trains as Wan's does, without any."""
+    ema: float = 0.0
+    """Decay of the running average of the weights that sampling prefers; 0 keeps none.
+
+    Update n = 1, 2, ... decays it by min(ema, (1 + n) / (10 + n)), so that the initial weights are soon forgotten.
+    """
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl and of the console."""
+
+    def validate(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: at least 1")
+        require(0 <= self.ema < 1, f"train.ema={self.ema}: from 0 to below 1")
+        require(self.shift > 0, f"train.shift={self.shift}: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW or Muon with a linear warm-up to a constant rate."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon on matrices and AdamW with Nesterov momentum on the rest (optax.contrib.muon)."""
+    learning_rate: float = 1e-5
+    """Rate after the warm-up (paper section 5.1)."""
+    vector_learning_rate: float = 2e-3
+    """With Muon, the rate after the warm-up of what is no matrix: biases, norms, modulations, queries."""
+    adapter_share: float = 1.0
+    """Share of these rates at which the language model's adapters and the queries move."""
+    warmup_steps: int = 100
+    """Steps from 0 to the rate."""
+    b1: float = 0.9
+    """Decay of the first moment; Muon's own, of the matrices' gradients, is 0.95."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices; vectors are left alone."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    accumulate: int = 1
+    """Parts a batch is cut into, one after the other, their gradients averaged."""
+
+    def validate(self) -> None:
+        for name in ("learning_rate", "vector_learning_rate"):
+            require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)}: more than 0")
+        require(self.adapter_share >= 0, f"optimizer.adapter_share={self.adapter_share}: at least 0")
+        require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run saves."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the latest are kept."""
+
+    def validate(self) -> None:
+        require(self.every >= 1, f"checkpoint.every={self.every}: at least 1")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTraining:
+    """How one part of the tiny model is trained by itself, before stage 0: what all such trainings share."""
+
+    free: ClassVar[frozenset[str]] = frozenset({"log_every", "evaluate_every", "evaluate_clips", "checkpoint", "threads"})
+    """What may change when a run goes on."""
+
+    steps: int = 1200
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Clips, or pairs of them, per step."""
+    learning_rate: float = 2e-2
+    """Highest rate of Muon on matrices, after the warm-up; from there it falls to 0 along half a cosine."""
+    vector_learning_rate: float = 5e-3
+    """The same of Adam on the rest."""
+    warmup_steps: int = 20
+    """Steps up to the highest rate."""
+    evaluate_every: int = 300
+    """Steps between looks at held-out clips."""
+    evaluate_clips: int = 256
+    """Held-out clips, or pairs, at the end; an eighth of them before."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl and of the console."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When it saves."""
+    threads: int = 2
+    """Threads that draw clips."""
+    seed: int = 0
+    """The one root of every random number."""
+
+    def validate(self) -> None:
+        """Raises `RequestError` for the first value that cannot work."""
+        self.checkpoint.validate()
+        for name in ("steps", "batch_size", "evaluate_every", "log_every", "threads"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: at least 1")
+        whole = 8 * self.batch_size
+        require(
+            self.evaluate_clips >= whole and self.evaluate_clips % whole == 0,
+            f"evaluate_clips={self.evaluate_clips}: a multiple of {whole}",
+        )
+        require(
+            self.evaluate_every % self.log_every == 0, f"evaluate_every={self.evaluate_every}: a multiple of log_every={self.log_every}"
+        )
+        for name in ("learning_rate", "vector_learning_rate"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: more than 0")
+        require(0 <= self.warmup_steps < self.steps, f"warmup_steps={self.warmup_steps}: from 0 to below steps={self.steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices share what; the product is the number of devices used."""
+
+    data: int = 1
+    """Devices that share the batch; the parameters and the optimizer are spread over them too."""
+    context: int = 1
+    """Devices that share the tokens of each sample, target and reference in equal parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a command needs to know."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    """The diffusion transformer."""
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    """The video autoencoder."""
+    text: UMT5Config = field(default_factory=UMT5Config)
+    """The text encoder."""
+    image: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    """The image encoder; a text-to-video network leaves it unused."""
+    mllm: QwenConfig = field(default_factory=QwenConfig)
+    """The multimodal language model; used from stage 2 on."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """The language model's adapters."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """How the language model speaks to the transformer."""
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """The video to make."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The solver and its numbers."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What a training reads."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """What a training does."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights move."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When a training saves."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices share the work."""
+    seed: int = 0
+    """The one root of every random number."""
+
+    def validate(self) -> None:
+        """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
+        models = (self.dit, self.vae, self.text, self.image, self.mllm, self.lora, self.alignment)
+        for part in (*models, self.sampler, self.data, self.train, self.optimizer, self.checkpoint):
+            part.validate()
+        vae, dit = self.vae, self.dit
+        for video, at in ((self.video, "video"), (self.data.reference, "data.reference")):
+            video.validate(at, vae, dit.patch)
+        parts = self.optimizer.accumulate * self.mesh.data
+        require(
+            self.train.batch_size % parts == 0,
+            f"train.batch_size={self.train.batch_size}: a multiple of optimizer.accumulate * mesh.data = {parts}",
+        )
+        require(
+            dit.out_channels == vae.z_dim,
+            f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",
+        )
+        require(dit.text_dim == self.text.dim, f"dit.text_dim={dit.text_dim}: the text encoder's width is text.dim={self.text.dim}")
+        require(
+            dit.image_dim in (None, self.image.dim),
+            f"dit.image_dim={dit.image_dim}: the image encoder's width is image.dim={self.image.dim}",
+        )
+
+
+def variant_of(variants: dict[str, Config], name: str) -> Config:
+    """`variants[name]`, or a `RequestError` that lists what there is."""
+    require(name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size")
+    return variants[name]

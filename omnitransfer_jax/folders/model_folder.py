@@ -1,0 +1,225 @@
+"""Our checkpoint of a model: a folder with one Orbax checkpoint a part, and the configuration that tells what they are.
+
+    DIR/model.json              format version and the configuration of each part
+    DIR/{dit,vae,text,image,mllm}/   parameters by path, as `params.flat_params` names them
+    DIR/tokenizer/              the text encoder's vocabulary, as transformers stores it
+    DIR/mllm_tokenizer/         the language model's
+
+Parts are read and written some leaves at a time, so neither needs a part twice in memory. A small part may be one file,
+DIR/dit.safetensors, with the same names: so are those of the folder that the package holds, whose name is `EMBEDDED`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from configs.errors import RequestError
+from configs.run import Config
+from omnitransfer_jax.weights import files
+
+EMBEDDED = "embedded"  # in the place of a folder: the one of this package, wherever it is installed
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded"
+FORMAT = 1
+MODEL_FILE = "model.json"
+GROUP_BYTES = 2**28  # leaves that go to or come from the disk together, unless one alone is larger
+CHUNK_BYTES = 2**26  # a process reads the chunks its shard of an array touches, so they are small, and cut along the widest axes
+# How a model runs, not which one it is.
+RUN_FIELDS = {"dtype", "attention", "references", "offsets", "remat", "text_len", "encode_frames", "decode_frames"}
+Item = TypeVar("Item")
+IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
+
+
+def resolve(folder: str) -> str:
+    """`folder`, or the package's own for `EMBEDDED`."""
+    return str(EMBEDDED_FOLDER) if folder == EMBEDDED else folder
+
+
+def save_file(folder: Path, name: str, leaves: Mapping[str, np.ndarray]) -> Path:
+    """Writes part `name` as one safetensors file, at once in place of an earlier one; for parts of some megabytes."""
+    specs = {path: files.Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    return files.write(folder, name, specs, leaves.items(), math.inf)[0]
+
+
+def save_part(folder: epath.PathLike, name: str, leaves: Iterable[tuple[str, Any]]) -> None:
+    """Writes part `name` from its leaves, path and array; it appears under its name when the last of them is on the disk."""
+    path = epath.Path(folder).absolute() / name
+    if path.exists():
+        raise RequestError(f"{path}: exists already; give another folder, or remove it")
+    unfinished = path.parent / f"{name}.partial_save"  # Orbax's name, here of an earlier attempt that was interrupted
+    if unfinished.exists():
+        unfinished.rmtree()
+    with _context():
+        for group in _groups(leaves, size=lambda item: item[1].nbytes):
+            ocp.partial.save(path, dict(group))
+            group.clear()
+        ocp.partial.finalize(path)
+
+
+def load_part(
+    folder: epath.PathLike,
+    name: str,
+    params: Mapping[str, Any],
+    sharding: jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None = None,
+    dtype: Any = None,
+) -> dict[str, jax.Array]:
+    """Part `name` as arrays by path, for a model whose leaves have the shapes of `params`.
+
+    `sharding` is one for all leaves or one a path; None puts everything on the first device. `dtype` None keeps what is stored.
+    Another model's part is a `RequestError`.
+    """
+    stored = part_leaves(folder, name)
+    misshaped = [path for path in stored if path in params and stored[path].shape != params[path].shape]
+    problems = [
+        *(f"{path} is {stored[path].shape}, not {params[path].shape}" for path in misshaped),
+        *(f"{path} is absent" for path in params if path not in stored),
+        *(f"{path} is not of this model" for path in stored if path not in params),
+    ]
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise RequestError(
+            f"{epath.Path(folder) / name}: not the {name} of this configuration: {'; '.join(problems[:6])}{more}; "
+            f"give the --config it was made for, or import again: {IMPORT}"
+        )
+    if not isinstance(sharding, Mapping):
+        sharding = dict.fromkeys(stored, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    targets = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path]) for path, leaf in stored.items()}
+    return dict(_read(folder, name, targets))
+
+
+def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Part `name` leaf by leaf, path and array in host memory, in the order of `part_leaves`."""
+    # A numpy array asks for numpy arrays; only its dtype is looked at, so it needs no memory.
+    leaves = part_leaves(folder, name).items()
+    return _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves})
+
+
+def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of every leaf of part `name`, without reading it."""
+    path = epath.Path(folder).absolute() / name
+    if (file := _file(folder, name)).is_file():
+        tensors = files.inspect([file])
+        return {key: jax.ShapeDtypeStruct(tensor.shape, files.DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
+    if not path.exists():
+        raise RequestError(f"{path}: this checkpoint has no {name}; import one: {IMPORT}")
+    with _context():
+        metadata = ocp.metadata(path).metadata
+    return {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in metadata.items()}
+
+
+def write_model(folder: epath.PathLike, parts: Mapping[str, Any]) -> None:
+    """Says in model.json which parts `folder` holds and of which configuration each is; parts it already told of stay."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_model(folder) if (folder / MODEL_FILE).exists() else {}
+    text = json.dumps({"format": FORMAT, "parts": {name: asdict(config) for name, config in {**known, **parts}.items()}}, indent=2)
+    partial = folder / f".{MODEL_FILE}.partial"
+    partial.write_text(text)
+    partial.replace(folder / MODEL_FILE)
+
+
+def read_model(folder: epath.PathLike) -> dict[str, Any]:
+    """The configuration of each part that `folder` holds, by the part's name in `Config`."""
+    path = epath.Path(folder) / MODEL_FILE
+    if not path.exists():
+        raise RequestError(f"{folder}: no checkpoint, {MODEL_FILE} is absent; make one: {IMPORT}")
+    content = json.loads(path.read_text())
+    if content["format"] != FORMAT:
+        raise RequestError(f"{path}: format {content['format']}, this version reads {FORMAT}; import again: {IMPORT}")
+    kinds, parts = get_type_hints(Config), {}
+    for name, values in content["parts"].items():
+        if name not in kinds:
+            raise RequestError(f"{path}: {name} has {name}, unknown to this version; import again: {IMPORT}")
+        parts[name] = configuration(kinds[name], values, f"{path}: {name}")
+    return parts
+
+
+def require_model(folder: epath.PathLike, config: Config) -> Sequence[str]:
+    """The names of the parts in `folder`; a `RequestError` for the first field in which `config` is another model."""
+    stored = read_model(folder)
+    for name, part in stored.items():
+        for field, found in differences(part, getattr(config, name)):
+            raise RequestError(
+                f"{folder}: made with {name}.{field}={getattr(part, field)!r}, the configuration has {found!r}; "
+                f"give the --config it was made for, or --{name}.{field}={getattr(part, field)!r}"
+            )
+    return tuple(stored)
+
+
+def differences(part: Any, other: Any) -> list[tuple[str, Any]]:
+    """The fields that make `other` another model than `part`, with its values; how a model runs is not looked at."""
+    names = [field.name for field in fields(part) if field.name not in RUN_FIELDS]
+    return [(name, getattr(other, name)) for name in names if getattr(other, name) != getattr(part, name)]
+
+
+def configuration(kind: Any, values: Mapping[str, Any], at: str) -> Any:
+    """A configuration of type `kind` from JSON; `at` begins the message about a field it does not know."""
+    unknown = sorted(set(values) - {field.name for field in fields(kind)})
+    if unknown:
+        raise RequestError(f"{at} has {', '.join(unknown)}, unknown to this version; import again: {IMPORT}")
+    hints, found = get_type_hints(kind), {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]):
+            found[name] = configuration(hints[name], value, f"{at}.{name}")
+        else:
+            found[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**found)
+
+
+def _file(folder: epath.PathLike, name: str) -> Path:
+    """Where a part is that is one file."""
+    return Path(folder) / f"{name}.safetensors"
+
+
+def _context() -> ocp.Context:
+    """Orbax set up for weights: no copy before writing, for nothing changes them meanwhile; no compression, it gains 8% at best."""
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    return context
+
+
+def _read(folder: epath.PathLike, name: str, targets: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The leaves `targets` describe, read in groups: Orbax needs as much again for what it reads at once."""
+    if (file := _file(folder, name)).is_file():
+        tensors = files.inspect([file])
+        for path, array in zip(targets, files.read(tensors[path] for path in targets), strict=True):
+            yield path, _placed(array, targets[path])
+        return
+    size = {path: math.prod(target.shape) * target.dtype.itemsize for path, target in targets.items()}
+    for group in _groups(targets, size.__getitem__):
+        with _context():
+            wanted = dict.fromkeys(targets, ocp.PLACEHOLDER) | {path: targets[path] for path in group}
+            arrays = ocp.load(epath.Path(folder).absolute() / name, wanted)
+        for path in group:
+            yield path, arrays.pop(path)
+
+
+def _placed(array: np.ndarray, target: Any) -> Any:
+    """`array` as `target` says: a numpy array, or a JAX array of its type and sharding, of which each process has its shards."""
+    if isinstance(target, np.ndarray):
+        return array
+    cast = array.astype(target.dtype)
+    return jax.make_array_from_callback(cast.shape, target.sharding, lambda index: cast[index])
+
+
+def _groups(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """`items` in order, in lists that end with the item that brings them to `GROUP_BYTES`; whoever empties a list frees its items."""
+    group, total = [], 0
+    for item in items:
+        total += size(item)
+        group.append(item)
+        del item  # the next one may be as large
+        if total >= GROUP_BYTES:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group

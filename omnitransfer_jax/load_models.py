@@ -1,0 +1,99 @@
+"""The parts of the model as the commands need them: one at a time, from imported weights or a run, or random where there is neither.
+
+A folder is one of launch.import_weights, the workdir of launch.train, or `checkpoint.EMBEDDED`; empty stands for random weights.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from transformers import PreTrainedTokenizerFast
+
+from configs.errors import require
+from configs.run import Config
+from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.models.alignment import Alignment
+from omnitransfer_jax.models.clip_vision import CLIPVision
+from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
+from omnitransfer_jax.models.omnitransfer import OmniTransfer
+from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
+from omnitransfer_jax.models.umt5 import UMT5Encoder
+from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.models.wan_vae import WanVAE
+from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer
+from omnitransfer_jax.weights.parts import MLLM_TOKENIZER
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def load_dit(folder: str, config: Config) -> WanDiT:
+    """The diffusion transformer, its weights in the dtype it computes in, as the original holds them."""
+    if run_folder.is_run(folder):
+        return _load_trained(folder, config, "dit", config.dit.dtype)
+    return _load(folder, "dit", lambda rngs: WanDiT(config.dit, rngs=rngs), config.dit.dtype)
+
+
+def load_alignment(folder: str, config: Config) -> Alignment:
+    """The language model with its adapters, the queries and the connector, as a run of stage 2 or 3 left them."""
+    if run_folder.is_run(folder):
+        return _load_trained(folder, config, "alignment", None)
+    require(not folder, f"{folder}: imported weights have no queries and no connector; give the workdir of a stage 2 or 3 training")
+    return _load("", "alignment", lambda rngs: Alignment(config, rngs=rngs))
+
+
+def load_vae(folder: str, config: Config) -> WanVAE:
+    """The video autoencoder."""
+    return _load(folder, "vae", lambda rngs: WanVAE(config.vae, rngs=rngs))
+
+
+def load_text_encoder(folder: str, config: Config) -> UMT5Encoder:
+    """The text encoder."""
+    return _load(folder, "text", lambda rngs: UMT5Encoder(config.text, rngs=rngs))
+
+
+def load_image_encoder(folder: str, config: Config) -> CLIPVision:
+    """The image encoder."""
+    return _load(folder, "image", lambda rngs: CLIPVision(config.image, rngs=rngs))
+
+
+def load_mllm(folder: str, config: Config) -> Qwen2_5VL:
+    """The multimodal language model, its vision tower included."""
+    return _load(folder, "mllm", lambda rngs: Qwen2_5VL(config.mllm, rngs=rngs))
+
+
+def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
+    """The checkpoint's tokenizer; bytes where there is no checkpoint."""
+    source = run_folder.imported_weights(folder)
+    return load_tokenizer(source) if source else byte_tokenizer()
+
+
+def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> Any:
+    """One part of the model that the run in `folder` trains."""
+    model = getattr(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), part)
+    params = {f"{part}.{path}": leaf for path, leaf in flat_params(model).items()}
+    loaded = run_folder.load_params(folder, params, dtype=dtype)
+    require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
+    return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
+
+
+def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
+    """The language model's tokenizer in the checkpoint; bytes and Qwen's special tokens where there is no checkpoint."""
+    source = run_folder.imported_weights(folder)
+    if not source:
+        return byte_tokenizer()
+    place = Path(source, MLLM_TOKENIZER)
+    require(
+        (place / "tokenizer.json").is_file(), f"{place}: no tokenizer.json; import the Qwen2.5-VL folder it came in: {model_folder.IMPORT}"
+    )
+    return load_tokenizer(place)
+
+
+def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], dtype: str | None = None) -> Model:
+    """One part from `folder`, from where the run in `folder` started, or with random weights, always the same ones."""
+    source = run_folder.imported_weights(folder)
+    if not source:  # this generator compiles several times as fast, and nobody needs these weights to be the same on every backend
+        return jax.jit(lambda: make(nnx.Rngs(jax.random.key(0, impl="unsafe_rbg"))))()
+    model = abstract(make)
+    return with_params(model, model_folder.load_part(source, name, flat_params(model), dtype=dtype))

@@ -1,0 +1,85 @@
+"""What a run tells while it runs: a line on the console, a line in WORKDIR/metrics.jsonl, and TensorBoard events.
+
+    {"step": 30, "loss": 0.91, "grad_norm": 0.4, "learning_rate": 1e-05, "skipped": 0, "seconds": 0.52, "data_wait": 0.01}
+
+`seconds` is the time a step took, compilation not counted; `data_wait` the share of it spent waiting for the batch. A number that is
+not finite is null. Of several processes the first one writes.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+import jax
+from tensorboardX import SummaryWriter
+
+from configs.run import TrainConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """The log of a run that has done `step` steps; the file keeps no line of a later one, nor one that was cut off.
+
+    The clock starts with it, so it is made when the step is compiled.
+    """
+
+    def __init__(self, workdir: Path, config: TrainConfig, step: int):
+        self.config, self.writes = config, jax.process_index() == 0
+        self.logged = self.first = step
+        self.started = self.marked = time.perf_counter()
+        self.waited = 0.0
+        if self.writes:
+            path = workdir / METRICS_FILE
+            truncate(path, step)
+            self.file = path.open("a")
+            self.events = SummaryWriter(str(workdir), purge_step=step + 1)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.writes:
+            self.file.close()
+            self.events.close()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tells of `step` if its turn has come (`log_every`, and the last of all)."""
+        if not self.writes or (step % self.config.log_every and step != self.config.steps):
+            return
+        now = time.perf_counter()
+        elapsed, steps = now - self.marked, step - self.logged
+        line = {"step": step, "loss": metrics["loss"], **metrics, "seconds": elapsed / steps, "data_wait": self.waited / max(elapsed, 1e-9)}
+        left = (now - self.started) / (step - self.first) * (self.config.steps - step)
+        self.logged, self.marked, self.waited = step, now, 0.0
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in line.items():
+            if value is not None and name != "step":
+                self.events.add_scalar(name, value, step)
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        eta = timedelta(seconds=round(left))
+        print(f"step {step}/{self.config.steps}  loss {loss}  {line['seconds']:.3g} s/step  {eta} to go", flush=True)
+
+
+def truncate(path: Path, step: int) -> None:
+    """Takes the lines of steps after `step` out of the file, and a last line that was not written to its end."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

@@ -1,0 +1,40 @@
+"""Records without clips: numbers drawn at random in the sizes of stage1:smoke."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from configs import stage1
+from configs.run import Config
+from data_pipelines import records
+
+SMOKE = stage1.get_config("smoke")
+
+
+def random_record(number: int, config: Config = SMOKE) -> dict:
+    """Example `number`: task `number % 5`, a prompt of 1 to 4 rows."""
+    rng = np.random.default_rng(number)
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in records.shapes(config).items()}
+    arrays["text"] = rng.normal(size=(1 + number % 4, config.text.dim)).astype(np.float32)
+    scalars = {"id": f"n{number}", "task": number % 5, "has_image": np.float32(number % 5 > 1)}
+    return scalars | {name: records.to_bits(array) for name, array in arrays.items()}
+
+
+@pytest.fixture
+def write_records(tmp_path):
+    """A function that writes a dataset of shards with so many records each, and returns the configuration that reads it."""
+
+    def write(*lengths: int, name: str = "records") -> Config:
+        folder, number = tmp_path / name, 0
+        records.begin(folder, SMOKE, {"world": "random"})
+        records.write_empty_text(folder, np.ones((1, SMOKE.text.dim), np.float32))
+        for shard, length in enumerate(lengths):
+            with records.shard_writer(records.shard_path(folder, shard, len(lengths)), records.schema(SMOKE)) as append:
+                for _ in range(length):
+                    append(random_record(number))
+                    number += 1
+        records.finish(folder, SMOKE, lengths)
+        return replace(SMOKE, data=replace(SMOKE.data, path=str(folder)))
+
+    return write

@@ -1,0 +1,107 @@
+"""Batches: the same for any number of processes and threads, each epoch a new order, and restored where they stood."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from configs.errors import RequestError
+from data_pipelines import batches, records
+from tests.data_pipelines.conftest import SMOKE, random_record
+
+
+def reading(config, *, batch_size=4, threads=1, **data):
+    return replace(config, train=replace(config.train, batch_size=batch_size), data=replace(config.data, threads=threads, **data))
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def numbers(batch):
+    """Which example each sample is, told by its target."""
+    known = [records.from_bits(random_record(n)["target"]) for n in range(12)]
+    return [next(n for n, target in enumerate(known) if (target == sample).all()) for sample in batch["target"]]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_what_a_batch_holds(write_records):
+    config = reading(write_records(2, 3), shuffle=False)
+    batch = next(batches.batches(config, seed=0))
+    assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
+        "task": ("int32", (4,)),
+        "has_image": ("float32", (4,)),
+        "target": ("float32", (4, 3, 4, 6, 16)),
+        "condition": ("float32", (4, 3, 4, 6, 20)),
+        "reference": ("float32", (4, 3, 4, 6, 16)),
+        "text": ("float32", (4, 32, 32)),
+        "image": ("float32", (4, 5, 32)),
+    }
+    assert batch["task"].tolist() == [0, 1, 2, 3]
+    assert batch["has_image"].tolist() == [0, 0, 1, 1]
+    for number in range(4):
+        record = random_record(number)
+        for name in ("target", "condition", "reference", "image"):
+            assert (batch[name][number] == records.from_bits(record[name])).all()
+        rows = len(record["text"])
+        assert (batch["text"][number, :rows] == records.from_bits(record["text"])).all()
+        assert not batch["text"][number, rows:].any()
+    assert batches.empty_text(config).shape == (32, 32)
+
+
+@pytest.mark.parametrize("lengths", [(3, 0, 4), (1, 2)])
+def test_global_batches_do_not_depend_on_the_number_of_processes(write_records, lengths):
+    """Over several epochs; the second dataset is smaller than a batch."""
+    config = reading(write_records(*lengths))
+    alone = take(batches.batches(config, seed=3), 6)
+    for count in (2, 4):
+        shares = [take(batches.batches(config, seed=3, process_index=i, process_count=count), 6) for i in range(count)]
+        for step, whole in enumerate(alone):
+            joined = jax.tree.map(lambda *parts: np.concatenate(parts), *[share[step] for share in shares])
+            assert equal(joined, whole), (count, step)
+
+
+def test_neither_threads_nor_time_change_the_batches(write_records):
+    config = write_records(3, 4)
+    first = take(batches.batches(reading(config, threads=1), seed=5), 8)
+    for threads in (1, 2, 5):
+        assert all(map(equal, first, take(batches.batches(reading(config, threads=threads), seed=5), 8)))
+    assert not all(map(equal, first, take(batches.batches(reading(config), seed=6), 8)))
+
+
+def test_every_epoch_has_every_example_in_an_order_of_its_own(write_records):
+    config = write_records(5, 7)
+    stream = [number for batch in take(batches.batches(reading(config), seed=0), 9) for number in numbers(batch)]
+    epochs = [stream[i : i + 12] for i in (0, 12, 24)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, list(range(12))]}) == 4
+    unshuffled = take(batches.batches(reading(config, shuffle=False), seed=0), 6)
+    assert [number for batch in unshuffled for number in numbers(batch)] == [*range(12), *range(12)]
+
+
+def test_a_restored_iterator_goes_on_with_the_next_batch(write_records):
+    """From every state of two and a half epochs; into other numbers of threads and processes too."""
+    config = reading(write_records(3, 4), threads=2)
+    iterator, states, given = batches.batches(config, seed=1), [], []
+    for _ in range(5):
+        states.append(iterator.get_state())
+        given.append(next(iterator))
+    for step, state in enumerate(states):
+        again = batches.batches(reading(config, threads=1), seed=1)
+        next(again)
+        again.set_state(state)
+        assert all(map(equal, take(again, 5 - step), given[step:]))
+        half = batches.batches(config, seed=1, process_index=1, process_count=2)
+        half.set_state(state)
+        assert equal(next(half), jax.tree.map(lambda x: x[2:], given[step]))
+
+
+def test_a_wrong_request(write_records):
+    with pytest.raises(RequestError, match=r"data\.path is empty: give --data\.path=DIR"):
+        batches.batches(SMOKE, seed=0)
+    with pytest.raises(RequestError, match=r"train\.batch_size=4: a multiple of the 3 processes"):
+        batches.batches(reading(write_records(1)), seed=0, process_count=3)

@@ -1,0 +1,367 @@
+"""A run as a whole: resumed it equals one that never stopped, bit for bit; where it starts, how it stops, what it refuses."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import stage1, stage3
+from configs.errors import RequestError
+from configs.run import MeshConfig, OptimizerConfig
+from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.mesh import make_mesh, specs
+from omnitransfer_jax.models.omnitransfer import SHARDING
+from omnitransfer_jax.train import loop
+from omnitransfer_jax.train.optimizer import make_optimizer
+from omnitransfer_jax.train.step import abstract_params, abstract_state, init_state
+from tests.train.tiny_run import EMPTY_TEXT, TINY, batches, sample, train
+
+HERE = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled(tmp_path_factory):
+    """Every run of this file has the same step, in this process and in others: it is compiled once."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield values
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run of 8 steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train(TINY, workdir)
+    return workdir
+
+
+def with_steps(steps, config=TINY):
+    return replace(config, train=replace(config.train, steps=steps))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def parts_of_a_run(config):
+    """Mesh, optimizer and abstract state."""
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer)
+    return mesh, optimizer, abstract_state(config, mesh, specs(abstract_params(config), SHARDING, config.mesh.data), optimizer)
+
+
+def left_by(workdir, config=TINY) -> dict[str, np.ndarray]:
+    """Everything in the latest checkpoint of a run, the batch that would come next, and all losses."""
+    _, _, like = parts_of_a_run(config)
+    data = batches(config)
+    with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints:
+        state = run_folder.restore(checkpoints, like, data)
+    leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    metrics = {
+        name: np.array([line[name] for line in lines(workdir)]) for name in ("step", "loss", "grad_norm", "learning_rate", "skipped")
+    }
+    return leaves | metrics | {"next": next(data)["target"]}
+
+
+def assert_same(workdir, other, config=TINY):
+    ours, theirs = left_by(workdir, config), left_by(other, config)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
+
+
+def start_process(workdir, compiled, *options, devices=1):
+    env = os.environ | {name.upper(): str(value) for name, value in compiled.items()} | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    if devices > 1:  # the default number must not change the flags: they are part of what a compiled program is found by
+        env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
+    command = [sys.executable, "-m", "tests.train.tiny_run", str(workdir), *options]
+    return subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, workdir, step):
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or f'"step": {step},' not in path.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_a_workdir_holds_what_is_promised(whole):
+    assert [line["step"] for line in lines(whole)] == list(range(1, 9))
+    assert saved_steps(whole) == ["6", "8"]  # of 2, 4, 6, 8 the latest two
+    assert run_folder.read_config(whole) == TINY
+    assert len(list(whole.glob("events.*"))) == 1
+
+
+def test_resumed_equals_uninterrupted(whole, tmp_path):
+    train(with_steps(3), tmp_path)
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()  # as a save that was cut off leaves it
+    train(TINY, tmp_path)
+    assert_same(tmp_path, whole)
+    assert saved_steps(tmp_path) == ["6", "8"]
+
+
+def test_muon_resumed_equals_uninterrupted(tmp_path):
+    muon = replace(TINY, optimizer=OptimizerConfig(kind="muon", learning_rate=1e-2, warmup_steps=2))
+    train(muon, tmp_path / "whole")
+    train(with_steps(3, muon), tmp_path / "again")
+    train(muon, tmp_path / "again")
+    assert_same(tmp_path / "again", tmp_path / "whole", muon)
+
+
+def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
+    killed = start_process(tmp_path, compiled, "milliseconds=100")
+    wait_for_step(killed, tmp_path, 3)
+    killed.kill()
+    killed.communicate()
+    saved = [name for name in saved_steps(tmp_path) if name.isdecimal()]  # beside them may lie what the kill cut off
+    assert lines(tmp_path)[-1]["step"] < 8
+
+    stopped = start_process(tmp_path, compiled, "milliseconds=100")
+    out = []
+    with stopped:
+        for line in stopped.stdout:
+            out.append(line)
+            if line.startswith("compiled"):
+                stopped.send_signal(signal.SIGTERM)
+        assert "again to stop at once" in stopped.stderr.read()
+    assert stopped.returncode == 0
+    assert any("going on after step" in line for line in out) == bool(saved)
+    reached = int(saved[-1]) + 1 if saved else 1
+    assert out[-1] == f"stopped after step {reached} of 8; the same command goes on from there\n"
+    assert saved_steps(tmp_path)[-1] == str(reached)
+
+    train(TINY, tmp_path)
+    assert_same(tmp_path, whole)
+    assert saved_steps(tmp_path) == ["6", "8"]  # nothing is left of a save that was cut off
+
+
+def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path, compiled):
+    """Two processes of two devices each; which of them hears the signal does not matter."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = [f"port={port}", "processes=2", "data=2", "context=2", "milliseconds=300"]
+    both = [start_process(tmp_path, compiled, *options, f"process={i}", devices=2) for i in range(2)]
+    wait_for_step(both[0], tmp_path, 2)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate()[0].splitlines()[-1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    reached = int(saved_steps(tmp_path)[-1])
+    assert reached < 8
+    assert said == [f"stopped after step {reached} of 8; the same command goes on from there"] * 2
+
+    train(TINY, tmp_path)
+    ours, theirs = left_by(tmp_path), left_by(whole)
+    np.testing.assert_array_equal(ours["next"], theirs["next"])
+    np.testing.assert_array_equal(ours["step"], theirs["step"])
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)  # a mesh changes rounding, and steps carry it on
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_is_not_caught(number):
+    before = signal.getsignal(number)
+    with loop.stop_signals() as stopping:
+        assert not stopping(1)
+        os.kill(os.getpid(), number)
+        assert stopping(2)
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
+
+
+def test_every_step_draws_anew():
+    mesh, optimizer, like = parts_of_a_run(TINY)
+    spec = {path: leaf.sharding.spec for path, leaf in like.trainable.items()}
+    step = loop.compile_step(TINY, mesh, spec, like, optimizer)
+    params = {path: np.full(leaf.shape, 0.1, np.float32) for path, leaf in like.trainable.items()}
+    batch, key, empty = loop.to_mesh(next(batches(TINY)), mesh), jax.random.key(1), jax.numpy.asarray(EMPTY_TEXT)
+
+    def loss(number, key):
+        state = init_state(jax.tree.map(jax.numpy.asarray, params), TINY, optimizer)._replace(step=jax.numpy.int32(number))
+        return float(step(state, batch, key, empty)[1]["loss"])
+
+    assert loss(0, key) == loss(0, key)
+    assert len({loss(0, key), loss(1, key), loss(0, jax.random.key(2))}) == 3
+
+
+def test_a_finished_run_does_nothing(whole, capsys):
+    before = left_by(whole)
+    train(TINY, whole)
+    assert "8 steps are done, 8 are asked for; raise --train.steps" in capsys.readouterr().out
+    assert all(np.array_equal(before[name], value) for name, value in left_by(whole).items())
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "told"),
+    [
+        ("train", {"batch_size": 4}, "--train.batch_size=4: the run in .* was started with 2; give that, or another --workdir"),
+        ("optimizer", {"learning_rate": 1.0}, "--optimizer.learning_rate=1.0: .* 0.003"),
+        ("dit", {"num_heads": 4}, "--dit.num_heads=4: .* 2"),
+    ],
+)
+def test_another_run_is_refused(whole, part, change, told):
+    config = replace(TINY, **{part: replace(getattr(TINY, part), **change)})
+    with pytest.raises(RequestError, match=told):
+        run_folder.require_same_run(whole, config)
+
+
+def test_what_may_change(whole):
+    config = replace(
+        TINY,
+        train=replace(TINY.train, steps=99, log_every=7),
+        checkpoint=replace(TINY.checkpoint, every=1, keep=9),
+        mesh=MeshConfig(data=2),
+        dit=replace(TINY.dit, remat="full"),
+    )
+    run_folder.require_same_run(whole, config)
+
+
+def test_a_refused_run_is_left_as_it_was(whole):
+    before = left_by(whole)
+    with pytest.raises(RequestError, match=r"optimizer.b1"):
+        train(replace(with_steps(9), optimizer=replace(TINY.optimizer, b1=0.5)), whole)
+    assert all(np.array_equal(before[name], value) for name, value in left_by(whole).items())
+    assert run_folder.read_config(whole) == TINY
+
+
+def started(config, workdir):
+    """The state a run with this configuration starts from."""
+    _, optimizer, like = parts_of_a_run(config)
+    with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints:
+        return loop.start(config, workdir, checkpoints, like, optimizer, batches(config))
+
+
+def test_starts_from_random_weights_of_the_seed(tmp_path):
+    one, same, other = (started(replace(TINY, seed=seed), tmp_path / str(i)) for i, seed in enumerate((3, 3, 4)))
+    assert all(np.array_equal(x, same.trainable[path]) for path, x in one.trainable.items())
+    assert not np.array_equal(one.trainable["dit.head.kernel"], other.trainable["dit.head.kernel"])
+    assert all(np.array_equal(x, one.trainable[path]) for path, x in one.ema.items())
+    assert (int(one.step), int(one.skipped)) == (0, 0)
+
+
+def test_starts_from_another_run(whole, tmp_path):
+    config = replace(TINY, train=replace(TINY.train, init_from=str(whole), trainable=("dit/head.*",)))
+    state = started(config, tmp_path)
+    averaged = {name: value for name, value in left_by(whole).items() if name.startswith(".ema")}
+    found = state.trainable | state.frozen
+    assert averaged.keys() == {f".ema['{path}']" for path in found}
+    assert all(np.array_equal(averaged[f".ema['{path}']"], x) for path, x in found.items())
+    assert set(state.trainable) == {"dit.head.kernel", "dit.head.bias", "dit.head_modulation"}
+    assert int(state.step) == 0
+
+
+def test_starts_from_imported_weights(tmp_path):
+    folder = tmp_path / "imported"
+    params = {path: np.full(leaf.shape, i, np.float16) for i, (path, leaf) in enumerate(abstract_params(TINY).items())}
+    model_folder.save_part(folder, "dit", ((path.removeprefix("dit."), leaf) for path, leaf in params.items()))
+    model_folder.write_model(folder, {"dit": TINY.dit})
+    state = started(replace(TINY, train=replace(TINY.train, init_from=str(folder))), tmp_path / "run")
+    assert all(x.dtype == np.float32 and np.array_equal(x, params[path]) for path, x in state.trainable.items())
+
+
+def test_the_full_size_does_not_start_from_random_weights(tmp_path):
+    with pytest.raises(RequestError, match=r"no weights for dit \(16.4 billion .* python -m launch.import_weights"):
+        loop.require_weights(stage1.get_config())
+    with pytest.raises(RequestError, match=r"no weights for dit \(16.4 .* and mllm \(3.1 billion .* python -m launch.import_weights"):
+        loop.require_weights(stage3.get_config())
+    absent = replace(stage3.get_config(), train=replace(TINY.train, init_from=str(tmp_path)))
+    with pytest.raises(RequestError, match="neither imported weights nor a run; import them"):
+        loop.require_weights(absent)
+
+
+def test_another_network_is_no_start(whole, tmp_path):
+    config = replace(TINY, dit=replace(TINY.dit, num_heads=4), train=replace(TINY.train, init_from=str(whole)))
+    with pytest.raises(RequestError, match=r"--dit.num_heads=4: the run in .* has 2"):
+        started(config, tmp_path)
+
+
+def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
+    params = abstract_params(TINY)
+    saved = left_by(whole)
+    average = run_folder.load_params(whole, params, dtype="bfloat16")
+    assert average.keys() == params.keys()
+    assert all(x.dtype == "bfloat16" and np.array_equal(x, saved[f".ema['{path}']"].astype(x.dtype)) for path, x in average.items())
+    plain = replace(TINY, train=replace(TINY.train, steps=1, ema=0.0, trainable=("dit/head.*",)))
+    state = started(plain, tmp_path)
+    with run_folder.open_checkpoints(tmp_path, plain.checkpoint) as checkpoints:
+        run_folder.save(checkpoints, 1, state, batches(plain))
+    run_folder.write_config(tmp_path, plain)
+    found = run_folder.load_params(tmp_path, params)
+    assert found.keys() == params.keys()
+    assert all(np.array_equal(x, (state.trainable | state.frozen)[path]) for path, x in found.items())
+
+
+def test_sampling_refuses_another_network(whole, tmp_path):
+    smaller = replace(TINY, dit=replace(TINY.dit, ffn_dim=16))
+    with pytest.raises(RequestError, match=r"not the model of this configuration, 3 of its parameters differ, dit\.blocks\.ffn"):
+        run_folder.load_params(whole, abstract_params(smaller))
+    run_folder.write_config(tmp_path, TINY)
+    with pytest.raises(RequestError, match=r"this run has no checkpoint yet"):
+        run_folder.load_params(tmp_path, abstract_params(TINY))
+
+
+def test_the_other_parts_are_where_the_first_run_started(tmp_path):
+    imported, first, second = (str(tmp_path / name) for name in ("imported", "first", "second"))
+    run_folder.write_config(first, replace(TINY, train=replace(TINY.train, init_from=imported)))
+    run_folder.write_config(second, replace(TINY, train=replace(TINY.train, init_from=first)))
+    assert run_folder.imported_weights(second) == imported
+    run_folder.write_config(first, TINY)
+    assert run_folder.imported_weights(second) == ""
+    assert run_folder.imported_weights(imported) == imported
+
+
+def test_paths_in_the_workdir_mean_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(TINY, train=replace(TINY.train, init_from="weights"), data=replace(TINY.data, path="records"))
+    found = loop.with_absolute_paths(config)
+    assert (found.train.init_from, found.data.path) == (str(tmp_path / "weights"), str(tmp_path / "records"))
+    assert loop.with_absolute_paths(TINY) == TINY
+
+
+def test_a_field_of_another_version_is_named(whole, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(asdict(TINY) | {"colour": 3}))
+    with pytest.raises(RequestError, match=r"config.json: colour of Config is unknown"):
+        run_folder.read_config(tmp_path)
+    with pytest.raises(RequestError, match=r"no training run, config.json is absent"):
+        run_folder.read_config(tmp_path / "nowhere")
+
+
+def test_updates_that_are_not_finite_end_the_run(tmp_path):
+    config = with_steps(40)
+
+    def broken(i):
+        return sample(i) | {"target": np.full_like(sample(i)["target"], np.nan)}
+
+    with pytest.raises(FloatingPointError, match=r"step 10: .* 10 times in a row; the weights are those of step 0"):
+        train(config, tmp_path, broken)
+    assert [(line["step"], line["loss"], line["skipped"]) for line in lines(tmp_path)] == [(n, None, n) for n in range(1, 11)]
+    state = left_by(tmp_path, config)
+    assert all(np.array_equal(x, state[name.replace("ema", "trainable")]) for name, x in state.items() if name.startswith(".ema"))
+
+
+def test_only_failures_in_a_row_count():
+    finite = loop.Finiteness(5)
+    for step in range(1, 60):
+        finite.watch(step, 5 + step - step // 10)  # nine of ten fail
+    finite = loop.Finiteness(5)
+    for step in range(1, 10):
+        finite.watch(step, 5 + step)
+    with pytest.raises(FloatingPointError):
+        finite.watch(10, 15)
