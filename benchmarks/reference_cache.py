@@ -25,7 +25,7 @@ from flax import nnx
 
 from configs.base import DiTConfig
 from configs.wan import I2V_14B
-from omnitransfer_jax.models.omnitransfer import open_reference
+from omnitransfer_jax.models.omnitransfer import make_reference
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.train import flops
 
@@ -53,14 +53,14 @@ def main(_) -> None:
     frames, rows, columns = GRID
     latents, time_, text, image = draw(1, *GRID, 36), jnp.array([500.0]), draw(1, 512, 512), draw(1, 257, 512)
     patches = model.grid(latents)
-    reference = open_reference(draw(1, *GRID, 16), jnp.array([2]), patches)
+    reference = make_reference(draw(1, *GRID, 16), jnp.array([2]), patches)
     memory = jax.jit(lambda p: nnx.merge(graphdef, p).remember((reference,), patches))(params)
     both = jnp.concatenate([latents, reference.latents], axis=1)
     told = (time_, text, image)
     forms = {
         "joint": jax.jit(lambda p: nnx.merge(graphdef, p)(both, *told)),
         "split": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *told, references=(reference,))),
-        "cached": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *told, memory=memory)),
+        "cached": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *told, kv_cache=memory)),
     }
     outputs = {name: form(params).block_until_ready() for name, form in forms.items()}
     times = {name: [] for name in forms}

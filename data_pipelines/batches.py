@@ -45,7 +45,7 @@ def decode(record: dict[str, Any], config: Config) -> dict[str, Any]:
     sample["text"] = records.pad_rows(records.from_bits(record["text"]), config.dit.text_len)
     if config.alignment.enabled:
         shown = {name: record[f"shown_{name}"] for name in records.SHOWN}
-        sample["shown"] = shown | {"features": records.from_bits(shown["features"])}
+        sample["mllm_inputs"] = shown | {"features": records.from_bits(shown["features"])}
     return sample | {"task": np.int32(record["task"]), "has_image": np.float32(record["has_image"])}
 
 

@@ -21,7 +21,7 @@ from configs.run import Config
 from data_pipelines import clips
 from omnitransfer_jax import load_models
 from omnitransfer_jax.models import omnitransfer
-from omnitransfer_jax.models.alignment import Alignment, Shown
+from omnitransfer_jax.models.alignment import Alignment, MLLMInputs
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
@@ -82,13 +82,13 @@ class Transfer:
     def conditions(self, networks: Networks, pairs: Sequence[Example], with_reference: bool = True) -> Conditions:
         """What the transformer reads of pairs that are all of one family."""
         arrays = self.encoder(pairs)
-        if not with_reference and "shown" in arrays:
+        if not with_reference and "mllm_inputs" in arrays:
             size, first = self.config.data.reference, arrays["first_frame"]
             grey = np.zeros((len(pairs), size.frames, size.height, size.width, 3), np.float32)
-            arrays["shown"]["features"] = self.encoder.look(first, arrays["has_image"], grey)
+            arrays["mllm_inputs"]["features"] = self.encoder.look(first, arrays["has_image"], grey)
         task, text = jnp.asarray(arrays["task"]), jnp.asarray(arrays["text"])
         if networks.alignment is not None:
-            text = self.tell(networks.alignment, Shown(**jax.tree.map(jnp.asarray, arrays["shown"])), task)
+            text = self.tell(networks.alignment, MLLMInputs(**jax.tree.map(jnp.asarray, arrays["mllm_inputs"])), task)
         references = ()
         if with_reference and self.config.train.references:
             references = (self.open(jnp.asarray(arrays["reference"]), task),)
@@ -99,23 +99,25 @@ class Transfer:
         """Clips that follow several references at once: one list of at most `BATCH` pairs for each, of equal targets and prompts."""
         count = len(asked[0])
         told = [self.conditions(networks, [*pairs, *[pairs[-1]] * (BATCH - count)]) for pairs in asked]
-        text = told[0].text if networks.alignment is None else jnp.concatenate([each.text for each in told], axis=1)
+        text = told[0].text_context if networks.alignment is None else jnp.concatenate([each.text_context for each in told], axis=1)
         references = tuple(reference for each in told for reference in each.references)
-        return self.make(networks, told[0]._replace(text=text, negative_text=jnp.zeros_like(text), references=references), 0)[:count]
+        return self.make(networks, told[0]._replace(text_context=text, negative_context=jnp.zeros_like(text), references=references), 0)[
+            :count
+        ]
 
     def open(self, latents: jax.Array, task: jax.Array) -> omnitransfer.Reference:
         """Encoded references, flagged and placed."""
         target = self.config.video.patches(self.config.vae, self.config.dit.patch)
-        return omnitransfer.open_reference(latents, task, target, by=self.config.dit.offsets)
+        return omnitransfer.make_reference(latents, task, target, by=self.config.dit.offsets)
 
     @staticmethod
     @jax.jit
-    def tell(alignment: Alignment, seen: Shown, task: jax.Array) -> jax.Array:
+    def tell(alignment: Alignment, seen: MLLMInputs, task: jax.Array) -> jax.Array:
         """The language model's context."""
         return alignment(seen, task)
 
     def _sample(self, networks: Networks, conditions: Conditions, key: jax.Array) -> jax.Array:
-        noise = jax.random.normal(key, (conditions.text.shape[0], *self.config.video.latent_shape(self.config.vae)))
+        noise = jax.random.normal(key, (conditions.text_context.shape[0], *self.config.video.latent_shape(self.config.vae)))
         embed_text = omnitransfer.embeds_text(self.config)
         return omnitransfer.denoise(networks.dit, conditions, noise, self.config.sampler, embed_text=embed_text)
 

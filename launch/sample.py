@@ -25,7 +25,7 @@ from data_pipelines import clips, mllm_inputs
 from launch import command
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.models import omnitransfer
-from omnitransfer_jax.models.alignment import Shown
+from omnitransfer_jax.models.alignment import MLLMInputs
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.resize import bicubic_resize
@@ -134,7 +134,7 @@ def encode(config: Config, request: Request) -> Conditions:
                 rank = family.count(family[k]) if config.sampler.stack_references else 1
                 encoded = encode_clip(vae, jnp.asarray(clips.to_unit(clip))[None])
                 target = video.patches(config.vae, config.dit.patch)
-                references.append(omnitransfer.open_reference(encoded, jnp.array([task]), target, rank, config.dit.offsets))
+                references.append(omnitransfer.make_reference(encoded, jnp.array([task]), target, rank, config.dit.offsets))
     return Conditions(text[:1], text[1:], image, latents, tuple(references))
 
 
@@ -161,7 +161,7 @@ def tell(config: Config, request: Request) -> jax.Array:
         for (task, _), seen in zip(request.references, features, strict=True):
             prompt = mllm_inputs.show(config, vocabulary, tasks.NAMES[task], request.prompt, frame is not None)
             batch = jax.tree.map(lambda x: jnp.asarray(x)[None], prompt | {"features": seen})
-            said.append(say(alignment, Shown(**batch), jnp.array([task])))
+            said.append(say(alignment, MLLMInputs(**batch), jnp.array([task])))
     told = jnp.concatenate(said, axis=1)
     return jnp.concatenate([told, jnp.zeros_like(told)])
 

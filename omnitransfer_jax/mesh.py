@@ -57,7 +57,7 @@ def shardings(mesh: Mesh, specs: Mapping[str, P]) -> dict[str, NamedSharding]:
     return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
 
 
-def complete(x: jax.Array, spec: Iterable[str | None]) -> jax.Array:
+def unshard(x: jax.Array, spec: Iterable[str | None]) -> jax.Array:
     """The whole of a parameter of which this device holds the part `spec` says, inside a `shard_map`."""
     for axis, name in enumerate(spec):
         if name is not None:
@@ -65,13 +65,13 @@ def complete(x: jax.Array, spec: Iterable[str | None]) -> jax.Array:
     return x
 
 
-def layer_completer(specs: Mapping[str, P]) -> Callable[[nnx.State], nnx.State]:
+def layer_gatherer(specs: Mapping[str, P]) -> Callable[[nnx.State], nnx.State]:
     """Completes one layer of a stacked module whose leaves (layer axis first) live as `specs` says."""
 
     def gather(layer: nnx.State) -> nnx.State:
         flat = nnx.to_flat_state(layer)
         return nnx.from_flat_state(
-            [(path, leaf.replace(complete(leaf.get_value(), tuple(specs[".".join(map(str, path))])[1:]))) for path, leaf in flat]
+            [(path, leaf.replace(unshard(leaf.get_value(), tuple(specs[".".join(map(str, path))])[1:]))) for path, leaf in flat]
         )
 
     return gather

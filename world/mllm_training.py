@@ -27,7 +27,7 @@ from configs.mllm import MLLMTraining
 from configs.run import Config
 from data_pipelines import mllm_inputs
 from omnitransfer_jax import load_models
-from omnitransfer_jax.models.alignment import Shown, embed
+from omnitransfer_jax.models.alignment import MLLMInputs, embed
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.tokenizer import clean_prompt
@@ -172,6 +172,6 @@ def scores(config: MLLMTraining, params: Params, batch: Lesson, key: Array) -> F
     mllm = with_params(abstract(lambda rngs: Qwen2_5VL(config.model.mllm, rngs=rngs)), params)
     frames, references = (x.astype(jnp.float32) / 127.5 - 1 for x in (batch.frames, batch.references))
     features = mllm_inputs.features(config.model, mllm.vision, frames, batch.has_frame, references)
-    x = embed(mllm, Shown(batch.tokens, batch.mask, batch.positions, features, batch.source))
+    x = embed(mllm, MLLMInputs(batch.tokens, batch.mask, batch.positions, features, batch.source))
     x = jnp.where(batch.answer[..., None], jax.random.normal(key, x.shape) * x.shape[-1] ** -0.5, x)
     return mllm.logits(mllm(x, batch.positions.swapaxes(0, 1), batch.mask))

@@ -87,8 +87,8 @@ class Encoder:
         arrays["reference"] = np.asarray(self.encode_video(jnp.asarray(references)))
         if config.alignment.enabled:
             told = [self.show(pair.task, pair.prompt, bool(i)) for pair, i in zip(pairs, arrays["has_image"], strict=True)]
-            arrays["shown"] = {name: np.stack([each[name] for each in told]) for name in told[0]}
-            arrays["shown"]["features"] = self.look(targets[:, 0], arrays["has_image"], references)
+            arrays["mllm_inputs"] = {name: np.stack([each[name] for each in told]) for name in told[0]}
+            arrays["mllm_inputs"]["features"] = self.look(targets[:, 0], arrays["has_image"], references)
         return arrays
 
     def records(self, pairs: Sequence[Example], drawn: Drawn | None = None) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ class Encoder:
         drawn = drawn or self.draw(pairs)
         arrays = self(pairs, drawn)
         arrays["target"] = np.asarray(self.encode_video(jnp.asarray(drawn.targets)))
-        shown_arrays = {f"shown_{name}": array for name, array in arrays.pop("shown", {}).items()}
+        shown_arrays = {f"shown_{name}": array for name, array in arrays.pop("mllm_inputs", {}).items()}
         bits = {name: to_bits(arrays[name]) for name in ("target", "condition", "reference", "image", "text")}
         if "shown_features" in shown_arrays:
             bits["shown_features"] = to_bits(shown_arrays.pop("shown_features"))

@@ -31,7 +31,7 @@ SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their
 ]
 
 
-class Shown(NamedTuple):
+class MLLMInputs(NamedTuple):
     """What the language model sees of each sample, padded to one length (data_pipelines/mllm_inputs.py)."""
 
     tokens: Int[Array, "B S"]
@@ -92,7 +92,7 @@ class Alignment(nnx.Module):
         out_dim = config.dit.text_dim if config.alignment.into == "text_embedder" else config.dit.dim
         self.connector = Connector(config.mllm.dim, config.alignment.connector_dim, out_dim, rngs=rngs)
 
-    def __call__(self, shown: Shown, task: Int[Array, " B"]) -> Float[Array, "B Q E"]:
+    def __call__(self, shown: MLLMInputs, task: Int[Array, " B"]) -> Float[Array, "B Q E"]:
         """The context of each sample's task, float32."""
         x = embed(self.mllm, shown)
         queries = self.queries.astype(x.dtype)[task]
@@ -106,7 +106,7 @@ class Alignment(nnx.Module):
         return self.connector(states[:, -count:])
 
 
-def embed(mllm: Qwen2_5VL, shown: Shown) -> Float[Array, "B S D"]:
+def embed(mllm: Qwen2_5VL, shown: MLLMInputs) -> Float[Array, "B S D"]:
     """What the language model takes for all that is shown: its words' embeddings, and the features in their places."""
     x = mllm.embed(shown.tokens)
     seen = jnp.take_along_axis(shown.features, jnp.maximum(shown.source, 0)[..., None], axis=1).astype(x.dtype)

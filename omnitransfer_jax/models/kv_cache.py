@@ -17,7 +17,7 @@ Storage = Literal["full", "float8", "int8"]
 NARROW = {"float8": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
 
 
-class Stored(NamedTuple):
+class CachedArray(NamedTuple):
     """An array, or a narrow one and what to multiply it with."""
 
     values: Array
@@ -33,25 +33,25 @@ class Stored(NamedTuple):
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["grid"])
 @dataclass(frozen=True)
-class Memory:
+class KVCache:
     """Keys and values "layers B S N K" of all references, normalised and rotated, ready for any step and either guidance pass."""
 
-    keys: Stored
-    values: Stored
+    keys: CachedArray
+    values: CachedArray
     grid: tuple[int, int, int]
     """The target's patches (time, rows, columns): the offsets, and so the keys, hold for this target alone."""
 
 
-def compress(memory: Memory, storage: Storage) -> Memory:
+def quantize(memory: KVCache, storage: Storage) -> KVCache:
     """`memory` with one byte a number instead of two or four, scaled per token and head; `full` leaves it as it is."""
     if storage == "full":
         return memory
     dtype, largest = NARROW[storage]
 
-    def narrow(stored: Stored) -> Stored:
+    def narrow(stored: CachedArray) -> CachedArray:
         x = stored.values.astype(jnp.float32)
         scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-12) / largest
         x = x / scale
-        return Stored((jnp.rint(x) if storage == "int8" else x).astype(dtype), scale)
+        return CachedArray((jnp.rint(x) if storage == "int8" else x).astype(dtype), scale)
 
-    return Memory(narrow(memory.keys), narrow(memory.values), memory.grid)
+    return KVCache(narrow(memory.keys), narrow(memory.values), memory.grid)

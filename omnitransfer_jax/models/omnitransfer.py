@@ -19,7 +19,7 @@ from omnitransfer_jax import samplers, tasks
 from omnitransfer_jax.models import alignment, wan_dit
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
-from omnitransfer_jax.models.kv_cache import compress
+from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import Reference, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
@@ -50,9 +50,9 @@ def embeds_text(config: Config) -> bool:
 class Conditions(NamedTuple):
     """What the network reads beside the noise."""
 
-    text: Float[Array, "B S E"]
+    text_context: Float[Array, "B S E"]
     """Encoded prompt, zero rows beyond its end; from stage 2 on the alignment's context, one task's rows behind another's."""
-    negative_text: Float[Array, "B S E"]
+    negative_context: Float[Array, "B S E"]
     """What the unconditional pass of guidance reads instead."""
     image: Float[Array, "B I J"] | None = None
     """CLIP features of the first frame (image-to-video)."""
@@ -93,7 +93,7 @@ def reference_latents(latents: Float[Array, "B F H W C"], flags: Float[Array, " 
     return jnp.concatenate([latents, flag, latents], axis=-1)
 
 
-def open_reference(
+def make_reference(
     latents: Float[Array, "B F H W C"],
     task: Int[Array, " B"],
     target: tuple[int, int, int],
@@ -120,17 +120,17 @@ def denoise(
     """
     references, memory = conditions.references, None
     if references and sampler.reference_cache != "none" and dit.config.references != "bidirectional":
-        memory, references = compress(dit.remember(references, dit.grid(noise)), sampler.reference_cache), ()
+        memory, references = quantize(dit.make_kv_cache(references, dit.grid(noise)), sampler.reference_cache), ()
 
     def velocity(x: Array, timestep: Array) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
         def told(text: Array) -> Array:
-            return dit(latents, timestep, text, conditions.image, references=references, memory=memory, embed_text=embed_text)
+            return dit(latents, timestep, text, conditions.image, references=references, kv_cache=memory, embed_text=embed_text)
 
         if sampler.guidance == 1:
-            return told(conditions.text)
-        v, negative = jax.lax.map(told, jnp.stack([conditions.text, conditions.negative_text]))
+            return told(conditions.text_context)
+        v, negative = jax.lax.map(told, jnp.stack([conditions.text_context, conditions.negative_context]))
         return negative + sampler.guidance * (v - negative)
 
     return samplers.sample(velocity, noise, sampler, on_step)

@@ -4,7 +4,7 @@
 
 The target and each reference are streams through the same blocks. A reference attends to itself, is modulated as at time 0 and skips
 the cross-attention and the head; the target attends to itself and to the keys and values of all references. Nothing flows back, so
-a reference's keys and values are the same at every step and can be kept: `remember`, then `memory=`. The paper's baseline
+a reference's keys and values are the same at every step and can be kept: `remember`, then `kv_cache=`. The paper's baseline
 (`references="bidirectional"`) has one stream instead, the target's tokens and the references', and is Wan unchanged.
 
 Projections compute in `config.dtype`. Float32 always, as in the original: time embedding, modulation, norms, rotation, softmax,
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from configs.base import DiTConfig
 from configs.errors import require
 from omnitransfer_jax.models.attention import Kind, attention, one_directional_attention
-from omnitransfer_jax.models.kv_cache import Memory, Stored
+from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
@@ -110,18 +110,21 @@ class WanDiT(nnx.Module):
         image: Float[Array, "B I J"] | None = None,
         has_image: Float[Array, " B"] | None = None,
         references: tuple[Reference, ...] = (),
-        memory: Memory | None = None,
+        kv_cache: KVCache | None = None,
         shard: Shard = ALONE,
         embed_text: bool = True,
     ) -> Float[Array, "B F H W c"]:
         """The velocity of `latents` (noise first, then mask and condition) at `timestep` in 0..1000, one per sample or per token.
 
         `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame, of the
-        samples where `has_image` is 1. The target reads `references`, or their `memory`, or neither: plain Wan.
+        samples where `has_image` is 1. The target reads `references`, or their `kv_cache`, or neither: plain Wan.
         With `embed_text=False` the text is already as wide as the blocks and goes to them as it is.
         """
         dtype, patches = jnp.dtype(self.config.dtype), self.grid(latents)
-        require(memory is None or memory.grid == patches, f"reference memory of a {memory and memory.grid} target: this one is {patches}")
+        require(
+            kv_cache is None or kv_cache.grid == patches,
+            f"reference kv_cache of a {kv_cache and kv_cache.grid} target: this one is {patches}",
+        )
         x, table = self.embed(latents, jnp.zeros((1, 3), jnp.int32), shard)
         time = self.time_embedder(local(timestep, shard) if timestep.ndim == 2 else timestep[:, None])
         if self.image_embedder is not None and image is not None:
@@ -133,20 +136,20 @@ class WanDiT(nnx.Module):
         if self.config.references == "bidirectional":
             require(not references or timestep.ndim == 1, "bidirectional references: they are at the target's time, so give one a sample")
             x, table, tokens, streams = *one_sequence(x, table, tokens, streams), (), ()
-        x = self.run((x, *tokens), (Stream(self.project_time(time), table), *streams), context, memory, shard)[0][0]
+        x = self.run((x, *tokens), (Stream(self.project_time(time), table), *streams), context, kv_cache, shard)[0][0]
         return self.project(x[:, :own], time, patches, shard)
 
-    def remember(self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = ALONE) -> Memory:
-        """The memory of `references` for a target of that many patches (time, rows, columns); bidirectional ones can have none."""
+    def make_kv_cache(self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = ALONE) -> KVCache:
+        """The kv_cache of `references` for a target of that many patches (time, rows, columns); bidirectional ones can have none."""
         require(self.config.references != "bidirectional", "dit.references='bidirectional': they read the target; pass them at each step")
         tokens, streams = self.open(references, shard)
         _, remembered = self.run(tokens, streams, None, None, shard)
         assert remembered is not None  # it is, without a context
         keys, values = remembered
-        return Memory(Stored(keys), Stored(values), target)
+        return KVCache(CachedArray(keys), CachedArray(values), target)
 
     def run(
-        self, tokens: tuple[Array, ...], streams: tuple[Stream, ...], context: Context | None, memory: Memory | None, shard: Shard
+        self, tokens: tuple[Array, ...], streams: tuple[Stream, ...], context: Context | None, kv_cache: KVCache | None, shard: Shard
     ) -> tuple[tuple[Array, ...], tuple[Array, Array] | None]:
         """All blocks. With a `context` the first stream is the target; without one, what the references leave to remember is returned."""
         graphdef, layers = nnx.split(self.blocks)
@@ -158,7 +161,7 @@ class WanDiT(nnx.Module):
 
         if self.config.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(step, tokens, (layers, None if memory is None else (memory.keys, memory.values)))
+        return jax.lax.scan(step, tokens, (layers, None if kv_cache is None else (kv_cache.keys, kv_cache.values)))
 
     def open(self, references: tuple[Reference, ...], shard: Shard) -> tuple[tuple[Array, ...], tuple[Stream, ...]]:
         """Tokens and streams of the references, all at time 0."""
@@ -239,14 +242,14 @@ class Block(nnx.Module):
         tokens: tuple[Array, ...],
         streams: tuple[Stream, ...],
         context: Context | None,
-        memory: tuple[Array, Array] | None,
+        kv_cache: tuple[Array, Array] | None,
         shard: Shard,
     ) -> tuple[tuple[Array, ...], tuple[Array, Array] | None]:
         """The streams' tokens after this layer; without a `context` all are references and their keys and values come out as well."""
         own = self.modulation[:, None, None].astype(jnp.float32)
         modulations = [stream.modulation + own for stream in streams]
         h = [self.modulate(x, shift, scale) for x, (shift, scale, *_) in zip(tokens, modulations, strict=True)]
-        answers, remembered = self.self_attention(h, [s.table for s in streams], context is not None, memory, shard)
+        answers, remembered = self.self_attention(h, [s.table for s in streams], context is not None, kv_cache, shard)
         xs = [x + m[2] * a.astype(jnp.float32) for x, m, a in zip(tokens, modulations, answers, strict=True)]
         if context is not None:
             told = self.cross_attention(self.cross_norm(xs[0]).astype(self.dtype), context)
@@ -273,7 +276,7 @@ class SelfAttention(nnx.Module):
         self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
     def __call__(
-        self, streams: list[Array], tables: list[Array], has_target: bool, memory: tuple[Array, Array] | None, shard: Shard
+        self, streams: list[Array], tables: list[Array], has_target: bool, kv_cache: tuple[Array, Array] | None, shard: Shard
     ) -> tuple[list[Array], tuple[Array, Array] | None]:
         """Each stream's answer "B L D"; if all streams are references, also their keys and values "B S N K"."""
         queries, keys, values = zip(*(self.project(x, table, shard) for x, table in zip(streams, tables, strict=True)), strict=True)
@@ -285,7 +288,7 @@ class SelfAttention(nnx.Module):
                 attention(q, k, v, self.kind) for q, k, v in zip(queries[has_target:], keys[has_target:], values[has_target:], strict=True)
             ]
             if has_target:
-                seen = [(k, v) for k, v in zip(keys, values, strict=True)] + ([] if memory is None else [memory])
+                seen = [(k, v) for k, v in zip(keys, values, strict=True)] + ([] if kv_cache is None else [kv_cache])
                 k, v = (jnp.concatenate(x, 1) for x in zip(*seen, strict=True))
                 answers = [attention(queries[0], k, v, self.kind), *answers]
         answers = [checkpoint_name(a, "attention") for a in answers]

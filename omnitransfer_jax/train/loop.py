@@ -31,7 +31,7 @@ from configs.errors import require
 from configs.run import Config
 from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import DATA, specs
-from omnitransfer_jax.models.alignment import Shown
+from omnitransfer_jax.models.alignment import MLLMInputs
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
 from omnitransfer_jax.train.log import RunLog
@@ -220,7 +220,7 @@ def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     """This process's samples as its part of the batch over all devices."""
     rows = NamedSharding(mesh, P(DATA))
     arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), dict(batch))
-    return Batch(**arrays | {"shown": Shown(**arrays["shown"]) if "shown" in arrays else None})
+    return Batch(**arrays | {"mllm_inputs": MLLMInputs(**arrays["mllm_inputs"]) if "mllm_inputs" in arrays else None})
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int32
 from configs.errors import require
 from configs.run import Config, TrainConfig
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
-from omnitransfer_jax.mesh import CONTEXT, DATA, complete, layer_completer
-from omnitransfer_jax.models.alignment import Shown, lengths
+from omnitransfer_jax.mesh import CONTEXT, DATA, layer_gatherer, unshard
+from omnitransfer_jax.models.alignment import MLLMInputs, lengths
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
-from omnitransfer_jax.models.omnitransfer import OmniTransfer, open_reference
+from omnitransfer_jax.models.omnitransfer import OmniTransfer, make_reference
 from omnitransfer_jax.models.wan_dit import Shard
 
 Params = dict[str, Array]
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     """CLIP features of the first frame."""
     has_image: Float[Array, " B"]
     """1 for image-to-video samples, 0 for the others, whose `image` counts for nothing."""
-    shown: Shown | None = None
+    mllm_inputs: MLLMInputs | None = None
     """What the language model sees, from stage 2 on, where `text` is not read."""
 
 
@@ -114,18 +114,18 @@ def abstract_batch(config: Config) -> Batch:
         text=array(jnp.float32, dit.text_len, dit.text_dim),
         image=array(jnp.float32, (image.image_size // image.patch) ** 2 + 1, image.dim),
         has_image=array(jnp.float32),
-        shown=abstract_shown(config) if config.alignment.enabled else None,
+        mllm_inputs=abstract_mllm_inputs(config) if config.alignment.enabled else None,
     )
 
 
-def abstract_shown(config: Config) -> Shown:
+def abstract_mllm_inputs(config: Config) -> MLLMInputs:
     """Shape and type of what the language model is shown in a batch."""
     size, (tokens, features) = config.train.batch_size, lengths(config)
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((size, *shape), dtype)
 
-    return Shown(
+    return MLLMInputs(
         tokens=array(jnp.int32, tokens),
         mask=array(jnp.bool_, tokens),
         positions=array(jnp.int32, 3, tokens),
@@ -172,10 +172,10 @@ def losses(
     if model.alignment is None:
         text, nothing = batch.text, empty_text[None]
     else:
-        assert batch.shown is not None  # records of a configuration with alignment have it
-        text, nothing = model.alignment(batch.shown, batch.task), jnp.zeros((1, 1, 1))
+        assert batch.mllm_inputs is not None  # records of a configuration with alignment have it
+        text, nothing = model.alignment(batch.mllm_inputs, batch.task), jnp.zeros((1, 1, 1))
     text = jnp.where(drawn.drop_text[:, None, None] > 0, nothing, text)
-    reference = open_reference(batch.reference, batch.task, model.dit.grid(x), by=model.dit.config.offsets)
+    reference = make_reference(batch.reference, batch.task, model.dit.grid(x), by=model.dit.config.offsets)
     velocity = model.dit(
         jnp.concatenate([x, batch.condition], axis=-1),
         TIMESTEPS * drawn.time,
@@ -196,10 +196,10 @@ def make_loss(config: Config, mesh: Mesh, specs: Mapping[str, P]) -> Callable[[P
     completed one at a time; the rest, the language model included, is small beside it and completed at once.
     """
     blank = abstract(lambda rngs: OmniTransfer(config, rngs=rngs))
-    shard = Shard(CONTEXT, layer_completer({p.removeprefix(LAYERS): s for p, s in specs.items() if p.startswith(LAYERS)}))
+    shard = Shard(CONTEXT, layer_gatherer({p.removeprefix(LAYERS): s for p, s in specs.items() if p.startswith(LAYERS)}))
 
     def local_loss(params: Params, batch: Batch, drawn: Corruption, empty_text: Array) -> Array:
-        params = {p: x if p.startswith(LAYERS) else complete(x, specs[p]) for p, x in params.items()}
+        params = {p: x if p.startswith(LAYERS) else unshard(x, specs[p]) for p, x in params.items()}
         mean = losses(with_params(blank, params), batch, drawn, empty_text, config.train, shard).mean()
         return jax.lax.pmean(mean, (DATA, CONTEXT))
 

@@ -20,7 +20,7 @@ from launch import command, import_weights
 from launch import encode as launch_encode
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import model_folder
-from omnitransfer_jax.models.alignment import Shown
+from omnitransfer_jax.models.alignment import MLLMInputs
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.models.qwen2_5_vision import patchify
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
@@ -208,22 +208,22 @@ def test_clips_become_batches(encoders, manifest, tmp_path, monkeypatch):
 
     batch = next(batches.batches(reading(ALIGNED), seed=0))
     length, features = mllm_inputs.lengths(ALIGNED)
-    assert {name: (array.dtype.name, array.shape) for name, array in batch["shown"].items()} == {
+    assert {name: (array.dtype.name, array.shape) for name, array in batch["mllm_inputs"].items()} == {
         "tokens": ("int32", (5, length)), "mask": ("bool", (5, length)), "positions": ("int32", (5, 3, length)),
         "source": ("int32", (5, length)), "features": ("float32", (5, features, ALIGNED.mllm.dim)),
     }  # fmt: skip
-    assert set(batch["shown"]) == set(Shown._fields)
+    assert set(batch["mllm_inputs"]) == set(MLLMInputs._fields)
     for i, (row, seen) in enumerate(zip(rows, pixels, strict=True)):
         first_frame = None if seen.first_frame is None else clips.to_unit(seen.first_frame)
         expected = encoders.shown(row.task, row.prompt, first_frame, clips.to_unit(seen.reference))
         for name in ("tokens", "mask", "positions", "source"):
-            assert (batch["shown"][name][i] == expected[name]).all(), name
+            assert (batch["mllm_inputs"][name][i] == expected[name]).all(), name
         rounded = records.from_bits(records.to_bits(expected["features"]))
-        assert (batch["shown"]["features"][i] == rounded).all()
-        assert (263 in batch["shown"]["tokens"][i]) == (row.task not in ("id", "style")) == batch["has_image"][i]
+        assert (batch["mllm_inputs"]["features"][i] == rounded).all()
+        assert (263 in batch["mllm_inputs"]["tokens"][i]) == (row.task not in ("id", "style")) == batch["has_image"][i]
     # Stage 1 reads them too, and sees nothing of it.
     plain = next(batches.batches(reading(SMOKE), seed=0))
-    assert set(plain) == set(batch) - {"shown"}
+    assert set(plain) == set(batch) - {"mllm_inputs"}
     assert all((plain[name] == batch[name]).all() for name in plain)
 
 

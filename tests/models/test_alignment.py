@@ -13,9 +13,9 @@ from configs import stage1, stage2, stage3
 from configs.run import Config
 from omnitransfer_jax import tasks
 from omnitransfer_jax.flow import loss_per_example
-from omnitransfer_jax.models.alignment import Alignment, Shown
+from omnitransfer_jax.models.alignment import Alignment, MLLMInputs
 from omnitransfer_jax.models.flat_params import abstract, count, flat_params, with_params
-from omnitransfer_jax.models.omnitransfer import OmniTransfer, open_reference
+from omnitransfer_jax.models.omnitransfer import OmniTransfer, make_reference
 from omnitransfer_jax.train.step import abstract_params, init_state, split_trainable
 from tests.compare import relative_l2
 
@@ -42,7 +42,7 @@ def shown(batch=2, length=10, features=4):
     mask[1:, 8:] = False
     positions = np.broadcast_to(np.arange(length), (batch, 3, length)) * mask[:, None]
     tokens = np.random.default_rng(5).integers(0, 256, (batch, length))
-    return Shown(*(jnp.asarray(x) for x in (tokens, mask, positions)), draw(6, batch, features, SMALL.mllm.dim), jnp.asarray(source))
+    return MLLMInputs(*(jnp.asarray(x) for x in (tokens, mask, positions)), draw(6, batch, features, SMALL.mllm.dim), jnp.asarray(source))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def loss(model, seen, task):
     """A training loss by hand."""
     x, noise = draw(1, 2, 2, 4, 6, 16), draw(2, 2, 2, 4, 6, 16)
     latents = jnp.concatenate([x, jnp.zeros((2, 2, 4, 6, 20))], -1)
-    reference = open_reference(draw(3, 2, 2, 4, 6, 16), task, (2, 2, 3))
+    reference = make_reference(draw(3, 2, 2, 4, 6, 16), task, (2, 2, 3))
     out = model.dit(latents, jnp.array([500.0, 500.0]), model.alignment(seen, task), references=(reference,))
     return loss_per_example(out, x, noise).mean()
 

@@ -12,8 +12,8 @@ from configs.errors import RequestError
 from configs.run import SamplerConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.models.flat_params import flat_params
-from omnitransfer_jax.models.kv_cache import compress
-from omnitransfer_jax.models.omnitransfer import Conditions, denoise, open_reference, reference_latents
+from omnitransfer_jax.models.kv_cache import quantize
+from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference, reference_latents
 from omnitransfer_jax.models.rope3d import grid
 from omnitransfer_jax.models.wan_dit import ALONE, Context, Stream, WanDiT
 from tests.compare import relative_l2
@@ -59,17 +59,17 @@ def baseline(model):
 
 def references(*seeds):
     """References of another length and another size than the target."""
-    return tuple(open_reference(draw(s, 2, 3, 6, 4, 16), MIXED, PATCHES) for s in seeds)
+    return tuple(make_reference(draw(s, 2, 3, 6, 4, 16), MIXED, PATCHES) for s in seeds)
 
 
 @jax.jit
-def remember(model, references):
+def make_kv_cache(model, references):
     return model.remember(references, PATCHES)
 
 
 @jax.jit
-def run(model, batch, references=(), memory=None):
-    return model(**batch, references=references, memory=memory)
+def run(model, batch, references=(), kv_cache=None):
+    return model(**batch, references=references, kv_cache=memory)
 
 
 @jax.jit
@@ -94,7 +94,7 @@ def test_masked_and_separate_attention_have_one_gradient(model, batch):
     @jax.grad
     def gradients(both):
         model, latents = both
-        return jnp.square(model(**batch, references=(open_reference(latents, MIXED, PATCHES),))).mean()
+        return jnp.square(model(**batch, references=(make_reference(latents, MIXED, PATCHES),))).mean()
 
     latents = draw(3, 2, 3, 6, 4, 16)
     (a, from_mask), (b, from_calls) = gradients((joint(model), latents)), gradients((model, latents))
@@ -152,7 +152,7 @@ def test_an_offset_moves_a_reference_against_the_target_alone(model, batch):
 
 def test_the_baseline_is_wan_on_more_frames(model, batch):
     """Its definition: the references' latents appended as frames of one longer video, of whose velocity the target's part counts."""
-    one, two = (open_reference(draw(s, 2, frames, 4, 6, 16), MIXED, PATCHES, by="frames") for s, frames in ((3, 3), (4, 1)))
+    one, two = (make_reference(draw(s, 2, frames, 4, 6, 16), MIXED, PATCHES, by="frames") for s, frames in ((3, 3), (4, 1)))
     two = two._replace(offset=two.offset + jnp.array([[3, 0, 0]]))
     longer = batch | {"latents": jnp.concatenate([batch["latents"], one.latents, two.latents], axis=1)}
     assert relative_l2(run(baseline(model), batch, (one, two)), run(model, longer)[:, :2]) <= 1e-5
@@ -243,7 +243,7 @@ def test_sampling_with_a_memory_equals_recomputing(model):
 def test_compressed_memory_is_small_and_near(model):
     memory = remember(model, references(3, 4))
     for storage, error in {"int8": 0.01, "float8": 0.04}.items():
-        narrow = compress(memory, storage)
+        narrow = quantize(memory, storage)
         assert narrow.keys.values.dtype.itemsize == 1
         for ours, wanted in ((narrow.keys, memory.keys), (narrow.values, memory.values)):
             assert 0 < relative_l2(ours.read(jnp.dtype("float32")), wanted.values) <= error
@@ -253,4 +253,4 @@ def test_a_memory_belongs_to_one_target(model, batch):
     memory = remember(model, references(3))
     taller = batch | {"latents": draw(0, 2, 2, 6, 6, 36)}
     with pytest.raises(RequestError, match=r"memory of a \(2, 2, 3\) target: this one is \(2, 3, 3\)"):
-        model(**taller, memory=memory)
+        model(**taller, kv_cache=memory)

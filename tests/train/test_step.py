@@ -182,7 +182,7 @@ def test_corruption_is_drawn_as_configured():
 
 def test_batches_are_as_expected():
     expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_batch(TINY))
-    assert {name: (x.shape, x.dtype) for name, x in next(batches(TINY)).items()} | {"shown": None} == expected._asdict()
+    assert {name: (x.shape, x.dtype) for name, x in next(batches(TINY)).items()} | {"mllm_inputs": None} == expected._asdict()
 
 
 def test_parameters_are_chosen_by_path():

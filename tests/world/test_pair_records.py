@@ -77,13 +77,13 @@ def test_training_reads_what_was_encoded(write, encoder, made, tmp_path):
     config = replace(TINY, data=replace(TINY.data, path=str(tmp_path), shuffle=False), train=replace(TINY.train, batch_size=5))
     batch = next(batches.batches(config, seed=0))
     names = {"target", "condition", "reference", "image", "text", "task", "has_image"}
-    assert batch.keys() == names | {"shown"}
+    assert batch.keys() == names | {"mllm_inputs"}
     for name in names:
         expected = made[name].astype(jnp.bfloat16).astype(np.float32) if made[name].dtype == np.float32 else made[name]
         np.testing.assert_array_equal(batch[name], expected, err_msg=name)
-    for name, array in made["shown"].items():
+    for name, array in made["mllm_inputs"].items():
         expected = array.astype(jnp.bfloat16).astype(np.float32) if name == "features" else array
-        np.testing.assert_array_equal(batch["shown"][name], expected, err_msg=name)
+        np.testing.assert_array_equal(batch["mllm_inputs"][name], expected, err_msg=name)
     dataset = records.Records(tmp_path, config)
     assert [dataset[i]["id"].decode() for i in range(len(dataset))] == [pair.id for pair in PAIRS]
     (text,), (rows,) = encoder.text([""])
@@ -102,7 +102,7 @@ def test_a_network_without_references_is_told_everything(encoder):
     blind.config = config
     found = blind([example(config, 3, index, "train") for index in range(5)])
     assert not found["reference"].any()
-    assert "shown" not in found
+    assert "mllm_inputs" not in found
 
 
 def contents(folder):
