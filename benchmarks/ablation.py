@@ -55,6 +55,7 @@ from configs.errors import require
 from configs.run import CheckpointConfig, Config
 from data_pipelines import records
 from data_pipelines.batches import batches, empty_text
+from data_pipelines.encoders import Encoders
 from evaluation import transfer
 from evaluation.report.markup import Markup, element
 from evaluation.transfer import BATCH, Networks, Transfer
@@ -65,7 +66,6 @@ from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
-from world.pair_records import Encoder
 from world.scenes import Example
 
 
@@ -261,7 +261,7 @@ def train(config: Config, workdir: Path, skip: int) -> float:
 def score(config: Config, folder: str, seed: int) -> tuple[dict[str, Any], float]:
     """(task -> control -> score -> one number a pair, denoising seconds a clip); the first seed has controls as well."""
     told = replace(config, train=replace(config.train, references=True))  # all rows are told the same, whatever they read
-    made, networks = Transfer(config, Encoder(told, folder)), transfer.load(config, folder)
+    made, networks = Transfer(config, Encoders(told, folder)), transfer.load(config, folder)
     pairs = {task: transfer.held_out(told, task, SCORED.value) for task in tasks.NAMES}
     controls = ("transfer", "swapped", "none") if seed == 0 and config.train.references else ("transfer",)
     results = transfer.measure(made, networks, pairs, controls)

@@ -80,8 +80,8 @@ def says(pair: Example) -> str:
 
 
 def read(config: Config, vocabulary: PreTrainedTokenizerFast, pair: Example) -> dict[str, np.ndarray]:
-    """The tokens that `shown.show` gives and those of the answer behind them, unpadded."""
-    arrays = mllm_inputs.show(config, vocabulary, pair.task, pair.prompt, pair.is_temporal)
+    """The tokens that `mllm_inputs.token_inputs` gives and those of the answer behind them, unpadded."""
+    arrays = mllm_inputs.token_inputs(config, vocabulary, pair.task, pair.prompt, pair.is_temporal)
     begin = int(arrays["mask"].sum())
     before = {name: array[..., :begin] for name, array in arrays.items()}
     words = np.array(vocabulary(clean_prompt(says(pair)), add_special_tokens=False)["input_ids"], np.int32)
@@ -171,7 +171,7 @@ def scores(config: MLLMTraining, params: Params, batch: Lesson, key: Array) -> F
     """Score of every word at every place; `key` is that of the noise in the answer's places, as large as queries are at first."""
     mllm = with_params(abstract(lambda rngs: Qwen2_5VL(config.model.mllm, rngs=rngs)), params)
     frames, references = (x.astype(jnp.float32) / 127.5 - 1 for x in (batch.frames, batch.references))
-    features = mllm_inputs.features(config.model, mllm.vision, frames, batch.has_frame, references)
+    features = mllm_inputs.vision_features(config.model, mllm.vision, frames, batch.has_frame, references)
     x = embed(mllm, MLLMInputs(batch.tokens, batch.mask, batch.positions, features, batch.source))
     x = jnp.where(batch.answer[..., None], jax.random.normal(key, x.shape) * x.shape[-1] ** -0.5, x)
     return mllm.logits(mllm(x, batch.positions.swapaxes(0, 1), batch.mask))

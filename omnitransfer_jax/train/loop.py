@@ -29,18 +29,16 @@ from orbax.checkpoint import v1 as ocp
 
 from configs.errors import require
 from configs.run import Config
+from omnitransfer_jax.batch import Batch, batch_spec
 from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import DATA, specs
-from omnitransfer_jax.models.alignment import MLLMInputs
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
 from omnitransfer_jax.train.log import RunLog
 from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer
 from omnitransfer_jax.train.step import (
-    Batch,
     Params,
     TrainState,
-    abstract_batch,
     abstract_params,
     abstract_state,
     init_state,
@@ -54,9 +52,7 @@ PATIENCE = 10  # updates in a row that may fail to be finite
 Step = Callable[[TrainState, Batch, Array, Array], tuple[TrainState, dict[str, Array]]]
 
 
-def train(
-    config: Config, workdir: Path, mesh: Mesh, data: grain.DatasetIterator[dict[str, np.ndarray]], empty_text: Float[np.ndarray, "S E"]
-) -> None:
+def train(config: Config, workdir: Path, mesh: Mesh, data: grain.DatasetIterator[Batch], empty_text: Float[np.ndarray, "S E"]) -> None:
     """Trains up to `config.train.steps`; `data` gives this process's share of each batch, as `data_share` says."""
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer)
@@ -106,7 +102,7 @@ def start(
     checkpoints: ocp.training.Checkpointer,
     like: TrainState,
     optimizer: optax.GradientTransformation,
-    data: grain.DatasetIterator[dict[str, np.ndarray]],
+    data: grain.DatasetIterator[Batch],
 ) -> TrainState:
     """The state to go on from, placed as `like`; `data` moves to where it was."""
     params, origin = like.trainable | like.frozen, config.train.init_from
@@ -197,7 +193,7 @@ def compile_step(config: Config, mesh: Mesh, spec: Mapping[str, P], like: TrainS
         return after, metrics | {"learning_rate": learning_rate(state.step - state.skipped, config.optimizer)}
 
     rows, everywhere = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), abstract_batch(config))
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch_spec(config))
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
     empty_text = jax.ShapeDtypeStruct(batch.text.shape[1:], batch.text.dtype, sharding=everywhere)
     places = jax.tree.map(lambda leaf: leaf.sharding, like), everywhere
@@ -216,11 +212,10 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
     return rows[0] // len(rows), mesh.shape[DATA] // len(rows)
 
 
-def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
     """This process's samples as its part of the batch over all devices."""
     rows = NamedSharding(mesh, P(DATA))
-    arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), dict(batch))
-    return Batch(**arrays | {"mllm_inputs": MLLMInputs(**arrays["mllm_inputs"]) if "mllm_inputs" in arrays else None})
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
 
 def with_absolute_paths(config: Config) -> Config:

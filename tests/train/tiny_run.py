@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -16,6 +17,7 @@ from configs import stage1
 from configs.base import DiTConfig
 from configs.run import CheckpointConfig, Config, DataConfig, MeshConfig, TransferTrainConfig, VideoConfig
 from omnitransfer_jax import tasks
+from omnitransfer_jax.batch import Batch
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.train import loop
 
@@ -35,7 +37,7 @@ TINY = replace(
 EMPTY_TEXT = np.full((6, 8), 0.1, np.float32)
 
 
-def sample(i: int) -> dict[str, np.ndarray]:
+def sample(i: int) -> Batch:
     """One sample; all tasks take turns."""
 
     def draw(*shape: int) -> np.ndarray:
@@ -45,7 +47,7 @@ def sample(i: int) -> dict[str, np.ndarray]:
     first = np.float32(tasks.TASKS[task].family == "temporal")
     condition = np.concatenate([np.zeros((2, 4, 8, 4), np.float32), draw(2, 4, 8, 16)], -1)
     condition[0, ..., :4] = first
-    return {
+    arrays: dict[str, Any] = {
         "task": np.int32(task),
         "target": draw(2, 4, 8, 16),
         "condition": condition,
@@ -54,6 +56,7 @@ def sample(i: int) -> dict[str, np.ndarray]:
         "image": first * draw(2, 8),
         "has_image": first,
     }
+    return Batch(**arrays)
 
 
 def batches(config: Config, make=sample, share: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
@@ -76,7 +79,7 @@ if __name__ == "__main__":
     if "port" in given:
         jax.distributed.initialize(f"localhost:{given['port']}", given["processes"], given["process"])
 
-    def slowly(i: int) -> dict[str, np.ndarray]:
+    def slowly(i: int) -> Batch:
         time.sleep(given.get("milliseconds", 0) / 1000)
         return sample(i)
 
