@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from configs.errors import RequestError
 from configs.run import Config
+from omnitransfer_jax.folders import atomic
 from omnitransfer_jax.weights import files
 
 EMBEDDED = "embedded"  # in the place of a folder: the one of this package, wherever it is installed
@@ -116,13 +117,10 @@ def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeSt
 
 def write_model(folder: epath.PathLike, parts: Mapping[str, Any]) -> None:
     """Says in model.json which parts `folder` holds and of which configuration each is; parts it already told of stay."""
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    known = read_model(folder) if (folder / MODEL_FILE).exists() else {}
-    text = json.dumps({"format": FORMAT, "parts": {name: asdict(config) for name, config in {**known, **parts}.items()}}, indent=2)
-    partial = folder / f".{MODEL_FILE}.partial"
-    partial.write_text(text)
-    partial.replace(folder / MODEL_FILE)
+    path = epath.Path(folder) / MODEL_FILE
+    known = read_model(folder) if path.exists() else {}
+    content = {"format": FORMAT, "parts": {name: asdict(config) for name, config in {**known, **parts}.items()}}
+    atomic.write_whole(path, json.dumps(content, indent=2))
 
 
 def read_model(folder: epath.PathLike) -> dict[str, Any]:

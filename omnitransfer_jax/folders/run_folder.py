@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from configs.errors import RequestError, require
 from configs.run import CheckpointConfig, Config
-from omnitransfer_jax.folders import model_folder
+from omnitransfer_jax.folders import atomic, model_folder
 from omnitransfer_jax.train.step import TrainState
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
@@ -132,11 +132,7 @@ def latest(workdir: epath.PathLike) -> epath.Path:
 
 def write_config(workdir: epath.PathLike, config: Config) -> None:
     """Puts the configuration in place at once, so that a kill leaves the old one or the new."""
-    folder = epath.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(asdict(config), indent=2) + "\n")
-    partial.replace(folder / CONFIG_FILE)
+    atomic.write_whole(epath.Path(workdir) / CONFIG_FILE, json.dumps(asdict(config), indent=2) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> Config:

@@ -1,7 +1,6 @@
 """safetensors files: what is in them without reading it, one tensor at a time out of them, and new ones that are whole or absent."""
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import safe_open
 
 from configs.errors import RequestError
+from omnitransfer_jax.folders import atomic
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}  # as the library orders them
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -168,7 +168,7 @@ def write(
             if places:
                 raise ValueError(f"no values came for {sorted(places)}")
         for path, name in zip(partial, names, strict=True):
-            os.replace(path, folder / name)
+            atomic.place(path, folder / name)
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
@@ -210,6 +210,4 @@ def _write_index(path: Path, shards: Mapping[str, Mapping[str, Spec]]) -> None:
         "metadata": {"total_size": sum(spec.nbytes for shard in shards.values() for spec in shard.values())},
         "weight_map": {name: file for file, shard in shards.items() for name in shard},
     }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(index, indent=2))
-    os.replace(partial, path)
+    atomic.write_whole(path, json.dumps(index, indent=2))
