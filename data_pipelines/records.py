@@ -12,14 +12,12 @@ With `alignment.enabled` records also hold what the language model reads (mllm_i
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +30,7 @@ from configs.errors import RequestError, require
 from configs.run import Config
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
+from omnitransfer_jax.folders.atomic import place, write_whole
 from omnitransfer_jax.models.alignment import MLLMInputs
 
 FORMAT = 1
@@ -155,7 +154,7 @@ def shard_writer(path: Path, features: tfds.features.FeaturesDict) -> Iterator[C
         yield lambda record: writer.write(features.serialize_example(record))
     finally:
         writer.close()
-    _place(partial, path)
+    place(partial, path)
 
 
 def finish(folder: Path, config: Config, lengths: Sequence[int]) -> None:
@@ -229,21 +228,6 @@ def empty_text(folder: Path, length: int) -> np.ndarray:
 def pad_rows(x: np.ndarray, length: int) -> np.ndarray:
     """`x` "s E" with zero rows after its own, `length` in all."""
     return np.pad(x, ((0, length - x.shape[0]), (0, 0)))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file atomically: it is complete or absent, also if the process is killed or another process writes it too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    partial.write_bytes(content)
-    _place(partial, path)
-
-
-def _place(partial: Path, path: Path) -> None:
-    """Gives a file its final name after all of it is on the disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _configuration(config: Config) -> dict[str, Any]:

@@ -8,7 +8,6 @@ process to finish writes the dataset's metadata. A pair that cannot be used is l
 DIR/rejected.jsonl.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -29,6 +28,7 @@ from data_pipelines.manifest import Row, read_manifest
 from data_pipelines.pairs import encode, prefetch, read_pixels
 from launch import command
 from omnitransfer_jax import tasks
+from omnitransfer_jax.folders.atomic import sha256, write_whole
 
 FLAGS = flags.FlagValues()
 MANIFEST = flags.DEFINE_string("manifest", None, "the pairs, one JSON object a line (docs/data.md)", required=True, flag_values=FLAGS)
@@ -88,7 +88,7 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
                 print_line(f"refused {row.id}: {error}")
             bar.update()
             bar.set_postfix(refused=len(rejected))
-        records.write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected}).encode())
+        write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected}).encode())
     print_line(f"{path.name}: {kept.total()} kept, {len(rejected)} refused, {time.monotonic() - started:.1f} s")
 
 
@@ -119,7 +119,7 @@ def finish(folder: Path, paths: Sequence[Path], config: Config) -> None:
     """Prints how many pairs were kept and refused, and writes the dataset's metadata if all shards are complete."""
     tallies = [json.loads(tally_path(path).read_text()) for path in paths if is_done(path)]
     rejected = [entry for tally in tallies for entry in tally["rejected"]]
-    records.write_whole(folder / REJECTED_FILE, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
+    write_whole(folder / REJECTED_FILE, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
     kept = sum((Counter(tally["kept"]) for tally in tallies), Counter())
     refused = Counter(entry["task"] for entry in rejected)
     print(f"{'task':8} {'kept':>8} {'refused':>8}")
@@ -132,11 +132,6 @@ def finish(folder: Path, paths: Sequence[Path], config: Config) -> None:
     require(kept.total() > 0, f"{folder}: nothing is kept, all {refused.total()} pairs are refused; {folder / REJECTED_FILE} says why")
     records.finish(folder, config, [sum(tally["kept"].values()) for tally in tallies])
     print(f"Next: python -m launch.train --config={FLAGS['config'].value} --workdir=DIR --data.path={folder}")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
