@@ -53,16 +53,15 @@ from jaxtyping import Float
 from configs import stage1, stage2, stage3
 from configs.errors import require
 from configs.run import CheckpointConfig, Config
-from data_pipelines import records
 from data_pipelines.batches import batches, empty_text
 from data_pipelines.encoders import Encoders
 from evaluation import transfer
 from evaluation.report.markup import Markup, element
 from evaluation.transfer import BATCH, Networks, Transfer
 from launch import command, encode_world
-from launch.encode import sha256
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders.atomic import sha256, write_whole
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
@@ -155,7 +154,7 @@ def require_settings(out: Path, asked: dict[str, Any]) -> None:
     """Begins a folder of jobs; a `RequestError` if it was begun with other settings."""
     path = out / SETTINGS_FILE
     if not path.exists():
-        records.write_whole(path, json.dumps(asked, indent=2).encode())
+        write_whole(path, json.dumps(asked, indent=2).encode())
     found = json.loads(path.read_text())
     changed = [f"{name}={found[name]} there, {value} now" for name, value in asked.items() if found[name] != value]
     require(not changed, f"{out}: begun with other settings ({'; '.join(changed)}); give those, or another --out")
@@ -193,7 +192,7 @@ def work(out: Path, jobs: Sequence[tuple[str, int]]) -> None:
             done, spent = count(), time.monotonic() - started
             left = f", about {timedelta(seconds=round(spent / (done - before) * (len(jobs) - done)))} to go" if done > before else ""
             print(f"\n[job {done + 1} of {len(jobs)}] {row}, seed {seed}{left}", flush=True)
-            records.write_whole(path, json.dumps(run_job(out, row, seed)).encode())
+            write_whole(path, json.dumps(run_job(out, row, seed)).encode())
             jax.clear_caches()  # every job has programs of its own
 
 
@@ -371,9 +370,9 @@ def report(out: Path, docs: Path) -> None:
         text = page.read_text()
         require(all(text.count(mark) == 1 for mark in PROSE), f"{page}: {' and '.join(PROSE)} are not there once each; put them back")
         old = text.partition(PROSE[0])[2].partition(PROSE[1])[0].strip("\n")
-    records.write_whole(page, document(made, jobs, written, old).encode())
-    records.write_whole(docs / "ablation.svg", figure(jobs).encode())
-    records.write_whole(out / "ablation.json", (json.dumps({"settings": made, "rows": numbers(jobs)}, indent=2) + "\n").encode())
+    write_whole(page, document(made, jobs, written, old).encode())
+    write_whole(docs / "ablation.svg", figure(jobs).encode())
+    write_whole(out / "ablation.json", (json.dumps({"settings": made, "rows": numbers(jobs)}, indent=2) + "\n").encode())
     print(f"wrote {page}, {docs / 'ablation.svg'} and {out / 'ablation.json'}")
 
 

@@ -85,7 +85,7 @@ def named(sample: Batch) -> dict[str, Any]:
 
 
 def _names(sample: Batch) -> Any:
-    """The name in a record of each array of `sample`: its field's name, for the language model's inputs with the prefix `shown_` (format 1)."""
+    """The name in a record of each array of `sample`: that of its field, with `shown_` before the language model's inputs (format 1)."""
     names: Any = Batch._make(Batch._fields)
     return names._replace(mllm_inputs=sample.mllm_inputs and MLLMInputs._make(f"shown_{field}" for field in MLLMInputs._fields))
 

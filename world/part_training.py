@@ -18,8 +18,8 @@ from jaxtyping import Array
 
 from configs.errors import require
 from configs.run import PartTraining, TrainConfig
-from data_pipelines.records import write_whole
 from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.folders.atomic import write_whole
 from omnitransfer_jax.train.log import METRICS_FILE, RunLog
 from omnitransfer_jax.train.loop import stop_signals
 from omnitransfer_jax.train.optimizer import promoting
