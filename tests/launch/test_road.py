@@ -1,4 +1,4 @@
-"""The whole road, by its commands: clips -> records -> training, stopped and continued -> a video for every task and a combination."""
+"""All commands in turn: clips -> records -> training, stopped and continued -> a video for every task and a combination."""
 
 import json
 
