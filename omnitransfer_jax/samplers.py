@@ -8,11 +8,13 @@ Both solvers are linear in what they combine, so a solver is a table of coeffici
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Float
 
 from configs.run import SamplerConfig
@@ -69,7 +71,7 @@ def sample(
     if host_loop:
         velocity = _compiled(velocity, start)
     (x, *_), read = (_host_scan if host_loop else jax.lax.scan)(step, (start, zeros, zeros, zeros), rows)
-    return jnp.concatenate([read, x[None]]) if trajectory else x
+    return x if read is None else jnp.concatenate([read, x[None]])
 
 
 def _host_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, rows: Any) -> tuple[Any, Any]:
@@ -84,8 +86,8 @@ def _host_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, rows: An
 def _compiled(velocity: Velocity, x: Float[Array, "B F H W C"]) -> Velocity:
     """`velocity` compiled once, with the arrays it closes over (a network's parameters) as arguments; jit would copy them as constants."""
     traced = jax.make_jaxpr(velocity)(x, jnp.zeros(x.shape[:1]))
-    run = jax.jit(jax.core.eval_jaxpr, static_argnums=0)
-    return lambda x, timestep: run(traced.jaxpr, traced.consts, x, timestep)[0]
+    run = jax.jit(lambda consts, x, timestep: jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(x, timestep)[0])
+    return partial(run, traced.consts)
 
 
 def euler_table(times: Float[np.ndarray, " S"]) -> tuple[Float[np.ndarray, "s 8"], Float[np.ndarray, " s"]]:
