@@ -54,7 +54,7 @@ def sample(
         i, t, timestep, (c0, c1, c2, c3, c4, p0, p1, p2) = row
         if steer is not None:
             steered = steer(i, t, x)
-            # The history moves along, because UniPC continues from y and the estimates: it would go back to where x was.
+            # The history moves by the same amount: UniPC computes y from it and not from x, so it would undo most of the change.
             y, m1, m2 = (past + (steered - x) for past in (y, m1, m2))
             x = steered
         m = x - t * velocity(x, jnp.full(x.shape[:1], timestep))
