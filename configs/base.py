@@ -4,9 +4,10 @@ Model configs come first (one per file of `omnitransfer_jax/models`), then what 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from configs.errors import require
+from configs.kinds import DATA, RUN, TRAINING, Kind
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -14,6 +15,8 @@ Dtype = Literal["float32", "bfloat16"]
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """Wan2.1 diffusion transformer. Defaults: I2V 14B (Wan2.1-I2V-14B config.json); 480P and 720P are the same network."""
+
+    KIND: ClassVar[Kind] = "model"
 
     dim: int = 5120
     """Width of the residual stream (D)."""
@@ -31,7 +34,7 @@ class DiTConfig:
     """Latent frames, rows and columns one token covers."""
     text_dim: int = 4096
     """Width of the text encoder's output."""
-    text_len: int = 512
+    text_len: int = field(default=512, metadata=DATA)
     """Rows of text context; shorter prompts are zero-padded and the zeros are attended to, as in the original."""
     image_dim: int | None = 1280
     """Width of the CLIP features, or None for a text-to-video network, which has no image branch."""
@@ -43,20 +46,20 @@ class DiTConfig:
     """Frequency i of an axis with w rotated dimensions is `rope_top * rope_base ** -(2i / w)` radians a position."""
     rope_top: float = 1.0
     """The highest of these frequencies. Tiny grids learn better with top 2 and base 20, which turn visibly within a few positions."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
     """What the projections compute in; norms, modulation, rotation, softmax and the residual stream are float32 always."""
-    attention: Literal["auto", "chunked", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "chunked", "cudnn", "splash"] = field(default="auto", metadata=RUN)
     """Kernel of the self-attention: `auto` takes the fused one of the backend, and `chunked` where there is none."""
-    references: Literal["split", "joint", "bidirectional"] = "split"
+    references: Literal["split", "joint", "bidirectional"] = field(default="split", metadata=TRAINING)
     """How a target reads references that are not cached.
 
     `split`: two attention calls. `joint`: the same function, one call over all tokens under a one-directional mask. `bidirectional`:
     another function, the paper's baseline: plain Wan over target and references as one sequence. A reference then reads the target, is at
     its time and reads the context as it does; it differs at every step, so sampling keeps no cache, whatever `sampler.reference_cache`.
     """
-    offsets: Literal["task", "frames"] = "task"
+    offsets: Literal["task", "frames"] = field(default="task", metadata=TRAINING)
     """Where references stand: as their task says (Eq. 2), or all behind the target in time, the paper's baseline."""
-    remat: Literal["none", "attention", "full"] = "attention"
+    remat: Literal["none", "attention", "full"] = field(default="attention", metadata=RUN)
     """What a block keeps for the backward pass: everything, the attention outputs, or its input alone."""
 
     def validate(self) -> None:
@@ -76,6 +79,8 @@ class DiTConfig:
 class VAEConfig:
     """Wan2.1 causal video autoencoder (diffusers AutoencoderKLWan defaults = the published weights)."""
 
+    KIND: ClassVar[Kind] = "model"
+
     base_dim: int = 96
     """Channels at full resolution."""
     z_dim: int = 16
@@ -86,9 +91,9 @@ class VAEConfig:
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     """Which steps down also halve time."""
-    encode_frames: int = 4
+    encode_frames: int = field(default=4, metadata=RUN)
     """Frames the encoder takes at a time after the first one; a multiple of the time stride. More is faster and needs more memory."""
-    decode_frames: int = 1
+    decode_frames: int = field(default=1, metadata=RUN)
     """Latent frames the decoder takes at a time."""
     latents_mean: tuple[float, ...] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -100,7 +105,7 @@ class VAEConfig:
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
     """Standard deviation of each latent channel (Wan2.1 vae.py)."""
-    dtype: Dtype = "float32"
+    dtype: Dtype = field(default="float32", metadata=TRAINING)
     """What the convolutions compute in; the original's pipelines run the autoencoder in float32."""
 
     @property
@@ -135,6 +140,8 @@ class VAEConfig:
 class UMT5Config:
     """UMT5 encoder. Defaults: google/umt5-xxl config.json."""
 
+    KIND: ClassVar[Kind] = "model"
+
     vocab_size: int = 256384
     """Rows of the token embedding."""
     dim: int = 4096
@@ -153,7 +160,7 @@ class UMT5Config:
     """Distance beyond which all positions share a bucket."""
     eps: float = 1e-6
     """Epsilon of the norms."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
     """What the projections compute in."""
 
     def validate(self) -> None:
@@ -163,6 +170,8 @@ class UMT5Config:
 @dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig:
     """CLIP image tower. Defaults: ViT-H/14, the visual half of open-clip-xlm-roberta-large-vit-huge-14."""
+
+    KIND: ClassVar[Kind] = "model"
 
     dim: int = 1280
     """Width of the residual stream (D)."""
@@ -178,7 +187,7 @@ class CLIPVisionConfig:
     """Height and width of one patch, in pixels."""
     eps: float = 1e-5
     """Epsilon of the norms."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
     """What the projections compute in (the original runs this tower in half precision)."""
 
     def validate(self) -> None:
@@ -193,6 +202,8 @@ class CLIPVisionConfig:
 @dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig:
     """Vision tower of Qwen2.5-VL; 3B and 7B share it but for the output width (Qwen2.5-VL-3B-Instruct config.json)."""
+
+    KIND: ClassVar[Kind] = "model"
 
     dim: int = 1280
     """Width of the residual stream (D)."""
@@ -234,6 +245,8 @@ class QwenVisionConfig:
 class QwenConfig:
     """Qwen2.5-VL. Defaults: 3B (Qwen2.5-VL-3B-Instruct config.json)."""
 
+    KIND: ClassVar[Kind] = "model"
+
     vocab_size: int = 151936
     """Rows of the token embedding."""
     dim: int = 2048
@@ -262,7 +275,7 @@ class QwenConfig:
     """Token in front of an image or a video."""
     vision: QwenVisionConfig = field(default_factory=QwenVisionConfig)
     """The vision tower."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
     """What the projections compute in."""
 
     def validate(self) -> None:
@@ -281,6 +294,8 @@ class QwenConfig:
 class LoRAConfig:
     """Low-rank adapters."""
 
+    KIND: ClassVar[Kind] = "model"
+
     rank: int = 64
     """Width of the bottleneck (R)."""
     alpha: float = 64.0
@@ -297,15 +312,17 @@ class LoRAConfig:
 class AlignmentConfig:
     """What the transformer is told by Qwen2.5-VL instead of UMT5 (paper section 4.4; the numbers are InstructX's, the paper has none)."""
 
+    KIND: ClassVar[Kind] = "model"
+
     enabled: bool = False
     """Whether it is: stages 2 and 3."""
     queries: int = 256
     """MetaQueries of each task (Q), and so rows of context."""
-    frames: int = 13
+    frames: int = field(default=13, metadata=DATA)
     """Frames of the reference that the language model sees, evenly spaced."""
-    frame_pixels: int = 128 * 28 * 28
+    frame_pixels: int = field(default=128 * 28 * 28, metadata=DATA)
     """Most pixels of a frame it sees; 28 x 28 of them become one token."""
-    prompt_tokens: int = 256
+    prompt_tokens: int = field(default=256, metadata=DATA)
     """Room for template and prompt; a longer prompt is cut."""
     connector_dim: int = 4096
     """Hidden width of the connector."""

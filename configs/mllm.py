@@ -7,9 +7,11 @@ Trains  everything, the vision tower too, from the random weights of the encoder
 """
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from configs import stage3, vae
 from configs.errors import require
+from configs.kinds import RUN
 from configs.run import Config, RunConfig, TrainConfig
 
 
@@ -17,11 +19,13 @@ from configs.run import Config, RunConfig, TrainConfig
 class MLLMTraining(RunConfig):
     """How a language model is trained on the procedural world."""
 
+    training: ClassVar[str] = "mllm"
+
     model: Config = field(default_factory=Config)
     """The model it is a part of, which decides its inputs: those of stages 2 and 3."""
-    evaluate_clips: int = 256
+    evaluate_clips: int = field(default=256, metadata=RUN)
     """Held-out pairs at the end; an eighth of them before."""
-    threads: int = 2
+    threads: int = field(default=2, metadata=RUN)
     """Threads that draw clips."""
 
     def validate(self) -> None:

@@ -1,15 +1,18 @@
 """What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from configs.base import AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
 from configs.errors import require
+from configs.kinds import FIXED, RUN, Kind, select
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
     """The video a run makes."""
+
+    KIND: ClassVar[Kind] = "data"
 
     frames: int = 81
     """Frames; the causal autoencoder needs 4n+1."""
@@ -51,6 +54,8 @@ class VideoConfig:
 class SamplerConfig:
     """How noise becomes a video. Defaults: Wan2.1 image-to-video at 480p."""
 
+    KIND: ClassVar[Kind] = "run"
+
     solver: Literal["unipc", "euler"] = "unipc"
     """UniPC (order 2, bh2) on integer timesteps, or Euler on exact ones, both on the original's grid."""
     steps: int = 40
@@ -79,6 +84,8 @@ class SamplerConfig:
 class DataConfig:
     """The records a run trains on, and how clips become records."""
 
+    KIND: ClassVar[Kind] = "training"
+
     path: str = ""
     """Folder of records that launch.encode wrote."""
     reference: VideoConfig = field(default_factory=VideoConfig)
@@ -87,7 +94,7 @@ class DataConfig:
     """Share of the samples whose prompt is replaced by the empty one, which is what guidance needs."""
     shuffle: bool = True
     """Whether every epoch has its own order."""
-    threads: int = 4
+    threads: int = field(default=4, metadata=RUN)
     """Reader threads."""
 
     def validate(self) -> None:
@@ -99,8 +106,10 @@ class DataConfig:
 class TrainConfig:
     """How long a training runs, where it starts, and what it trains and reports."""
 
+    KIND: ClassVar[Kind] = "training"
+
     steps: int = 10_000
-    """Optimizer steps (paper section 5.1, stage 1)."""
+    """Optimizer steps."""
     batch_size: int = 16
     """Samples per step over all devices (paper section 5.1)."""
     init_from: str = ""
@@ -112,9 +121,9 @@ class TrainConfig:
 
     Update n = 1, 2, ... decays it by min(ema, (1 + n) / (10 + n)), so that the initial weights are soon forgotten.
     """
-    log_every: int = 1
+    log_every: int = field(default=1, metadata=RUN)
     """Steps between lines of metrics.jsonl and of the console."""
-    evaluate_every: int = 0
+    evaluate_every: int = field(default=0, metadata=RUN)
     """Steps between evaluations on held-out data, for trainings that have one; 0 evaluates at the end alone."""
 
     def validate(self) -> None:
@@ -131,6 +140,8 @@ class TrainConfig:
 class TransferTrainConfig(TrainConfig):
     """A training of the transformer on pairs of clips: stages 0 to 3."""
 
+    steps: int = field(default=10_000, metadata=RUN)
+    """Optimizer steps (paper section 5.1, stage 1); a run may go on with more, unless its rate falls to 0 at the last one."""
     trainable: tuple[str, ...] = ("dit/.*",)
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     shift: float = 3.0
@@ -148,6 +159,8 @@ class TransferTrainConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW or Muon; the rate rises linearly to its highest value, then stays there or falls."""
+
+    KIND: ClassVar[Kind] = "training"
 
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon on matrices and AdamW with Nesterov momentum on the rest (optax.contrib.muon)."""
@@ -185,6 +198,8 @@ class OptimizerConfig:
 class CheckpointConfig:
     """When a run saves."""
 
+    KIND: ClassVar[Kind] = "run"
+
     every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
@@ -199,6 +214,8 @@ class CheckpointConfig:
 class MeshConfig:
     """How many devices share what; the product is the number of devices used."""
 
+    KIND: ClassVar[Kind] = "run"
+
     data: int = 1
     """Devices that share the batch; the parameters and the optimizer are spread over them too."""
     context: int = 1
@@ -212,6 +229,10 @@ class MeshConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every training has, whatever it trains."""
+
+    KIND: ClassVar[Kind] = "training"
+    training: ClassVar[str]
+    """Name of the training, which its workdir keeps."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
     """What a training does."""
@@ -242,6 +263,8 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """Everything a command needs to know."""
+
+    training: ClassVar[str] = "transfer"
 
     dit: DiTConfig = field(default_factory=DiTConfig)
     """The diffusion transformer."""
@@ -290,3 +313,10 @@ def variant_of(variants: dict[str, Config], name: str) -> Config:
     """`variants[name]`, or a `RequestError` that lists what there is."""
     require(name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size")
     return variants[name]
+
+
+def record_fields(config: Config) -> dict[str, Any]:
+    """What decides what a record holds: the data fields, and those fields of the encoders that change what they compute."""
+    encoders = ("vae", "text", "image", *(["mllm"] if config.alignment.enabled else []))
+    found = select(config, ["data"]) | {name: select(getattr(config, name), FIXED) for name in encoders}
+    return {name: part for name, part in found.items() if name != "alignment" or config.alignment.enabled}

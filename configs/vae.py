@@ -7,16 +7,20 @@ Trains  everything, from random weights, on clips that are drawn as they are nee
 """
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from configs import wan
 from configs.base import VAEConfig
 from configs.errors import require
+from configs.kinds import RUN
 from configs.run import OptimizerConfig, RunConfig, TrainConfig, VideoConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAETraining(RunConfig):
     """How an autoencoder is trained on the procedural world."""
+
+    training: ClassVar[str] = "vae"
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     """The autoencoder; its latents are not normalised before their statistics are known, so the means are 0 and the deviations 1."""
@@ -30,11 +34,11 @@ class VAETraining(RunConfig):
     """Share of the clips that are grey from their second frame on, as a clip is of which only the first frame is given."""
     kl_weight: float = 1e-5
     """Weight of the divergence from a standard normal, averaged over the latents, beside the mean squared error in [-1, 1]."""
-    statistics_clips: int = 512
+    statistics_clips: int = field(default=512, metadata=RUN)
     """Training clips over which the latents' mean and deviation are taken."""
-    evaluate_clips: int = 256
+    evaluate_clips: int = field(default=256, metadata=RUN)
     """Held-out clips at the end; an eighth of them before."""
-    threads: int = 2
+    threads: int = field(default=2, metadata=RUN)
     """Threads that draw clips."""
 
     def validate(self) -> None:
