@@ -83,7 +83,7 @@ GIVEN = ["--config=wan:smoke", "--out=x"]
         (["--config=wan:tin", "--out=x"], "variant 'tin': not one of i2v_720p, smoke, t2v_14b, t2v_1_3b, tiny"),
         ([*GIVEN, "--outt=y"], "--outt: no such flag or configuration field, did you mean --out?; --help lists all"),
         ([*GIVEN, "--sampler.step=3"], "--sampler.step: no such flag or configuration field, did you mean --sampler.steps?"),
-        ([*GIVEN, "--steps=3"], "--steps: no such flag or configuration field, did you mean --sampler.steps?"),
+        ([*GIVEN, "--steps=3"], "--steps: no such flag or configuration field, did you mean --train.steps?"),
         ([*GIVEN, "--zzzzzz=3"], "--zzzzzz: no such flag or configuration field; --help lists all"),
         ([*GIVEN, "--sampler.steps=abc"], "--sampler.steps=abc: expected int"),
         ([*GIVEN, "--sampler.shift"], "--sampler.shift=: expected float"),
