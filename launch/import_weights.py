@@ -102,8 +102,8 @@ def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtyp
     tensors, sizes = files.inspect(paths), candidates(part, paths[0].with_name("config.json"), layout)
     attempts = []
     for config, name in sizes:
-        table, shapes, ignored = part.entries(config, name), part.shapes(config), (*part.ignored, *part.ignored_of(config))
-        selected, expected = convert.select(tensors, table, part.prefixes, ignored), convert.specs(table, shapes)
+        table, shapes = part.entries(config, name), part.shapes(config)
+        selected, expected = convert.select(tensors, table, part.prefixes, part.ignored), convert.specs(table, shapes)
         misshaped = [key for key, spec in expected.items() if key in selected and selected[key].shape != spec.shape]
         distance = len(set(selected) ^ set(expected)) + len(misshaped)
         attempts.append((distance, Found(part, config, name, selected, convert.problems(selected, table, shapes, dtype))))
