@@ -1,6 +1,6 @@
-"""The shape of every configuration. Numbers of a run live in the sibling files; sizes of published models are the defaults here.
+"""The configurations of models, one class for each file of `omnitransfer_jax/models`. The defaults are the sizes of published models.
 
-Model configs come first (one per file of `omnitransfer_jax/models`), then what a run adds to them.
+configs/run.py holds what a run adds to them, and the other files hold the numbers of the runs. configs/kinds.py explains `KIND`.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ class DiTConfig:
     text_dim: int = 4096
     """Width of the text encoder's output."""
     text_len: int = field(default=512, metadata=DATA)
-    """Rows of text context; shorter prompts are zero-padded and the zeros are attended to, as in the original."""
+    """Rows of text context; shorter prompts are padded with zero rows, which take part in the attention as in the original."""
     image_dim: int | None = 1280
     """Width of the CLIP features, or None for a text-to-video network, which has no image branch."""
     freq_dim: int = 256
@@ -47,20 +47,20 @@ class DiTConfig:
     rope_top: float = 1.0
     """The highest of these frequencies. Tiny grids learn better with top 2 and base 20, which turn visibly within a few positions."""
     dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
-    """What the projections compute in; norms, modulation, rotation, softmax and the residual stream are float32 always."""
+    """Type in which the projections compute; norms, modulation, rotation, softmax and the residual stream are always float32."""
     attention: Literal["auto", "chunked", "cudnn", "splash"] = field(default="auto", metadata=RUN)
-    """Kernel of the self-attention: `auto` takes the fused one of the backend, and `chunked` where there is none."""
+    """Kernel of the self-attention: `auto` takes the fused kernel of the backend, or `chunked` if it has none."""
     references: Literal["split", "joint", "bidirectional"] = field(default="split", metadata=TRAINING)
-    """How a target reads references that are not cached.
+    """How a target attends to references that are not cached.
 
-    `split`: two attention calls. `joint`: the same function, one call over all tokens under a one-directional mask. `bidirectional`:
-    another function, the paper's baseline: plain Wan over target and references as one sequence. A reference then reads the target, is at
-    its time and reads the context as it does; it differs at every step, so sampling keeps no cache, whatever `sampler.reference_cache`.
+    `split`: two attention calls. `joint`: the same function in one call over all tokens, under a one-directional mask. `bidirectional`:
+    another function, the paper's baseline: plain Wan over target and references as one sequence. References then attend to the target,
+    have its time and attend to the context. They differ at every step, so sampling has no cache, whatever `sampler.reference_cache` is.
     """
     offsets: Literal["task", "frames"] = field(default="task", metadata=TRAINING)
-    """Where references stand: as their task says (Eq. 2), or all behind the target in time, the paper's baseline."""
+    """Positions of references: the offsets of their task (Eq. 2), or all after the target in time, the paper's baseline."""
     remat: Literal["none", "attention", "full"] = field(default="attention", metadata=RUN)
-    """What a block keeps for the backward pass: everything, the attention outputs, or its input alone."""
+    """What a block stores for the backward pass: everything, the attention outputs, or its input alone."""
 
     def validate(self) -> None:
         require(self.dim % self.num_heads == 0, f"dit.dim={self.dim}: not a multiple of dit.num_heads={self.num_heads}")
@@ -90,11 +90,11 @@ class VAEConfig:
     num_res_blocks: int = 2
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    """Which steps down also halve time."""
+    """Which of the steps down also halve time."""
     encode_frames: int = field(default=4, metadata=RUN)
-    """Frames the encoder takes at a time after the first one; a multiple of the time stride. More is faster and needs more memory."""
+    """Frames that the encoder takes at a time after the first one; a multiple of the time stride. More are faster but need more memory."""
     decode_frames: int = field(default=1, metadata=RUN)
-    """Latent frames the decoder takes at a time."""
+    """Latent frames that the decoder takes at a time."""
     latents_mean: tuple[float, ...] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -106,7 +106,7 @@ class VAEConfig:
     )  # fmt: skip
     """Standard deviation of each latent channel (Wan2.1 vae.py)."""
     dtype: Dtype = field(default="float32", metadata=TRAINING)
-    """What the convolutions compute in; the original's pipelines run the autoencoder in float32."""
+    """Type in which the convolutions compute; the original's pipelines run the autoencoder in float32."""
 
     @property
     def time_stride(self) -> int:
@@ -161,7 +161,7 @@ class UMT5Config:
     eps: float = 1e-6
     """Epsilon of the norms."""
     dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
-    """What the projections compute in."""
+    """Type in which the projections compute."""
 
     def validate(self) -> None:
         require(self.relative_buckets % 4 == 0, f"text.relative_buckets={self.relative_buckets}: a multiple of 4")
@@ -178,7 +178,7 @@ class CLIPVisionConfig:
     ffn_dim: int = 5120
     """Hidden width of the MLPs (M)."""
     num_layers: int = 32
-    """Number of layers. The features Wan reads leave before the last one; it is kept so that weights go both ways whole."""
+    """Number of layers. Wan reads the output of the last but one; the last is kept so that the weights can be exported."""
     num_heads: int = 16
     """Attention heads (N)."""
     image_size: int = 224
@@ -188,10 +188,12 @@ class CLIPVisionConfig:
     eps: float = 1e-5
     """Epsilon of the norms."""
     dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
-    """What the projections compute in (the original runs this tower in half precision)."""
+    """Type in which the projections compute (the original runs this tower in half precision)."""
 
     def validate(self) -> None:
-        require(self.num_layers >= 2, f"image.num_layers={self.num_layers}: at least 2, the features leave before the last")
+        require(
+            self.num_layers >= 2, f"image.num_layers={self.num_layers}: at least 2, because the features are the output of the last but one"
+        )
         require(
             self.image_size % self.patch == 0,
             f"image.image_size={self.image_size}: not a multiple of image.patch={self.patch}",
@@ -201,7 +203,7 @@ class CLIPVisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig:
-    """Vision tower of Qwen2.5-VL; 3B and 7B share it but for the output width (Qwen2.5-VL-3B-Instruct config.json)."""
+    """Vision tower of Qwen2.5-VL; 3B and 7B differ in its output width alone (Qwen2.5-VL-3B-Instruct config.json)."""
 
     KIND: ClassVar[Kind] = "model"
 
@@ -216,7 +218,7 @@ class QwenVisionConfig:
     patch: int = 14
     """Height and width of one patch, in pixels."""
     temporal_patch: int = 2
-    """Frames one patch covers; an image is shown twice."""
+    """Frames that one patch covers; an image is repeated to fill them."""
     merge: int = 2
     """Rows and columns of patches that become one token of the language model."""
     window: int = 112
@@ -258,11 +260,11 @@ class QwenConfig:
     num_heads: int = 16
     """Query heads (N)."""
     num_kv_heads: int = 2
-    """Key and value heads; each serves several query heads."""
+    """Key and value heads; several query heads share one."""
     rope_theta: float = 1e6
     """Base of the rotation."""
     rope_sections: tuple[int, int, int] = (16, 24, 24)
-    """Frequencies that turn with time, height and width; together half a head."""
+    """Numbers of frequencies for time, height and width; their sum is half a head."""
     tied: bool = True
     """Whether the token embedding is also the output projection."""
     eps: float = 1e-6
@@ -276,7 +278,7 @@ class QwenConfig:
     vision: QwenVisionConfig = field(default_factory=QwenVisionConfig)
     """The vision tower."""
     dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
-    """What the projections compute in."""
+    """Type in which the projections compute."""
 
     def validate(self) -> None:
         self.vision.validate()
@@ -301,7 +303,7 @@ class LoRAConfig:
     alpha: float = 64.0
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = (r"layers\.attention\..*", r"layers\.mlp\..*")
-    """Regular expressions of the paths of the projections that get one."""
+    """Regular expressions of the paths of the projections that get an adapter."""
 
     def validate(self) -> None:
         require(self.rank >= 1, f"lora.rank={self.rank}: at least 1")
@@ -310,24 +312,24 @@ class LoRAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """What the transformer is told by Qwen2.5-VL instead of UMT5 (paper section 4.4; the numbers are InstructX's, the paper has none)."""
+    """The context that Qwen2.5-VL makes in the place of UMT5 (paper section 4.4; the numbers are InstructX's, the paper has none)."""
 
     KIND: ClassVar[Kind] = "model"
 
     enabled: bool = False
-    """Whether it is: stages 2 and 3."""
+    """Whether Qwen2.5-VL makes the context, as in stages 2 and 3."""
     queries: int = 256
     """MetaQueries of each task (Q), and so rows of context."""
     frames: int = field(default=13, metadata=DATA)
-    """Frames of the reference that the language model sees, evenly spaced."""
+    """Frames of the reference among the language model's inputs, evenly spaced."""
     frame_pixels: int = field(default=128 * 28 * 28, metadata=DATA)
-    """Most pixels of a frame it sees; 28 x 28 of them become one token."""
+    """Largest number of pixels of such a frame; 28 x 28 of them become one token."""
     prompt_tokens: int = field(default=256, metadata=DATA)
-    """Room for template and prompt; a longer prompt is cut."""
+    """Tokens for template and prompt together; a longer prompt is cut."""
     connector_dim: int = 4096
     """Hidden width of the connector."""
     into: Literal["text_embedder", "blocks"] = "text_embedder"
-    """Where the connector leads: Wan's pretrained text projection, or past it, straight to the width of the blocks."""
+    """What reads the connector's output: Wan's pretrained text projection, or the blocks themselves, whose width it then has."""
 
     def validate(self) -> None:
         for name in ("queries", "frames", "frame_pixels", "prompt_tokens", "connector_dim"):
