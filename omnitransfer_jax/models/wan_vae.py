@@ -19,8 +19,15 @@ from jaxtyping import Array, Float
 
 from configs.base import VAEConfig
 from configs.errors import require
-from omnitransfer_jax.models.attention import attention
+from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.layers import Linear
+
+POINTWISE = r"(.*\.(qkv|out|shortcut)|(post_)?quant)\.kernel"  # products over channels alone
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    (POINTWISE, ("in", "out")),
+    (rf"(?!{POINTWISE}).*\.kernel", (None, None, None, "in", "out")),
+    (r".*\.(bias|scale)", ("vector",)),
+]
 
 
 class WanVAE(nnx.Module):
