@@ -77,8 +77,10 @@ def _names() -> list[str]:
 
 
 def _config_type(main: Callable[..., None]) -> type | None:
+    """The configuration that a command takes, the first if it takes one of several; None if it takes none."""
     parameters = list(inspect.signature(main).parameters)
-    return get_type_hints(main)[parameters[0]] if parameters else None
+    hint = get_type_hints(main)[parameters[0]] if parameters else None
+    return next(iter(get_args(hint)), hint)
 
 
 def _parse_flags(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:

@@ -151,7 +151,7 @@ def read_config(workdir: epath.PathLike, of: type[Run] = Config) -> Run:
 
 
 def _content(workdir: epath.PathLike) -> dict[str, Any]:
-    """config.json as it is. Earlier versions did not write the name of the training; the fields tell it."""
+    """config.json as it is. Earlier versions wrote no name of the training; it follows from the fields."""
     path = epath.Path(workdir) / CONFIG_FILE
     require(path.exists(), f"{workdir}: no training run, {CONFIG_FILE} is absent; give another folder")
     content = json.loads(path.read_text())
