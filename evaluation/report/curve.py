@@ -22,7 +22,6 @@ TEXT, LINE, *SERIES = DARK
 WIDTH, HEIGHT = 560, 330  # in points
 STYLE = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "report",  # the ids in the file depend on nothing but the figure
     "text.parse_math": False,
     "text.color": TEXT, "axes.labelcolor": TEXT, "xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT,
     "font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13, "xtick.labelsize": 13, "ytick.labelsize": 13,
@@ -82,16 +81,16 @@ def chart(curve: Curve) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def svg(figure: Figure, title: str) -> Markup:
     """The figure as one SVG element that can stand in a page or in a file of its own.
 
     The background is transparent and colours follow the reader's light or dark mode. The same figure gives the same text.
     """
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Title": title} | dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    file, left_out = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context(STYLE | {"svg.hashsalt": title}):  # ids follow from the title and the figure
+        figure.savefig(file, format="svg", transparent=True, metadata={"Title": title} | left_out)
     text = file.getvalue().partition("<svg")[2]
-    # Matplotlib's rules and ids would otherwise hold for the whole page.
+    # In a page, matplotlib's style would hold outside the figure as well, and its groups have the same ids in all figures.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id=\"[^\"]*\"", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
     for light, dark in DARK.items():

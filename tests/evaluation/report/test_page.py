@@ -1,19 +1,21 @@
-"""The page is one well-formed file that fetches nothing, shows every pixel it was given, and tells no score better than it is."""
+"""The page is one well-formed file that fetches nothing and has every pixel it was given; its verdicts follow from its numbers."""
 
 import base64
 import io
 import math
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from configs.errors import RequestError
 from evaluation.report import page as report
-from evaluation.report.curve import Curve, linear_ticks, log_ticks
-from evaluation.report.curve import figure as curve_figure
+from evaluation.report.curve import Curve
 from evaluation.report.page import Picture, Report, Row, Score, Section, Table
 
 VOID = {"meta", "link", "img", "br"}
@@ -217,6 +219,19 @@ def test_every_header_cell_says_what_it_heads():
     assert {attributes["scope"] for _, attributes, _ in found.all("th")} == {"row", "col"}
 
 
+def test_a_misspelt_name_in_the_template_is_an_error():
+    with pytest.raises(UndefinedError):
+        report.environment().from_string("{{ report.titel }}").render(report=small())
+
+
+def test_every_file_of_the_page_is_in_the_package():
+    folder = Path(report.__file__).parent
+    project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["evaluation.report"]
+    packaged = {path.name for pattern in patterns for path in folder.glob(pattern)}
+    assert packaged >= {path.name for path in folder.iterdir() if path.is_file()} - {path.name for path in folder.glob("*.py")}
+
+
 def test_the_same_report_gives_the_same_bytes(tmp_path):
     for name in ("a.html", "b.html"):
         report.write(small(), tmp_path / "new" / name)
@@ -230,59 +245,3 @@ def test_a_page_that_is_too_large_is_refused(tmp_path, monkeypatch):
     with pytest.raises(RequestError, match=r"expected less than .*; show fewer than its 1 rows"):
         report.write(small(), tmp_path / "a.html")
     assert not list(tmp_path.iterdir())
-
-
-def points(d):
-    return np.array([[float(n) for n in pair.split(" ")] for pair in d.removeprefix("M").split("L")])
-
-
-def drawn(curve, kind):
-    return [points(attributes["d"]) for _, attributes, _ in Reader(curve_figure(curve)).all("path", kind)]
-
-
-def test_equal_ratios_are_equal_heights_on_a_log_axis():
-    (raw,) = drawn(Curve("c", "x", "y", {"a": ([0, 1, 2, 3], [1.0, 0.1, 0.01, 0.001])}), "raw")
-    np.testing.assert_allclose(np.diff(raw, axis=0), np.diff(raw, axis=0)[:1].repeat(3, 0), atol=0.11)
-    (raw,) = drawn(Curve("c", "x", "y", {"a": ([0, 1, 2], [1.0, 2.0, 3.0])}, log_y=False), "raw")
-    np.testing.assert_allclose(np.diff(raw, axis=0), np.diff(raw, axis=0)[:1].repeat(2, 0), atol=0.11)
-    assert (np.diff(raw[:, 1]) < 0).all()  # greater is higher
-
-
-def test_what_cannot_be_drawn_is_left_out():
-    (raw,) = drawn(Curve("c", "x", "y", {"a": (range(6), [1.0, None, math.nan, math.inf, -1.0, 2.0])}), "raw")
-    assert len(raw) == 2
-    assert "No value was recorded." in curve_figure(Curve("c", "x", "y", {"a": ([1], [None])}))
-    assert Reader(curve_figure(Curve("c", "x", "y", {"a": ([1], [0.5])}))).all("circle")
-
-
-def test_a_long_series_keeps_its_spike():
-    values = np.ones(50_000)
-    values[31_234] = 1000.0
-    (raw,) = drawn(Curve("c", "x", "y", {"a": (range(50_000), values)}), "raw")
-    assert len(raw) <= 1200
-    assert raw[:, 1].min() < raw[:, 1].max() - 100
-    assert (np.diff(raw[:, 0]) >= 0).all()
-
-
-def test_smoothing_keeps_a_level_and_few_values():
-    level = Curve("c", "x", "y", {"a": (range(100), [0.25] * 100)})
-    np.testing.assert_allclose(drawn(level, "smooth")[0], drawn(level, "raw")[0])
-    few = Curve("c", "x", "y", {"a": (range(10), [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3])})
-    np.testing.assert_allclose(drawn(few, "smooth")[0], drawn(few, "raw")[0])
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (1, 1200), (0.3, 0.30001), (-5, 12.5), (7, 7), (0, 1e6)])
-def test_linear_ticks_are_few_round_and_enclose(low, high):
-    ticks = linear_ticks(low, high)
-    assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= low <= high <= ticks[-1]
-    steps = np.diff(ticks)
-    np.testing.assert_allclose(steps, steps[0], rtol=1e-5)
-    assert f"{steps[0]:.0e}"[0] in "125"
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.08, 1.3), (1e-6, 1e3), (1, 1), (0.3, 0.31)])
-def test_log_ticks_enclose(low, high):
-    ticks = log_ticks(low, high)
-    assert ticks[0] <= low <= high <= ticks[-1]
-    assert len(ticks) <= 12
