@@ -474,7 +474,7 @@ def document(made: Mapping[str, Any], jobs: Jobs, results: str, prose: str) -> s
 @mpl.rc_context(STYLE)
 def figure(jobs: Jobs) -> Figure:
     """Retrieval with its interval: a panel for each task, a line for each row."""
-    rows, made = rows_of(jobs), Figure((9.6, 2.6))
+    rows, made = rows_of(jobs), Figure((13, 2.9))
     panels, places = made.subplots(1, len(BY_TASK), sharey=True), range(len(rows))
     for panel, column in zip(panels, BY_TASK, strict=True):
         values = [values_of(jobs, row, column) for row in rows]
@@ -483,11 +483,12 @@ def figure(jobs: Jobs) -> Figure:
         panel.hlines(places, lows, highs, color=SERIES[0], linewidth=2)
         panel.plot(means, places, "o", color=SERIES[0])
         panel.set(title=column.name, xlim=(0, 1), xticks=(0, 0.5, 1), xticklabels=("0%", "50%", "100%"))
+        panel.margins(y=0.12)
         panel.grid(axis="x")
     panels[0].set_yticks(places, [ROWS[row].name for row in rows])
     panels[0].invert_yaxis()
-    made.subplots_adjust(left=0.12, right=0.97, bottom=0.27, top=0.87, wspace=0.35)
-    made.text(0.12, 0.04, "retrieval, the true one of 8; dashed: chance; bars: 95% bootstrap intervals")
+    made.subplots_adjust(left=0.115, right=0.975, bottom=0.24, top=0.87, wspace=0.3)
+    made.text(0.115, 0.04, "retrieval, the true one of 8; dashed: chance; bars: 95% bootstrap intervals")
     return made
 
 

@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +20,7 @@ DARK = {
 """Each colour of the charts, and the one that replaces it on a dark page."""
 TEXT, LINE, *SERIES = DARK
 WIDTH, HEIGHT = 560, 330  # in points
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,
     "text.color": TEXT, "axes.labelcolor": TEXT, "xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT,

@@ -263,9 +263,9 @@ def test_tables_have_the_means_of_the_jobs():
     def mean(*of):
         return 100 * np.mean([jobs["bias", seed]["scores"][task]["transfer"]["retrieval"] for seed in (0, 1) for task in of])
 
-    shown = [int(cell.partition("%")[0]) for cell in cells[1:9]]
-    assert shown[:5] == [round(mean(task)) for task in tasks.NAMES]
-    assert shown[5:] == [round(mean("id", "style")), round(mean("motion", "camera", "effect")), 0]
+    means = [int(cell.partition("%")[0]) for cell in cells[1:9]]
+    assert means[:5] == [round(mean(task)) for task in tasks.NAMES]
+    assert means[5:] == [round(mean("id", "style")), round(mean("motion", "camera", "effect")), 0]
     assert lines["+ bias, from joint"].endswith(" +1.0 dB (+1.0 to +1.0) |")
 
 

@@ -1,4 +1,4 @@
-"""The page is one well-formed file that fetches nothing and has every pixel it was given; its verdicts follow from its numbers."""
+"""The page is one well-formed file with every pixel of its clips, loads no other file, and its verdicts follow from its numbers."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ NASTY = '<script>alert("x")</script> & \'quoted\' "too"'
 
 
 class Reader(HTMLParser):
-    """All elements as (tag, attributes, text inside), in the order in which they end; fails on a tag that is not closed in order."""
+    """All elements as (tag, attributes, text inside), in the order in which they end; fails if a tag is not closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -82,7 +82,7 @@ def read(**fields):
     return Reader(report.page(small(**fields)))
 
 
-def test_the_page_is_well_formed_and_fetches_nothing():
+def test_the_page_is_well_formed_and_loads_no_other_file():
     found = read()
     names = {attributes["id"] for _, attributes, _ in found.elements if "id" in attributes}
     for tag, attributes, _ in found.elements:
@@ -108,9 +108,9 @@ def pictures(found):
 
 def test_every_pixel_of_every_frame_is_there():
     given = [clip(9), clip(9), clip(1, seed=1), clip(17, 24, 40, 2)]  # one of the opening, three of the section
-    shown = list(pictures(read()))
-    assert len(shown) == len(given)
-    for (attributes, sheet), frames in zip(shown, given, strict=True):
+    found = list(pictures(read()))
+    assert len(found) == len(given)
+    for (attributes, sheet), frames in zip(found, given, strict=True):
         count, height = frames.shape[:2]
         if count == 1:
             np.testing.assert_array_equal(sheet, frames[0])
@@ -118,7 +118,7 @@ def test_every_pixel_of_every_frame_is_there():
             continue
         cells = sheet.reshape(count, height + 4, *frames.shape[2:])
         np.testing.assert_array_equal(cells[:, 2:-2], frames)
-        for row in (0, 1):  # what smooth scaling reaches for past an edge is the edge itself
+        for row in (0, 1):  # beyond an edge, smooth scaling reads the edge itself
             np.testing.assert_array_equal(cells[:, row], frames[:, 0])
             np.testing.assert_array_equal(cells[:, -1 - row], frames[:, -1])
         assert f"{count} frames" in attributes["alt"]
@@ -196,7 +196,7 @@ def test_a_verdict_follows_from_the_number(value, better, verdict):
 @pytest.mark.parametrize(("value", "text"), [(79.999, "79.999"), (80.04, "80"), (0.03417, "0.0342"), (1234.56, "1234.6"), (0, "0")])
 def test_a_number_is_short_but_never_rounded_over_its_target(value, text):
     found = read(summary=(Score("name", value, 80.0),))
-    assert [shown for _, _, shown in found.all("p", "value")] == [f"{text}\N{NO-BREAK SPACE}%"]
+    assert [value for _, _, value in found.all("p", "value")] == [f"{text}\N{NO-BREAK SPACE}%"]
 
 
 def test_a_target_of_zero():
