@@ -87,7 +87,7 @@ def svg(figure: Figure, title: str) -> Markup:
     The background is transparent and colours follow the reader's light or dark mode. The same figure gives the same text.
     """
     file, left_out = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with mpl.rc_context(STYLE | {"svg.hashsalt": title}):  # ids follow from the title and the figure
+    with mpl.rc_context(STYLE), mpl.rc_context({"svg.hashsalt": title}):  # ids follow from the title and the figure
         figure.savefig(file, format="svg", transparent=True, metadata={"Title": title} | left_out)
     text = file.getvalue().partition("<svg")[2]
     # In a page, matplotlib's style would hold outside the figure as well, and its groups have the same ids in all figures.
