@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from configs.base import CLIPVisionConfig
-from omnitransfer_jax.models.attention import attention
+from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.layers import LayerNorm, Linear
 from omnitransfer_jax.resize import bicubic_resize
 

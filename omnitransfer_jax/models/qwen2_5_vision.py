@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32
 
 from configs.base import QwenConfig, QwenVisionConfig
 from configs.errors import require
-from omnitransfer_jax.models.attention import attention
+from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.clip_vision import MEAN, STD
 from omnitransfer_jax.models.layers import Linear, RMSNorm
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from configs.base import QwenConfig
 from configs.errors import require
-from omnitransfer_jax.models.attention import CHUNK
+from omnitransfer_jax.models.attend import CHUNK
 from omnitransfer_jax.models.layers import Linear, RMSNorm
 from omnitransfer_jax.models.qwen2_5_vision import Grid, QwenVision, SwiGLU, frequencies, rotate
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from configs.base import VAEConfig
 from configs.errors import require
-from omnitransfer_jax.models.attention import attention
+from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.layers import Linear
 
 

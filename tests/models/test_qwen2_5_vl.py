@@ -10,7 +10,7 @@ import pytest
 
 from configs.base import QwenConfig, QwenVisionConfig
 from configs.errors import RequestError
-from omnitransfer_jax.models.attention import CHUNK
+from omnitransfer_jax.models.attend import CHUNK
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.qwen2_5_vision import fit, grid_of, patchify
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL, causal_attention, place, position_ids
