@@ -54,7 +54,7 @@ def main(_) -> None:
     latents, time_, text, image = draw(1, *GRID, 36), jnp.array([500.0]), draw(1, 512, 512), draw(1, 257, 512)
     patches = model.grid(latents)
     reference = make_reference(draw(1, *GRID, 16), jnp.array([2]), patches)
-    kv_cache = jax.jit(lambda p: nnx.merge(graphdef, p).remember((reference,), patches))(params)
+    kv_cache = jax.jit(lambda p: nnx.merge(graphdef, p).make_kv_cache((reference,), patches))(params)
     both = jnp.concatenate([latents, reference.latents], axis=1)
     conditions = (time_, text, image)
     forms = {

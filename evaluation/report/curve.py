@@ -27,7 +27,8 @@ STYLE: dict[Any, Any] = {
     "font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13, "xtick.labelsize": 13, "ytick.labelsize": 13,
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
     "xtick.bottom": False, "ytick.left": False, "grid.color": LINE,
-    "lines.solid_joinstyle": "round", "lines.solid_capstyle": "round", "path.simplify_threshold": 0.5, "legend.frameon": False,
+    "lines.solid_joinstyle": "round", "lines.solid_capstyle": "round", "path.simplify_threshold": 0.5,
+    "legend.frameon": False, "legend.fontsize": 14,
 }  # fmt: skip
 """The settings of matplotlib for every figure of this project."""
 
@@ -57,7 +58,7 @@ def draw(curve: Curve) -> Markup:
 def chart(curve: Curve) -> Figure:
     """The chart; each series has two lines, its values and their moving average."""
     figure = Figure((WIDTH / 72, HEIGHT / 72))
-    axes = figure.add_axes((0.11, 0.14, 0.87, 0.72))
+    axes = figure.add_axes((0.11, 0.14, 0.87, 0.75))
     for (name, (x, y)), colour in zip(curve.series.items(), cycle(SERIES)):
         x, y = drawable(x, y, curve.log_y)
         if not len(y):
