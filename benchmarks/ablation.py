@@ -65,6 +65,7 @@ from launch.encode import sha256
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
 from world.pair_records import Encoder
@@ -253,7 +254,7 @@ def train(config: Config, workdir: Path, skip: int) -> float:
     data = batches(config, seed=config.seed)
     for _ in range(skip):
         next(data)
-    loop.train(config, workdir, make_mesh(config.mesh), data, empty_text(config))
+    loop.train(omnitransfer.objective(config, empty_text(config)), config, workdir, make_mesh(config.mesh), data)
     if int(run_folder.latest(workdir).name) < config.train.steps:
         raise SystemExit("stopped; the same command resumes here")
     lines = [json.loads(line)["seconds"] for line in (workdir / METRICS_FILE).read_text().splitlines()]

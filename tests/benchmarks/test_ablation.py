@@ -112,7 +112,7 @@ def trained(monkeypatch):
     """Replaces training by a function that only takes its batches, which are numbers here; the batches of each run, by its workdir."""
     read = {}
 
-    def train(config, workdir, mesh, data, empty_text):
+    def train(objective, config, workdir, mesh, data):
         read[f"{workdir.parent.name}/{workdir.name}"] = [next(data) for _ in range(config.train.steps)]
         (workdir / "checkpoints" / str(read.get("stopped", config.train.steps))).mkdir(parents=True)
         lines = [{"step": n, "seconds": 9.0 if n == 1 else n} for n in (1, 2, 3, 4)]
@@ -120,6 +120,7 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(ablation, "batches", lambda config, seed: itertools.count(1000 * seed))
     monkeypatch.setattr(ablation, "empty_text", lambda config: None)
+    monkeypatch.setattr(ablation.omnitransfer, "objective", lambda config, empty_text: None)
     monkeypatch.setattr(ablation.loop, "train", train)
     monkeypatch.setattr(ablation.run_folder, "latest", lambda workdir: max((workdir / "checkpoints").iterdir()))
     return read
