@@ -25,6 +25,14 @@ from omnitransfer_jax.models.attend import CHUNK
 from omnitransfer_jax.models.layers import Linear, RMSNorm
 from omnitransfer_jax.models.qwen2_5_vision import Grid, QwenVision, SwiGLU, frequencies, rotate
 
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    (r"(layers|vision\.blocks)\..*\.kernel", ("layers", "in", "out")),
+    (r"(layers|vision\.blocks)\..*\.(bias|scale)", ("layers", "vector")),
+    (r"token_embedding", ("in", "out")),
+    (r"(?!layers\.|vision\.blocks\.).*\.kernel", ("in", "out")),
+    (r"(?!layers\.|vision\.blocks\.).*\.(bias|scale)", ("vector",)),
+]
+
 
 def position_ids(
     config: QwenConfig,

@@ -22,6 +22,13 @@ from configs.errors import require
 from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.layers import Linear
 
+POINTWISE = r"(.*\.(qkv|out|shortcut)|(post_)?quant)\.kernel"  # products over channels alone
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    (POINTWISE, ("in", "out")),
+    (rf"(?!{POINTWISE}).*\.kernel", (None, None, None, "in", "out")),
+    (r".*\.(bias|scale)", ("vector",)),
+]
+
 
 class WanVAE(nnx.Module):
     """Encoder and decoder, each with its 1x1 convolution next to the latent (Wan2.1 vae.py)."""
