@@ -129,7 +129,7 @@ def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]
     """The autoencoder of --vae, whose latents' statistics the configuration must have: they are a part of the model."""
     made = read_result("vae", VAE.value)
     trained = model_folder.configuration(VAEConfig, made.pop("vae"), VAE.value)
-    wrong = [f"{name} is {getattr(trained, name)}" for name, _ in model_folder.differences(trained, config.vae)]
+    wrong = [f"{name} is {value}" for name, value, _ in model_folder.differences(trained, config.vae)]
     require(not wrong, f"--vae={VAE.value}: another autoencoder than the configuration's: {'; '.join(wrong)}; put that in configs/wan.py")
     return load(VAE.value, "vae", shapes), made
 

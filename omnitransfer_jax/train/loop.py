@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from configs.errors import require
 from configs.run import Config, RunConfig
 from omnitransfer_jax.folders import model_folder, run_folder
-from omnitransfer_jax.mesh import Specs, replicated, specs, to_mesh
+from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
 from omnitransfer_jax.train.log import RunLog
 from omnitransfer_jax.train.objective import Objective, Params
 from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer
@@ -47,10 +47,10 @@ def train(
     data: grain.DatasetIterator[Any],
     evaluate: Evaluate | None = None,
 ) -> Params | None:
-    """The trained parameters after `config.train.steps`; None if the run was told to stop before.
+    """All parameters after `config.train.steps`; None if a signal stopped the run before.
 
-    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays. `evaluate` measures the trained
-    parameters on held-out data every `train.evaluate_every` steps; what it returns is logged.
+    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays. `evaluate` takes all parameters and
+    measures them on held-out data every `train.evaluate_every` steps; what it returns is logged.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -58,22 +58,24 @@ def train(
     like = placed_state(objective, config, optimizer, mesh, spec)
     with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
         done, steps = checkpoints.latest.step if checkpoints.latest else 0, config.train.steps
+        if done:
+            run_folder.require_same_run(workdir, config)
         if done >= steps:
             print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
-            return run_folder.restore(checkpoints, like, data).trainable if done == steps and evaluate else None
+            return run_folder.restore(checkpoints, like, data).params if done == steps and evaluate else None
         state = start(objective, config, workdir, checkpoints, like, optimizer, data)
         if jax.process_index() == 0:
             run_folder.write_config(workdir, config)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         finite, pending = Finiteness(int(state.skipped)), {}
+        step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh)
         with RunLog(workdir, config.train, done) as log:
-            step = Program(make_step(objective, config, optimizer, mesh, spec), like, key, mesh, log)
 
             def settle(n: int, metrics: Mapping[str, Array]) -> None:
                 """Waits for step `n` and logs it."""
                 values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-                if evaluate is not None and config.train.evaluate_every and n % config.train.evaluate_every == 0:
-                    measured = evaluate(state.trainable)
+                if evaluate is not None and evaluates(config, n):
+                    measured = evaluate(state.params)
                     print(f"step {n}  " + "  ".join(f"{name} {value:.4g}" for name, value in measured.items()), flush=True)
                     values |= measured
                 log.write(n, values)
@@ -82,6 +84,8 @@ def train(
             for n in range(done + 1, steps + 1):
                 with log.waiting():
                     batch = to_mesh(next(data), mesh)
+                with log.paused():
+                    step.compile(batch, key)
                 state, metrics = step(state, batch, key)
                 if pending:
                     settle(n - 1, pending)
@@ -94,7 +98,7 @@ def train(
                 if stop and n < steps:
                     print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)
                     return None
-    return state.trainable
+    return state.params
 
 
 def evaluates(config: RunConfig, n: int) -> bool:
@@ -114,7 +118,6 @@ def start(
     """The state to go on from, placed as `like`; `data` moves to where it was."""
     params, origin = like.trainable | like.frozen, config.train.init_from
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
-        run_folder.require_same_run(workdir, config)
         print(f"{workdir}: going on after step {checkpoints.latest.step}", flush=True)
         return run_folder.restore(checkpoints, like, data)
     place = {path: leaf.sharding for path, leaf in params.items()}
@@ -196,22 +199,26 @@ def make_step(objective: Objective, config: RunConfig, optimizer: optax.Gradient
 
 
 class Program:
-    """A step compiled once for each form of batch; the state it is given is used up, and the log does not count compiling."""
+    """A step compiled once for each form of batch, the objective's own first; the state it is given is used up."""
 
-    def __init__(self, step: Step, like: TrainState, key: Array, mesh: Mesh, log: RunLog):
+    def __init__(self, step: Step, like: TrainState, batch: Any, key: Array, mesh: Mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
-        self.step, self.like, self.log = jax.jit(step, donate_argnums=0, out_shardings=places), like, log
+        self.step, self.like = jax.jit(step, donate_argnums=0, out_shardings=places), like
         self.compiled: dict[Any, Any] = {}
+        self.compile(placed(mesh, batch, batch_sharding(mesh).spec), key)
 
-    def __call__(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+    def compile(self, batch: Any, key: Array) -> None:
+        """Compiles the step for batches of this form, unless that is done."""
         form = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if form not in self.compiled:
-            with self.log.paused():
-                started = time.perf_counter()
-                self.compiled[form] = self.step.lower(self.like, batch, key).compile()
-                print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+            started = time.perf_counter()
+            self.compiled[form] = self.step.lower(self.like, batch, key).compile()
+            print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+        self.chosen = self.compiled[form]
+
+    def __call__(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
         with jax.transfer_guard("disallow"):
-            return self.compiled[form](state, batch, key)
+            return self.chosen(state, batch, key)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -7,7 +7,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -18,7 +17,8 @@ from configs.base import DiTConfig
 from configs.run import CheckpointConfig, Config, DataConfig, MeshConfig, TransferTrainConfig, VideoConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch
-from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.mesh import data_share, make_mesh
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 
 TINY = stage1.get_config("smoke")
@@ -37,7 +37,7 @@ TINY = replace(
 EMPTY_TEXT = np.full((6, 8), 0.1, np.float32)
 
 
-def sample(i: int) -> Batch:
+def sample(i: int) -> dict[str, np.ndarray]:
     """One sample; all tasks take turns."""
 
     def draw(*shape: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def sample(i: int) -> Batch:
     first = np.float32(tasks.TASKS[task].family == "temporal")
     condition = np.concatenate([np.zeros((2, 4, 8, 4), np.float32), draw(2, 4, 8, 16)], -1)
     condition[0, ..., :4] = first
-    arrays: dict[str, Any] = {
+    return {
         "task": np.int32(task),
         "target": draw(2, 4, 8, 16),
         "condition": condition,
@@ -56,21 +56,25 @@ def sample(i: int) -> Batch:
         "image": first * draw(2, 8),
         "has_image": first,
     }
-    return Batch(**arrays)
 
 
-def batches(config: Config, make=sample, share: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
-    """Endless batches of 7 samples in shuffled order, or one process's share of them."""
+def batch_of(*numbers: int, **fields: np.ndarray) -> Batch:
+    """A batch of these samples, with `fields` instead of theirs."""
+    stacked = {name: np.stack([sample(i)[name] for i in numbers]) for name in sample(0)}
+    return Batch(**stacked | fields)
+
+
+def batches(config: Config, make=sample, share: tuple[int, int] = (0, 1)) -> grain.DatasetIterator[Batch]:
+    """Endless batches of 7 samples in shuffled order, or one process's part of them."""
     samples = grain.MapDataset.range(7).seed(config.seed).shuffle().map(make).repeat()
-    index, parts = share
-    return iter(
-        samples.batch(config.train.batch_size // parts, drop_remainder=True)[index::parts].to_iter_dataset(grain.ReadOptions(num_threads=1))
-    )
+    index, count = share
+    parts = samples.batch(config.train.batch_size // count, drop_remainder=True)[index::count].map(lambda batch: Batch(**batch))
+    return iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=1)))
 
 
 def train(config: Config, workdir: Path, make=sample) -> None:
     mesh = make_mesh(config.mesh)
-    loop.train(config, workdir, mesh, batches(config, make=make, share=loop.data_share(mesh)), EMPTY_TEXT)
+    loop.train(omnitransfer.objective(config, EMPTY_TEXT), config, workdir, mesh, batches(config, make, data_share(mesh)))
 
 
 if __name__ == "__main__":
@@ -79,7 +83,7 @@ if __name__ == "__main__":
     if "port" in given:
         jax.distributed.initialize(f"localhost:{given['port']}", given["processes"], given["process"])
 
-    def slowly(i: int) -> Batch:
+    def slowly(i: int) -> dict[str, np.ndarray]:
         time.sleep(given.get("milliseconds", 0) / 1000)
         return sample(i)
 
