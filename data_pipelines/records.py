@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from configs.errors import RequestError, require
-from configs.run import Config
+from configs.kinds import flat
+from configs.run import Config, record_fields
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
 from omnitransfer_jax.folders.atomic import place, write_whole
@@ -110,9 +110,9 @@ def begin(folder: Path, config: Config, source: Mapping[str, Any]) -> None:
 
     `source` says in JSON what the records are made of besides the configuration: a manifest and weights, or a world and its key.
     """
-    made = json.loads(json.dumps({"format": FORMAT, "config": _configuration(config), "source": source}))
+    made = {"format": FORMAT, "config": _configuration(config), "source": json.loads(json.dumps(source))}
     if (folder / MADE_FILE).exists():
-        known, now = _flat(read_made(folder)), _flat(made)
+        known, now = flat(read_made(folder)), flat(made)
         changed = [f"{key}={known.get(key)} there, {now.get(key)} now" for key in {**known, **now} if known.get(key) != now.get(key)]
         require(not changed, f"{folder}: begun as other records ({'; '.join(changed)}); give another folder, or remove this one")
         return
@@ -171,8 +171,8 @@ def require_alignment(folder: Path, made: Mapping[str, Any], config: Config) -> 
         f"{folder}: records without inputs for the language model, which alignment.enabled needs; "
         f"make others with a configuration that has it: {ENCODE}",
     )
-    needs = _flat(_alignment(config))
-    found = _flat({name: made["config"].get(name) for name in _alignment(config)})
+    now = _configuration(config)
+    needs, found = (flat({name: fields.get(name) for name in ("alignment", "mllm")}) for fields in (now, made["config"]))
     changed = [
         f"{key}={found.get(key)} there, {needs.get(key)} now"
         for key in {**found, **needs}
@@ -231,31 +231,11 @@ def pad_rows(x: np.ndarray, length: int) -> np.ndarray:
 
 
 def _configuration(config: Config) -> dict[str, Any]:
-    """The fields of the configuration that the content of a record depends on."""
-    encoders = {name: asdict(getattr(config, name)) for name in ("vae", "text", "image")}
-    for name in ("encode_frames", "decode_frames"):  # they change only the memory needed
-        encoders["vae"].pop(name)
+    """The fields of the configuration that the content of a record depends on, and the templates' digest, as JSON has them."""
+    fields = record_fields(config)
     if config.alignment.enabled:
-        encoders |= _alignment(config)
-    return {
-        "video": asdict(config.video),
-        "data": {"reference": asdict(config.data.reference)},
-        "dit": {"text_len": config.dit.text_len},
-    } | encoders
-
-
-def _alignment(config: Config) -> dict[str, Any]:
-    """The fields that the language model's inputs depend on, as JSON has them."""
-    fields = {name: getattr(config.alignment, name) for name in ("frames", "frame_pixels", "prompt_tokens")}
-    templates = hashlib.sha256("\n".join(task.template for task in tasks.TASKS).encode()).hexdigest()
-    return json.loads(json.dumps({"alignment": fields | {"templates": templates}, "mllm": asdict(config.mllm)}))
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by their dotted paths."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {key: leaf for name, branch in tree.items() for key, leaf in _flat(branch, f"{path}.{name}" if path else name).items()}
+        fields["alignment"]["templates"] = hashlib.sha256("\n".join(task.template for task in tasks.TASKS).encode()).hexdigest()
+    return json.loads(json.dumps(fields))
 
 
 def _times(shape: Sequence[int | None]) -> str:
