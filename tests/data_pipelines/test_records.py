@@ -27,6 +27,15 @@ def test_what_is_written_is_read(write_records):
             assert np.array_equal(read[name], written[name]), name
 
 
+def test_the_names_of_format_1():
+    """Those of every record on disk, whatever the fields of a batch are called."""
+    names = {"id", "task", "target", "condition", "reference", "text", "image", "has_image"}
+    assert set(records.schema(SMOKE)) == names
+    aligned = replace(SMOKE, alignment=replace(SMOKE.alignment, enabled=True))
+    inputs = {f"shown_{name}" for name in ("tokens", "mask", "positions", "source", "features")}
+    assert set(records.schema(aligned)) == names | inputs
+
+
 def test_bfloat16_goes_through_uint16_exactly():
     x = np.concatenate([np.random.default_rng(0).normal(size=1000).astype(np.float32) * 100, np.float32([0, -0.0, 1, 1 + 2**-8, 3e38])])
     rounded = np.asarray(jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""Transfers of the tiny model: each control reads what it says and nothing else, and results are sums over pairs."""
+"""Transfers of the tiny model: each control reads only what it should, and results are means over pairs."""
 
 from dataclasses import replace
 
@@ -101,12 +101,12 @@ def test_what_a_transfer_reads(made, task):
     others = with_other_references(pairs)
     read = run(networks, others)
     assert all((a != b).any() for a, b in zip(read, clips, strict=True))
-    blind = run(networks, pairs, with_reference=False)
-    assert (run(networks, others, with_reference=False) == blind).all()
-    assert all((a != b).any() for a, b in zip(blind, clips, strict=True))
+    without = run(networks, pairs, with_reference=False)
+    assert (run(networks, others, with_reference=False) == without).all()
+    assert all((a != b).any() for a, b in zip(without, clips, strict=True))
     swapped_clips = with_control("swapped", run, networks, pairs)
     assert (swapped_clips == run(networks, swapped(pairs))).all()
-    assert (with_control("none", run, networks, pairs) == blind).all()
+    assert (with_control("none", run, networks, pairs) == without).all()
 
 
 def test_the_clip_of_a_pair_depends_on_its_place_alone(plain):
