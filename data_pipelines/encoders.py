@@ -31,7 +31,7 @@ from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import clean_prompt, tokenize
 
 RANDOM = "random"  # what records.json says of weights that were not loaded
-NETWORKS = ("vision", "vae", "text_encoder", "image_encoder")  # the vision tower first: its language model is loaded with it and let go
+NETWORKS = ("vision", "vae", "text_encoder", "image_encoder")  # the vision tower first, while there is memory for its language model
 
 align = jax.jit(Alignment.__call__)
 decode_clips = jax.jit(WanVAE.decode)
@@ -80,7 +80,7 @@ class Encoders:
         return load_models.load_mllm_vocabulary(self.folder)
 
     def load(self) -> None:
-        """Loads every network that `encode_batch` needs, so that an absent one is an error before the first batch."""
+        """Loads every network that a record needs, so that an absent one is an error before the first record."""
         for name in NETWORKS:
             if name != "vision" or self.config.alignment.enabled:
                 getattr(self, name)
@@ -153,16 +153,17 @@ class Encoders:
         alignment: Alignment | None = None,
         references: Sequence[tuple[Int[np.ndarray, " B"], MLLMInputs]] = (),
     ) -> tuple[Float[Array, "B S E"], Float[Array, "B S E"]]:
-        """(text context, negative context): what the cross-attention reads, and what it reads in guidance's unconditional pass.
+        """(text context, negative context): what the cross-attention reads in the two passes of guidance.
 
-        Without `alignment`: the encoded prompts, and the encoded negative prompt; training drops a prompt by the encoded empty one. With
-        it: the contexts of all references (task, inputs), one behind another, and zeros; training drops such a context by zeros.
+        Without `alignment` these are the encoded prompts and the encoded negative prompt; training replaces a dropped prompt by the encoded
+        empty one. With `alignment` they are the contexts of all references (task, inputs), concatenated, and zeros; training replaces a
+        dropped context by zeros too.
         """
         if alignment is None:
             text = jnp.asarray(self.text([*prompts, self.config.sampler.negative_prompt])[0])
             return text[:-1], jnp.repeat(text[-1:], len(prompts), 0)
-        every = [align(alignment, jax.tree.map(jnp.asarray, inputs), jnp.asarray(task)) for task, inputs in references]
-        context = jnp.concatenate(every, axis=1)
+        contexts = [align(alignment, jax.tree.map(jnp.asarray, inputs), jnp.asarray(task)) for task, inputs in references]
+        context = jnp.concatenate(contexts, axis=1)
         return context, jnp.zeros_like(context)
 
 

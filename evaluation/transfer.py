@@ -91,11 +91,11 @@ class Transfer:
         The first frame is given if the task of any list needs it. Without references the language model reads grey clips.
         """
         config, encoders, prompts = self.config, self.encoders, [pair.prompt for pair in lists[0]]
-        every = [np.array([tasks.task_index(pair.task) for pair in pairs], np.int32) for pairs in lists]
+        indices = [np.array([tasks.task_index(pair.task) for pair in pairs], np.int32) for pairs in lists]
         videos = [render(encoders.config, pairs) for pairs in lists]
         frames, has_frame = videos[0].first_frames, np.max([each.has_first_frame for each in videos], axis=0)
         inputs, latents = [], []
-        for task, references in zip(every, (each.references for each in videos), strict=True):
+        for task, references in zip(indices, (each.references for each in videos), strict=True):
             if references is not None and with_reference and config.train.references:
                 latents.append((task, encoders.latents(references)))
             if references is not None and networks.alignment is not None:

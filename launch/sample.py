@@ -113,20 +113,18 @@ def encode(encoders: Encoders, request: Request) -> Conditions:
     """Everything the network reads beside the noise."""
     config, video = encoders.config, request.video
     context, negative = encode_context(encoders, request)
-    image, condition, references = None, None, []
-    if request.first_frame is not None:
-        picture = clips.to_unit(request.first_frame)[None]
+    picture = None if request.first_frame is None else clips.to_unit(request.first_frame)[None]
+    image, condition, references = None, None, ()
+    if picture is not None:
         with stage("image encoder", encoders):
             image = jnp.asarray(encoders.image(picture))
     if config.dit.image_dim is not None:
         with stage("video encoder", encoders):
-            if request.first_frame is None:
-                condition = encoders.no_condition
-            else:
-                condition = encoders.condition(np.asarray(bicubic_resize(jnp.asarray(picture), video.height, video.width)))
-            references = [(np.array([task], np.int32), encoders.latents(clips.to_unit(clip)[None])) for task, clip in request.references]
-            condition, references = jnp.asarray(condition), place_references(config, video, references)
-    return Conditions(context, negative, image, condition, tuple(references))
+            frame = None if picture is None else np.asarray(bicubic_resize(jnp.asarray(picture), video.height, video.width))
+            condition = jnp.asarray(encoders.no_condition if frame is None else encoders.condition(frame))
+            latents = [(np.array([task], np.int32), encoders.latents(clips.to_unit(clip)[None])) for task, clip in request.references]
+            references = place_references(config, video, latents)
+    return Conditions(context, negative, image, condition, references)
 
 
 def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax.Array]:

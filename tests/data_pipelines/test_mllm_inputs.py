@@ -23,7 +23,7 @@ from omnitransfer_jax.batch import batch_spec
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.models.alignment import MLLMInputs
 from omnitransfer_jax.models.flat_params import abstract, flat_params
-from omnitransfer_jax.models.qwen2_5_vision import patchify
+from omnitransfer_jax.models.qwen2_5_vision import QwenVision, patchify
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.tokenizer import byte_tokenizer
 from omnitransfer_jax.weights.convert import load
@@ -183,7 +183,7 @@ def test_features_are_the_towers(mllm, config):
 
     picked = reference[np.rint(np.arange(config.alignment.frames) * (size.frames - 1) / (config.alignment.frames - 1)).astype(int)]
     patches = [resized(frames, image.height, image.width), resized(picked, video.height, video.width)]
-    expected = jax.jit(Qwen2_5VL.see, static_argnums=2)(mllm, jnp.concatenate(patches), (image.grid, video.grid))
+    expected = jax.jit(QwenVision.__call__, static_argnums=2)(mllm.vision, jnp.concatenate(patches), (image.grid, video.grid))
     assert relative_l2(found, expected) <= 1e-5
     without = features(0)
     assert not without[: image.features].any()
