@@ -84,9 +84,13 @@ class Transfer:
 
     def make(self, networks: Networks, conditions: Conditions, seed: int) -> Clips:
         """Clips from the conditions of a batch."""
+        return clips.to_bytes(self.encoders.decode(self.sample(networks, conditions, seed)))
+
+    def sample(self, networks: Networks, conditions: Conditions, seed: int) -> jax.Array:
+        """Latents from the conditions of a batch."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
         noise = jax.random.normal(key, (len(conditions.text_context), *self.config.video.latent_shape(self.config.vae)))
-        return clips.to_bytes(self.encoders.decode(self.denoise(networks.dit, conditions, noise)))
+        return self.denoise(networks.dit, conditions, noise)
 
     def conditions(self, networks: Networks, *lists: Sequence[Example], with_reference: bool = True) -> Conditions:
         """What the transformer reads of a batch with one list of pairs for each reference, of equal targets and prompts.
