@@ -37,6 +37,15 @@ def test_a_dry_run_tells_frozen_from_trainable(capsys):
 
 
 @pytest.mark.parametrize(
+    ("config", "rows"), [("vae:tiny", ["encoder/levels", "decoder/middle"]), ("mllm:tiny", ["layers/mlp", "vision/blocks"])]
+)
+def test_a_dry_run_of_the_world_s_trainings(config, rows, capsys):
+    assert execute(f"--config={config}", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{name} " in out for name in (*rows, "total", "GiB per device", "optimizer"))
+
+
+@pytest.mark.parametrize(
     ("args", "told"),
     [
         (["--data.path=records"], "--workdir: not given"),

@@ -13,10 +13,11 @@ from configs import stage1, stage2, stage3
 from configs.run import Config
 from omnitransfer_jax import tasks
 from omnitransfer_jax.flow import loss_per_example
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.models.alignment import Alignment, MLLMInputs
 from omnitransfer_jax.models.flat_params import abstract, count, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import OmniTransfer, make_reference
-from omnitransfer_jax.train.step import abstract_params, init_state, split_trainable
+from omnitransfer_jax.train.step import init_state, split_trainable
 from tests.compare import relative_l2
 
 SMOKE = stage2.get_config("smoke")
@@ -130,14 +131,15 @@ def bytes_of(tree) -> int:
 def test_stages_train_what_they_say(stage, trains):
     """Parameters by stage, and the optimizer's memory: two float32 numbers for each that trains, none for the others."""
     config: Config = stage.get_config()
-    params = abstract_params(config)
-    trainable, frozen = split_trainable(params, config.train)
+    objective = omnitransfer.objective(config)
+    params = objective.params
+    trainable, frozen = split_trainable(params, objective)
     parts = {path.partition(".")[0] for path in trainable}
     assert parts == {"dit": {"dit"}, "alignment": {"alignment"}, "both": {"dit", "alignment"}}[trains]
     assert all(path.startswith("alignment.mllm.") and ".lora." not in path for path in frozen) or trains == "alignment"
     if trains != "dit":
         assert {path for path in trainable if path.startswith("alignment.mllm.")} == {p for p in params if ".lora." in p}
-    state = jax.eval_shape(lambda p: init_state(p, config, optax.adam(1e-3)), params)
+    state = jax.eval_shape(lambda p: init_state(p, objective, config, optax.adam(1e-3)), params)
     assert bytes_of(state.moments) == 2 * bytes_of(state.trainable) + 4
     assert all(leaf.dtype == jnp.bfloat16 for leaf in state.frozen.values())
     assert config.train.steps == {"dit": 10_000, "alignment": 2_000, "both": 5_000}[trains]
