@@ -55,6 +55,6 @@ def assert_not_finite_is_refused(objective: Objective, config: RunConfig, workdi
         params = objective.init()
         return params | {(path := max(params)): params[path].at[..., 0].set(jnp.nan)}
 
-    with pytest.raises(FloatingPointError, match="step 10: .* 10 times in a row; the weights are those of step 0"):
+    with pytest.raises(FloatingPointError, match=r"step 10: .* 10 times in a row; the weights are those of step 0"):
         loop.train(replace(objective, init=init), config, workdir, make_mesh(config.mesh), data)
     assert all(line["loss"] is None and line["skipped"] == line["step"] for line in lines(workdir))
