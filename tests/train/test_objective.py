@@ -18,15 +18,16 @@ from configs.base import LoRAConfig
 from configs.run import CheckpointConfig, Config, OptimizerConfig, TransferTrainConfig
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
 from omnitransfer_jax.folders import run_folder
-from omnitransfer_jax.mesh import UNSHARDED, Shard, make_mesh
+from omnitransfer_jax.mesh import UNSHARDED, Shard, make_mesh, specs
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.models import lora
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.objective import Metrics, Objective, Params
+from omnitransfer_jax.train.optimizer import make_optimizer
+from omnitransfer_jax.train.step import TrainState, placed_state
 from tests.test_mesh import differences, on_eight_devices
-from tests.train import tiny_run
 from tests.train.test_loop import lines, with_steps
 from tests.train.tiny_run import TINY, sample
 
@@ -113,7 +114,7 @@ def test_its_loss_falls(whole):
 
 
 def test_the_adapter_trains_and_nothing_else(whole):
-    first, last = clip_adapter(CONFIG).init(), whole[1]
+    first, last = jax.jit(clip_adapter(CONFIG).init)(), whole[1]
     assert last.keys() == first.keys()
     moved = {path for path, x in last.items() if not np.array_equal(x, first[path])}
     assert moved == {path for path in first if ".lora_clip." in path}
@@ -132,12 +133,17 @@ def test_resumed_equals_uninterrupted(whole, tmp_path):
 
 def test_it_starts_from_a_trained_transformer(tmp_path):
     """The adapter, which no other run has, starts as it is drawn; the transformer is the one of the run it starts from."""
-    base = replace(TINY, train=replace(TINY.train, steps=1))
-    tiny_run.train(base, tmp_path / "base")
-    config = replace(CONFIG, train=replace(CONFIG.train, steps=1, init_from=str(tmp_path / "base")))
-    params = train(config, tmp_path / "run")
-    trained = run_folder.load_params(tmp_path / "base", omnitransfer.objective(TINY).params)
+    trained = {path: np.full(leaf.shape, i, np.float32) for i, (path, leaf) in enumerate(omnitransfer.objective(TINY).params.items())}
+    with run_folder.open_checkpoints(tmp_path / "base", TINY.checkpoint) as checkpoints:
+        run_folder.save(checkpoints, 1, TrainState(np.int32(1), trained, {}, {"mu": np.zeros(1)}, {}, np.int32(0)), clip(CONFIG))
+    run_folder.write_config(tmp_path / "base", TINY)
+    config = replace(CONFIG, train=replace(CONFIG.train, init_from=str(tmp_path / "base")))
+    objective, optimizer, mesh = clip_adapter(config), make_optimizer(config.optimizer, config.train.steps), make_mesh(config.mesh)
+    like = placed_state(objective, config, optimizer, mesh, specs(objective.params, objective.sharding, config.mesh))
+    with run_folder.open_checkpoints(tmp_path / "run", config.checkpoint) as checkpoints:
+        params = loop.start(objective, config, tmp_path / "run", checkpoints, like, optimizer, clip(config)).params
     assert all(np.array_equal(x, params[path]) for path, x in trained.items())
+    assert {path for path in params if path not in trained} == {path for path in params if ".lora_clip." in path}
 
 
 def test_it_stays_as_small_as_promised():

@@ -18,10 +18,15 @@ from omnitransfer_jax.methods.omnitransfer import Drawn, draw, objective
 from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.train.optimizer import make_optimizer
 from omnitransfer_jax.train.step import init_state, make_train_step, placed_state, split_trainable
-from tests.train.tiny_run import EMPTY_TEXT, TINY, batch_of, batches, sample
+from tests.train import tiny_run
+from tests.train.tiny_run import EMPTY_TEXT, TINY, batches, sample
 
 PARTLY = replace(TINY, train=replace(TINY.train, trainable=(r"dit/blocks\..*attention.*", "dit/head.*"), ema=0.2))
 PARAMS = objective(TINY).params
+
+
+def batch_of(*numbers, **fields):
+    return jax.tree.map(jnp.asarray, tiny_run.batch_of(*numbers, **fields))
 
 
 def draw_params():
@@ -41,7 +46,7 @@ class Stepper:
         self.jitted = jax.jit(make_train_step(trained, config, optimizer, mesh, spec), out_shardings=(places, None))
 
     def __call__(self, state, batch, key=0):
-        return self.jitted(state, jax.tree.map(jnp.asarray, batch), jax.random.key(key))
+        return self.jitted(state, batch, jax.random.key(key))
 
     def compilations(self):
         return self.jitted._cache_size()
