@@ -1,4 +1,4 @@
-"""Stage 1 -> 2 -> 3 by their commands: what each leaves alone, what it moves, and what can be done with the result."""
+"""Stage 1 -> 2 -> 3 by their commands: which parameters each changes, and what can be done with the result."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +55,7 @@ def travel(tmp_path, manifest, pairs):
     moved = {path for path in third if (third[path] != second[path]).any()}
     frozen = {path for path in third if path.startswith("alignment.mllm.") and ".lora." not in path}
     assert not moved & frozen
-    dead = {path for path in third if path.endswith("key.bias")}  # a softmax does not see them: their gradient is rounding
+    dead = {path for path in third if path.endswith("key.bias")}  # they cancel in the softmax: their gradient is rounding
     assert not set(third) - frozen - dead - moved
 
     for chosen in [[task] for task in tasks.NAMES] + [["style", "motion"]]:

@@ -100,7 +100,7 @@ def fixed_loss(config: Config):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The workdir of a run that nothing interrupted, and the parameters it returned."""
+    """The workdir of a run that was not interrupted, and the parameters it returned."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, train(CONFIG, workdir)
 

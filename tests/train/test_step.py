@@ -1,4 +1,4 @@
-"""The step: what it learns from, what it moves and what it leaves alone."""
+"""The training step: which inputs decide its loss, and which parameters it changes."""
 
 from dataclasses import replace
 from functools import partial
@@ -113,7 +113,7 @@ def evaluate(params, batch, drawn, config=TINY):
 
 
 def test_the_loss_is_of_the_velocity_at_the_drawn_time():
-    """Against the definition: a network that answers nothing loses the mean square of noise - target."""
+    """By the definition: where the network's output is 0, the loss is the mean square of noise - target."""
     params = draw_params() | {"dit.head.kernel": jnp.zeros((24, 64)), "dit.head.bias": jnp.zeros(64)}
     batch = batch_of(0, 2)
     drawn = draw(TINY, jax.random.key(3), batch)

@@ -1,4 +1,4 @@
-"""The language model's training: what it is asked to say, that it learns to, and that it goes on where it stopped."""
+"""The language model's training: its answers, its loss, that it learns, and that it goes on where it stopped."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ VOCABULARY = load_models.load_mllm_vocabulary("")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
+    """The workdir of a run that was not interrupted."""
     workdir = tmp_path_factory.mktemp("whole")
     train(workdir)
     return workdir
@@ -55,22 +55,22 @@ def first():
 
 
 @pytest.mark.parametrize("task", list(scenes.SHARES))
-def test_what_it_is_asked_to_say(task):
-    """All that it is shown; of the target nothing but its first frame and the prompt."""
+def test_the_answer(task):
+    """Captions of its inputs; of the target only the prompt and the first frame are inputs."""
     pair = scenes.example(3, 0, "held_out", task)
-    told, temporal = mllm_training.tokens_of(MODEL, VOCABULARY, pair), task in ("motion", "camera", "effect")
-    said = VOCABULARY.decode(told["tokens"][told["answer"]])
+    inputs, temporal = mllm_training.tokens_of(MODEL, VOCABULARY, pair), task in ("motion", "camera", "effect")
+    words = VOCABULARY.decode(inputs["tokens"][inputs["answer"]])
     still = scenes.caption(pair.target._replace(motion=None, camera=None, effect=None))
-    assert said == (f"{scenes.caption(pair.reference)} {still}" if temporal else f"{pair.prompt} {scenes.caption(pair.reference)}")
+    assert words == (f"{scenes.caption(pair.reference)} {still}" if temporal else f"{pair.prompt} {scenes.caption(pair.reference)}")
     before = mllm_inputs.show(MODEL, VOCABULARY, task, pair.prompt, temporal)
     count = int(before["mask"].sum())
     for name in ("tokens", "positions", "source"):
-        np.testing.assert_array_equal(told[name][..., :count], before[name][..., :count])
-    assert not told["answer"][:count].any()
-    assert told["answer"][count:].all()
-    assert (told["source"][count:] == -1).all()
-    following = told["positions"][:, count - 1 :]  # the words count on behind the last of the turn, as queries do
-    assert (following == following[0, 0] + np.arange(len(said.encode()) + 1)).all()
+        np.testing.assert_array_equal(inputs[name][..., :count], before[name][..., :count])
+    assert not inputs["answer"][:count].any()
+    assert inputs["answer"][count:].all()
+    assert (inputs["source"][count:] == -1).all()
+    following = inputs["positions"][:, count - 1 :]  # the words count on behind the last of the turn, as queries do
+    assert (following == following[0, 0] + np.arange(len(words.encode()) + 1)).all()
 
 
 def test_the_loss_is_of_the_answer_alone(first):
@@ -85,7 +85,7 @@ def test_the_loss_is_of_the_answer_alone(first):
     assert losses.mean() == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_it_does_not_see_what_it_has_to_say(first):
+def test_the_answer_is_no_input(first):
     """The scores are the same whatever words stand in the answer's places, and others with other noise."""
     params, lesson = first
     noise = jax.random.normal(jax.random.key(1), (2, *lesson.tokens.shape, MODEL.mllm.dim))
@@ -96,7 +96,7 @@ def test_it_does_not_see_what_it_has_to_say(first):
     assert not (score(lesson.tokens, noise[1]) == one).all()
 
 
-def test_it_sees_frame_and_reference(first):
+def test_frame_and_reference_are_inputs(first):
     """The answer's first word depends on both clips where there are both, and on the reference alone where there is no frame."""
     params, lesson = first
     noise = jnp.zeros((*lesson.tokens.shape, MODEL.mllm.dim))

@@ -1,4 +1,4 @@
-"""The autoencoder's training: it learns, goes on where it stopped, and what it writes is what it says."""
+"""The autoencoder's training: it learns, it goes on where it stopped, and its files reproduce the reported result."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ SMALL = replace(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
+    """The workdir of a run that was not interrupted."""
     workdir = tmp_path_factory.mktemp("whole")
     train(workdir)
     return workdir
