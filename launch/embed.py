@@ -3,10 +3,10 @@
     python -m launch.embed --config=stage0:tiny --vae=out/vae --out=out/encoders
     python -m launch.embed --config=stage0:tiny --base=out/stage0 --mllm=out/mllm --out=omnitransfer_jax/embedded
 
---vae is a run of launch.train_vae and --mllm one of launch.train_mllm. --base is a run of stage 0: it brings the transformer, averaged if
-it keeps an average, and everything that it started from. What none of them brings is random, drawn from the seed: text and image encoder
-may be, for they are frozen and the transformer learns to read them. Without --base there is no transformer; such a folder is what stage 0
-and launch.train_mllm start from.
+--vae and --mllm are runs of launch.train with --config=vae:tiny and --config=mllm:tiny. --base is a run of stage 0: it brings the
+transformer, averaged if it keeps an average, and everything that it started from. What none of them brings is random, drawn from the
+seed: text and image encoder may be, for they are frozen and the transformer learns to read them. Without --base there is no transformer;
+such a folder is what stage 0 and the training of the language model start from.
 
 DIR is one of omnitransfer_jax/folders/model_folder.py, each part a safetensors file. DIR/made.json tells where every part came from.
 """
@@ -38,9 +38,9 @@ from world.scenes import WORDS
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
-VAE = flags.DEFINE_string("vae", "", "workdir of launch.train_vae", flag_values=FLAGS)
+VAE = flags.DEFINE_string("vae", "", "workdir of a training of the autoencoder", flag_values=FLAGS)
 BASE = flags.DEFINE_string("base", "", "workdir of a training of stage 0", flag_values=FLAGS)
-MLLM_RUN = flags.DEFINE_string("mllm", "", "workdir of launch.train_mllm", flag_values=FLAGS)
+MLLM_RUN = flags.DEFINE_string("mllm", "", "workdir of a training of the language model", flag_values=FLAGS)
 
 LIMIT = 24_000_000  # bytes; the folder is part of the package, and of its history
 MADE_FILE = "made.json"
@@ -136,7 +136,7 @@ def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]
 
 def read_result(name: str, workdir: str) -> dict[str, Any]:
     """What the training of a part wrote at its end."""
-    file, command = Path(workdir, f"{name}.json"), f"python -m launch.train_{name} --config={name}:tiny --workdir=DIR"
+    file, command = Path(workdir, f"{name}.json"), f"python -m launch.train --config={name}:tiny --workdir=DIR"
     require(file.is_file(), f"--{name}={workdir}: no {file.name}; train one to its end: {command}")
     return json.loads(file.read_text())
 
