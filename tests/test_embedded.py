@@ -1,5 +1,6 @@
 """The model that the package holds: its folder is of the tiny configurations, and found and read from anywhere."""
 
+from functools import partial
 from importlib.resources import files as package
 
 import jax
@@ -12,6 +13,7 @@ from configs.errors import RequestError
 from launch import embed
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.train import loop
@@ -53,7 +55,7 @@ def test_every_part_is_loaded_by_its_name(tmp_path, monkeypatch):
         "image": load_models.load_image_encoder,
         "mllm": load_models.load_mllm,
     }
-    load["dit"] = load_models.load_dit
+    load["dit"] = partial(load_models.load_dit, mesh=make_mesh(TINY.mesh))
     for name in model_folder.read_model(FOLDER):
         params, stored = flat_params(load[name]("embedded", TINY)), load_file(FOLDER / f"{name}.safetensors")
         assert params.keys() == stored.keys()

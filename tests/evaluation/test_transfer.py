@@ -15,6 +15,7 @@ from evaluation.transfer import Networks, Results, Transfer, held_out, swapped, 
 from launch import sample
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import model_folder
+from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.models.alignment import Alignment
 from world import scenes
 
@@ -39,8 +40,8 @@ def encoders():
 
 @pytest.fixture(scope="module")
 def dit():
-    """The package's transformer, or a random one as long as it has none."""
-    return load_models.load_dit(model_folder.EMBEDDED if "dit" in model_folder.read_model(model_folder.EMBEDDED_FOLDER) else "", TINY)
+    """The package's transformer."""
+    return load_models.load_dit(model_folder.EMBEDDED, TINY, make_mesh(TINY.mesh))
 
 
 @pytest.fixture(scope="module")
