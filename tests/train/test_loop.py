@@ -91,7 +91,7 @@ def assert_same(workdir, other, config=TINY):
 def start_process(workdir, compiled, *options, devices=1):
     env = os.environ | {name.upper(): str(value) for name, value in compiled.items()} | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     if devices > 1:  # the default number must not change the flags: they are part of what a compiled program is found by
-        env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
+        env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "tests.train.tiny_run", str(workdir), *options]
     return subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
