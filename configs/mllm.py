@@ -3,31 +3,44 @@
 Goal    states that know what a first frame, a reference and a prompt tell, as those of the published model do.
 Trains  everything, the vision tower too, from the random weights of the encoders' folder; afterwards it is frozen.
 
-    python -m launch.train_mllm --config=mllm:tiny --encoders=ENCODERS --workdir=DIR
+    python -m launch.train --config=mllm:tiny --train.init_from=ENCODERS --workdir=DIR
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from configs import stage3
+from configs import stage3, vae
 from configs.errors import require
-from configs.run import Config, PartTraining
+from configs.run import Config, RunConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLLMTraining(PartTraining):
+class MLLMTraining(RunConfig):
     """How a language model is trained on the procedural world."""
 
     model: Config = field(default_factory=Config)
-    """What it is a part of; it is shown what stages 2 and 3 show it."""
+    """The model it is a part of, which decides its inputs: those of stages 2 and 3."""
+    evaluate_clips: int = 256
+    """Held-out pairs at the end; an eighth of them before."""
+    threads: int = 2
+    """Threads that draw clips."""
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work."""
         super().validate()
         self.model.validate()
+        unit = 8 * self.train.batch_size
+        require(
+            self.evaluate_clips >= unit and self.evaluate_clips % unit == 0, f"evaluate_clips={self.evaluate_clips}: a multiple of {unit}"
+        )
+        require(self.threads >= 1, f"threads={self.threads}: at least 1")
 
 
 MODEL = stage3.get_config("tiny")
-TINY = MLLMTraining(model=MODEL, steps=1_500, batch_size=32, learning_rate=1e-2, evaluate_every=250)
+TINY = MLLMTraining(
+    model=MODEL,
+    train=TrainConfig(steps=1_500, batch_size=32, evaluate_every=250, log_every=50),
+    optimizer=replace(vae.WORLD_OPTIMIZER, learning_rate=1e-2),
+)
 
 
 def get_config(variant: str = "") -> MLLMTraining:

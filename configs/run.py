@@ -1,7 +1,7 @@
 """What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from configs.base import AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
 from configs.errors import require
@@ -97,7 +97,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run."""
+    """How long a training runs, where it starts, and what it trains and reports."""
 
     steps: int = 10_000
     """Optimizer steps (paper section 5.1, stage 1)."""
@@ -105,6 +105,32 @@ class TrainConfig:
     """Samples per step over all devices (paper section 5.1)."""
     init_from: str = ""
     """Where the weights start: a folder of launch.import_weights, or the workdir of another run."""
+    trainable: tuple[str, ...] = (".*",)
+    """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
+    ema: float = 0.0
+    """Decay of the running average of the weights that sampling prefers; 0 keeps none.
+
+    Update n = 1, 2, ... decays it by min(ema, (1 + n) / (10 + n)), so that the initial weights are soon forgotten.
+    """
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl and of the console."""
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out data, for trainings that have one; 0 evaluates at the end alone."""
+
+    def validate(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: at least 1")
+        require(0 <= self.ema < 1, f"train.ema={self.ema}: from 0 to below 1")
+        require(
+            self.evaluate_every >= 0 and self.evaluate_every % self.log_every == 0,
+            f"train.evaluate_every={self.evaluate_every}: 0, or a multiple of train.log_every={self.log_every}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferTrainConfig(TrainConfig):
+    """A training of the transformer on pairs of clips: stages 0 to 3."""
+
     trainable: tuple[str, ...] = ("dit/.*",)
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     shift: float = 3.0
@@ -113,24 +139,15 @@ class TrainConfig:
     """What the squared velocity error at a time t counts for: 1, or min(1, 2t)^2, the error of the clean estimate over max(t, 0.5)^2."""
     references: bool = True
     """Whether targets read their references; if not, the network trains as Wan's does, without any."""
-    ema: float = 0.0
-    """Decay of the running average of the weights that sampling prefers; 0 keeps none.
-
-    Update n = 1, 2, ... decays it by min(ema, (1 + n) / (10 + n)), so that the initial weights are soon forgotten.
-    """
-    log_every: int = 1
-    """Steps between lines of metrics.jsonl and of the console."""
 
     def validate(self) -> None:
-        for name in ("steps", "batch_size", "log_every"):
-            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: at least 1")
-        require(0 <= self.ema < 1, f"train.ema={self.ema}: from 0 to below 1")
+        super().validate()
         require(self.shift > 0, f"train.shift={self.shift}: more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW or Muon with a linear warm-up to a constant rate."""
+    """AdamW or Muon; the rate rises linearly to its highest value, then stays there or falls."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon on matrices and AdamW with Nesterov momentum on the rest (optax.contrib.muon)."""
@@ -141,7 +158,9 @@ class OptimizerConfig:
     adapter_share: float = 1.0
     """Share of these rates at which the language model's adapters and the queries move."""
     warmup_steps: int = 100
-    """Steps from 0 to the rate."""
+    """Steps of the linear rise to the highest rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up the rate stays, or falls to 0 at the last step along half a cosine."""
     b1: float = 0.9
     """Decay of the first moment; Muon's own, of the matrices' gradients, is 0.95."""
     b2: float = 0.999
@@ -149,7 +168,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """Decoupled decay of matrices; vectors are left alone."""
     clip_norm: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm; 0 does not clip."""
     accumulate: int = 1
     """Parts a batch is cut into, one after the other, their gradients averaged."""
 
@@ -157,6 +176,8 @@ class OptimizerConfig:
         for name in ("learning_rate", "vector_learning_rate"):
             require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)}: more than 0")
         require(self.adapter_share >= 0, f"optimizer.adapter_share={self.adapter_share}: at least 0")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: at least 0")
+        require(self.clip_norm >= 0, f"optimizer.clip_norm={self.clip_norm}: more than 0, or 0 for no clipping")
         require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate}: at least 1")
 
 
@@ -175,54 +196,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartTraining:
-    """How one part of the tiny model is trained by itself, before stage 0: what all such trainings share."""
-
-    free: ClassVar[frozenset[str]] = frozenset({"log_every", "evaluate_every", "evaluate_clips", "checkpoint", "threads"})
-    """What may change when a run goes on."""
-
-    steps: int = 1200
-    """Optimizer steps."""
-    batch_size: int = 8
-    """Clips, or pairs of them, per step."""
-    learning_rate: float = 2e-2
-    """Highest rate of Muon on matrices, after the warm-up; from there it falls to 0 along half a cosine."""
-    vector_learning_rate: float = 5e-3
-    """The same of Adam on the rest."""
-    warmup_steps: int = 20
-    """Steps up to the highest rate."""
-    evaluate_every: int = 300
-    """Steps between looks at held-out clips."""
-    evaluate_clips: int = 256
-    """Held-out clips, or pairs, at the end; an eighth of them before."""
-    log_every: int = 50
-    """Steps between lines of metrics.jsonl and of the console."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When it saves."""
-    threads: int = 2
-    """Threads that draw clips."""
-    seed: int = 0
-    """The one root of every random number."""
-
-    def validate(self) -> None:
-        """Raises `RequestError` for the first value that cannot work."""
-        self.checkpoint.validate()
-        for name in ("steps", "batch_size", "evaluate_every", "log_every", "threads"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: at least 1")
-        whole = 8 * self.batch_size
-        require(
-            self.evaluate_clips >= whole and self.evaluate_clips % whole == 0,
-            f"evaluate_clips={self.evaluate_clips}: a multiple of {whole}",
-        )
-        require(
-            self.evaluate_every % self.log_every == 0, f"evaluate_every={self.evaluate_every}: a multiple of log_every={self.log_every}"
-        )
-        for name in ("learning_rate", "vector_learning_rate"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: more than 0")
-        require(0 <= self.warmup_steps < self.steps, f"warmup_steps={self.warmup_steps}: from 0 to below steps={self.steps}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How many devices share what; the product is the number of devices used."""
 
@@ -231,9 +204,43 @@ class MeshConfig:
     context: int = 1
     """Devices that share the tokens of each sample, target and reference in equal parts."""
 
+    def validate(self) -> None:
+        for name in ("data", "context"):
+            require(getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)}: at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class RunConfig:
+    """What every training has, whatever it trains."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """What a training does."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights move."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When a training saves."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices share the work."""
+    seed: int = 0
+    """The one root of every random number."""
+
+    def validate(self) -> None:
+        """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
+        for part in (self.train, self.optimizer, self.checkpoint, self.mesh):
+            part.validate()
+        parts = self.optimizer.accumulate * self.mesh.data
+        require(
+            self.train.batch_size % parts == 0,
+            f"train.batch_size={self.train.batch_size}: a multiple of optimizer.accumulate * mesh.data = {parts}",
+        )
+        require(
+            self.optimizer.schedule == "constant" or self.optimizer.warmup_steps < self.train.steps,
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps}: below train.steps={self.train.steps}, so that the rate can fall",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
     """Everything a command needs to know."""
 
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -256,30 +263,18 @@ class Config:
     """The solver and its numbers."""
     data: DataConfig = field(default_factory=DataConfig)
     """What a training reads."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TransferTrainConfig = field(default_factory=TransferTrainConfig)
     """What a training does."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How weights move."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When a training saves."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices share the work."""
-    seed: int = 0
-    """The one root of every random number."""
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
+        super().validate()
         models = (self.dit, self.vae, self.text, self.image, self.mllm, self.lora, self.alignment)
-        for part in (*models, self.sampler, self.data, self.train, self.optimizer, self.checkpoint):
+        for part in (*models, self.sampler, self.data):
             part.validate()
         vae, dit = self.vae, self.dit
         for video, at in ((self.video, "video"), (self.data.reference, "data.reference")):
             video.validate(at, vae, dit.patch)
-        parts = self.optimizer.accumulate * self.mesh.data
-        require(
-            self.train.batch_size % parts == 0,
-            f"train.batch_size={self.train.batch_size}: a multiple of optimizer.accumulate * mesh.data = {parts}",
-        )
         require(
             dit.out_channels == vae.z_dim,
             f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",

@@ -14,13 +14,13 @@ from dataclasses import replace
 
 from configs import wan
 from configs.errors import require
-from configs.run import Config, OptimizerConfig, TrainConfig
+from configs.run import Config, OptimizerConfig, TransferTrainConfig
 
 # The numbers that all tiny stages share.
 TINY_OPTIMIZER = OptimizerConfig(
     kind="muon", learning_rate=1e-2, vector_learning_rate=1e-2, adapter_share=0.03, warmup_steps=50, weight_decay=0.0
 )
-TINY_TRAIN = TrainConfig(init_from="embedded", ema=0.99, weighting="clean", shift=wan.TINY_SHIFT)
+TINY_TRAIN = TransferTrainConfig(init_from="embedded", ema=0.99, weighting="clean", shift=wan.TINY_SHIFT)
 
 TINY = replace(
     wan.get_config("tiny"),

@@ -11,7 +11,7 @@ Result  not run at full size. `tiny` starts from the base that the package holds
 from dataclasses import replace
 
 from configs import stage0, wan
-from configs.run import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainConfig, VideoConfig, variant_of
+from configs.run import CheckpointConfig, Config, DataConfig, OptimizerConfig, TransferTrainConfig, VideoConfig, variant_of
 
 FULL = wan.get_config()
 SMOKE_VIDEO = VideoConfig(frames=9, height=32, width=48, fps=8)
@@ -23,7 +23,7 @@ VARIANTS = {
         wan.get_config("smoke"),
         video=SMOKE_VIDEO,
         data=DataConfig(reference=SMOKE_VIDEO, threads=1),
-        train=TrainConfig(steps=60, batch_size=4, ema=0.9),
+        train=TransferTrainConfig(steps=60, batch_size=4, ema=0.9),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
         checkpoint=CheckpointConfig(every=30),
     ),

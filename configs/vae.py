@@ -3,23 +3,20 @@
 Goal    latents of a 9 x 32 x 32 clip in 5 x 16 x 16 x 3 numbers that show what its six factors are.
 Trains  everything, from random weights, on clips that are drawn as they are needed.
 
-    python -m launch.train_vae --config=vae:tiny --workdir=DIR
+    python -m launch.train --config=vae:tiny --workdir=DIR
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 from configs import wan
 from configs.base import VAEConfig
 from configs.errors import require
-from configs.run import PartTraining, VideoConfig
+from configs.run import OptimizerConfig, RunConfig, TrainConfig, VideoConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAETraining(PartTraining):
+class VAETraining(RunConfig):
     """How an autoencoder is trained on the procedural world."""
-
-    free: ClassVar[frozenset[str]] = PartTraining.free | {"statistics_clips"}
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     """The autoencoder; its latents are not normalised before their statistics are known, so the means are 0 and the deviations 1."""
@@ -35,15 +32,22 @@ class VAETraining(PartTraining):
     """Weight of the divergence from a standard normal, averaged over the latents, beside the mean squared error in [-1, 1]."""
     statistics_clips: int = 512
     """Training clips over which the latents' mean and deviation are taken."""
+    evaluate_clips: int = 256
+    """Held-out clips at the end; an eighth of them before."""
+    threads: int = 2
+    """Threads that draw clips."""
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work."""
         super().validate()
         self.vae.validate()
         self.video.validate("video", self.vae, (1, 1, 1))
-        for name, unit in (("batch_size", 2), ("statistics_clips", self.batch_size)):
-            size = getattr(self, name)
-            require(size >= unit and size % unit == 0, f"{name}={size}: a multiple of {unit}")
+        size = self.train.batch_size
+        require(size % 2 == 0, f"train.batch_size={size}: a multiple of 2, a reference and a target at a time")
+        for name, unit in (("evaluate_clips", 8 * size), ("statistics_clips", size)):
+            count = getattr(self, name)
+            require(count >= unit and count % unit == 0, f"{name}={count}: a multiple of {unit}")
+        require(self.threads >= 1, f"threads={self.threads}: at least 1")
         stride = self.vae.space_stride
         require(
             0 < self.crop <= min(self.video.height, self.video.width) and self.crop % stride == 0,
@@ -58,10 +62,16 @@ class VAETraining(PartTraining):
         )
 
 
+# The autoencoder and the language model of the world learn several times as fast with Muon as with Adam alone.
+WORLD_OPTIMIZER = OptimizerConfig(
+    kind="muon", learning_rate=2e-2, vector_learning_rate=5e-3, warmup_steps=20, schedule="cosine", weight_decay=0.0, clip_norm=0.0
+)
 MODEL = wan.get_config("tiny")
 TINY = VAETraining(
     vae=replace(MODEL.vae, latents_mean=(0.0,) * MODEL.vae.z_dim, latents_std=(1.0,) * MODEL.vae.z_dim),
     video=MODEL.video,
+    train=TrainConfig(steps=1_200, batch_size=8, evaluate_every=300, log_every=50),
+    optimizer=WORLD_OPTIMIZER,
 )
 
 

@@ -11,7 +11,7 @@ python -m launch.sample --config=wan --checkpoint=DIR --first_frame=IMAGE --prom
 from dataclasses import replace
 
 from configs.base import AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, QwenVisionConfig, UMT5Config, VAEConfig
-from configs.run import Config, DataConfig, SamplerConfig, TrainConfig, VideoConfig, variant_of
+from configs.run import Config, DataConfig, SamplerConfig, TransferTrainConfig, VideoConfig, variant_of
 
 I2V_14B = DiTConfig()
 T2V_14B = replace(I2V_14B, in_channels=16, image_dim=None)
@@ -81,7 +81,7 @@ VARIANTS = {
         video=TINY_VIDEO,
         sampler=SamplerConfig(solver="euler", steps=10, shift=TINY_SHIFT, guidance=1.0),
         data=DataConfig(reference=TINY_VIDEO, threads=1),
-        train=TrainConfig(init_from="embedded"),
+        train=TransferTrainConfig(init_from="embedded"),
     ),
     "smoke": Config(
         dit=DiTConfig(dim=48, ffn_dim=96, num_layers=2, num_heads=2, text_dim=32, text_len=32, image_dim=32, freq_dim=32, dtype="float32"),

@@ -19,7 +19,7 @@ from jax.tree_util import DictKey
 from jaxtyping import Array, Float, Int32
 
 from configs.errors import require
-from configs.run import Config, TrainConfig
+from configs.run import Config, TransferTrainConfig
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
 from omnitransfer_jax.mesh import CONTEXT, DATA, layer_gatherer, unshard
 from omnitransfer_jax.models.alignment import MLLMInputs, lengths
@@ -75,7 +75,7 @@ class TrainState(NamedTuple):
     """Updates left out because they were not finite."""
 
 
-def split_trainable(params: Mapping[str, Any], config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_trainable(params: Mapping[str, Any], config: TransferTrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen) by `config.trainable`, whose expressions match whole names, `dit/blocks...` or `alignment/queries`."""
     chosen = {p for p in params if any(re.fullmatch(pattern, _name(p)) for pattern in config.trainable)}
     return {p: x for p, x in params.items() if p in chosen}, {p: x for p, x in params.items() if p not in chosen}
@@ -165,7 +165,7 @@ def corrupt(key: Array, batch: Batch, config: Config) -> Corruption:
 
 
 def losses(
-    model: OmniTransfer, batch: Batch, drawn: Corruption, empty_text: Float[Array, "S E"], config: TrainConfig, shard: Shard
+    model: OmniTransfer, batch: Batch, drawn: Corruption, empty_text: Float[Array, "S E"], config: TransferTrainConfig, shard: Shard
 ) -> Float[Array, " B"]:
     """The loss of each sample: flow matching on the target, which reads its reference unless `config.references` is off."""
     x = interpolate(batch.target, drawn.noise, drawn.time)

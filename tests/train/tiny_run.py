@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import stage1
 from configs.base import DiTConfig
-from configs.run import CheckpointConfig, Config, DataConfig, MeshConfig, TrainConfig, VideoConfig
+from configs.run import CheckpointConfig, Config, DataConfig, MeshConfig, TransferTrainConfig, VideoConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.train import loop
@@ -29,7 +29,7 @@ TINY = replace(
     image=replace(TINY.image, dim=8, image_size=14),
     video=VideoConfig(frames=5, height=32, width=64),
     data=DataConfig(reference=VideoConfig(frames=5, height=32, width=32), text_drop=0.3),
-    train=TrainConfig(steps=8, batch_size=2, ema=0.9),
+    train=TransferTrainConfig(steps=8, batch_size=2, ema=0.9),
     checkpoint=CheckpointConfig(every=2),
 )  # fmt: skip
 EMPTY_TEXT = np.full((6, 8), 0.1, np.float32)
