@@ -26,7 +26,7 @@ from configs.base import DiTConfig
 from configs.errors import require
 from omnitransfer_jax.models.attention import Kind, attention, one_directional_attention
 from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
-from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
+from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm, exact_gelu
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
 REMAT = {  # what the backward pass finds stored, by DiTConfig.remat
@@ -347,7 +347,7 @@ class ImageEmbedder(nnx.Module):
 
     def __call__(self, image: Float[Array, "B I J"]) -> Float[Array, "B I D"]:
         h = self.up(self.norm_in(image).astype(image.dtype))
-        h = self.down(jax.nn.gelu(h, approximate=False))
+        h = self.down(exact_gelu(h))
         return self.norm_out(h).astype(image.dtype)
 
 
