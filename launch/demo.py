@@ -34,6 +34,7 @@ from evaluation.transfer import Results, Transfer
 from launch import command, encode_world
 from omnitransfer_jax import tasks
 from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
 from world import scenes
@@ -62,7 +63,8 @@ def main() -> None:
         with clock.part(stage, f"{config.train.steps} training steps"):
             data = batches(config, seed=config.seed)
             try:
-                loop.train(config, out / stage, make_mesh(config.mesh), data, empty_text(config))
+                objective = omnitransfer.objective(config, empty_text(config))
+                loop.train(objective, config, out / stage, make_mesh(config.mesh), data)
             except RequestError as error:
                 raise RequestError(f"{error}; to begin anew, remove {out}") from None
     with clock.part("transfers", f"{SCORED.value} held-out pairs of each task, with their controls"):

@@ -3,8 +3,9 @@
     python -m launch.train --config=stage1 --workdir=runs/stage1 --data.path=records --train.init_from=checkpoints/wan_i2v
     python -m launch.train --config=stage1 --dry_run
 
-The workdir holds the configuration, metrics.jsonl, TensorBoard events and checkpoints (docs/training.md). SIGTERM or Ctrl-C saves after
-the current step and ends.
+`vae:tiny` and `mllm:tiny` train the autoencoder and the language model of the procedural world (docs/world.md). The workdir holds the
+configuration, metrics.jsonl, TensorBoard events and checkpoints (docs/training.md). SIGTERM or Ctrl-C saves after the current step and
+ends.
 """
 
 from pathlib import Path
@@ -13,12 +14,18 @@ import jax
 from absl import flags
 
 from configs.errors import require
+from configs.mllm import MLLMTraining
 from configs.run import Config
+from configs.vae import VAETraining
 from data_pipelines.batches import batches, empty_text
 from launch import command
-from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax import load_models
+from omnitransfer_jax.mesh import data_share, make_mesh
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
+from omnitransfer_jax.train.objective import Objective
 from omnitransfer_jax.train.plan import describe
+from world import mllm_training, vae_training
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=FLAGS)
@@ -28,18 +35,35 @@ DISTRIBUTED = flags.DEFINE_bool(
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, memory and FLOPs, and stop.", flag_values=FLAGS)
 
 
-def main(config: Config) -> None:
+def main(config: Config | VAETraining | MLLMTraining) -> None:
     if DRY_RUN.value:
-        print(describe(config))
+        print(describe(objective(config), config))
         return
-    loop.require_weights(config)
+    loop.require_weights(objective(config), config)
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     if DISTRIBUTED.value:
         jax.distributed.initialize()
-    mesh = make_mesh(config.mesh)
-    index, count = loop.data_share(mesh)
-    data = batches(config, seed=config.seed, process_index=index, process_count=count)
-    loop.train(config, Path(WORKDIR.value), mesh, data, empty_text(config))
+    mesh, workdir = make_mesh(config.mesh), Path(WORKDIR.value)
+    match config:
+        case VAETraining():
+            vae_training.train(config, workdir, mesh)
+        case MLLMTraining():
+            mllm_training.train(config, workdir, mesh)
+        case Config():
+            index, count = data_share(mesh)
+            data = batches(config, seed=config.seed, process_index=index, process_count=count)
+            loop.train(omnitransfer.objective(config, empty_text(config)), config, workdir, mesh, data)
+
+
+def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
+    """What the configuration trains."""
+    match config:
+        case VAETraining():
+            return vae_training.objective(config)
+        case MLLMTraining():
+            return mllm_training.objective(config, load_models.load_mllm_vocabulary(config.train.init_from))
+        case Config():
+            return omnitransfer.objective(config)
 
 
 if __name__ == "__main__":

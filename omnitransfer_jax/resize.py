@@ -1,4 +1,4 @@
-"""Resizing as the original does it: torch's bicubic interpolation, without antialias. For first frames and CLIP's input."""
+"""Bicubic interpolation as in torch, without antialias, as Wan2.1 resizes first frames and the input of CLIP."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +9,10 @@ SHARPNESS = np.float32(-0.75)  # the free coefficient `a` of the cubic convoluti
 
 
 def bicubic_resize(image: Float[Array, "B H W C"], height: int, width: int) -> Float32[Array, "B {height} {width} C"]:
-    """The whole image squashed to `height` x `width` pixels, aspect ratio aside; values may leave the input's range.
+    """The whole image resized to `height` x `width` pixels; the aspect ratio may change, and values may leave the input's range.
 
     Equals `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`: pixel centres at half integers,
-    four taps each way whatever the scale (so a strong reduction aliases), edges repeated.
+    four taps in each direction at any scale (so a strong reduction aliases), edges repeated.
     """
     rows, columns = _taps(image.shape[1], height), _taps(image.shape[2], width)
     x = jnp.einsum("hH,BHWC->BhWC", rows, image.astype(jnp.float32), precision=Precision.HIGHEST)
@@ -22,7 +22,7 @@ def bicubic_resize(image: Float[Array, "B H W C"], height: int, width: int) -> F
 def _taps(old: int, new: int) -> np.ndarray:
     """The matrix (new, old) that resizes one axis.
 
-    Positions are float32 as in torch: their rounding, of the order of 1e-5 of a pixel at a thousand pixels, is in its result too.
+    Positions are float32 as in torch, so that they have the same rounding errors, about 1e-5 of a pixel at a thousand pixels.
     """
     centre = np.float32(old) / np.float32(new) * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
     left = np.floor(centre)

@@ -1,6 +1,6 @@
-"""From noise to latents: a grid of times, a solver, and one `lax.scan` around the network.
+"""From noise to latents: a grid of times, a solver, and one loop around the network, a `lax.scan` or a loop on the host.
 
-Both solvers are linear in what they combine, so a solver is a table of coefficients, worked out in float64 before anything runs:
+Both solvers are linear in what they combine, so a solver is a table of coefficients, computed in float64 before the loop:
 
     x_0 estimate  m_i = x_i - t_i velocity(x_i, t_i)
     correct       y_i = c0 x_i + c1 y_{i-1} + c2 m_{i-1} + c3 m_{i-2} + c4 m_i
@@ -8,10 +8,13 @@ Both solvers are linear in what they combine, so a solver is a table of coeffici
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Float
 
 from configs.run import SamplerConfig
@@ -20,11 +23,28 @@ from omnitransfer_jax.flow import TIMESTEPS, time_grid
 Velocity = Callable[[Array, Array], Array]
 """velocity(latents "B F H W C", timestep "B" in 0..1000) -> "B F H W C"."""
 
+Steer = Callable[[Array, Array, Array], Array]
+"""steer(step, time, latents "B F H W C") -> the latents from which this step starts instead.
+
+`step` is 0, 1, ...; `time` is the step's entry of `flow.time_grid`, from nearly 1 down. Both are scalar arrays.
+"""
+
 
 def sample(
-    velocity: Velocity, noise: Float[Array, "B F H W C"], config: SamplerConfig, on_step: Callable[[int], None] | None = None
-) -> Float[Array, "B F H W C"]:
-    """Latents at t = 0 from `noise` at t = 1; `on_step(i)` is called on the host as each step ends."""
+    velocity: Velocity,
+    noise: Float[Array, "B F H W C"],
+    config: SamplerConfig,
+    on_step: Callable[[int], None] | None = None,
+    *,
+    steer: Steer | None = None,
+    trajectory: bool = False,
+    host_loop: bool = False,
+) -> Float[Array, "B F H W C"] | Float[Array, "S B F H W C"]:
+    """Latents at t = 0 from `noise` at t = 1; `on_step(i)` is called on the host as each step ends.
+
+    `steer` is called before the network in each step. With `trajectory`, returns S = steps + 1 latents: those that the network read
+    in each step, then the result. With `host_loop` the steps are a Python loop, so `steer` need not be traceable; call it outside jit.
+    """
     times = time_grid(config.steps, config.shift)
     table, timesteps = SOLVERS[config.solver](times)
     rows = (np.arange(config.steps), times[:-1], timesteps, table)
@@ -32,19 +52,42 @@ def sample(
     def step(state, row):
         x, y, m1, m2 = state
         i, t, timestep, (c0, c1, c2, c3, c4, p0, p1, p2) = row
+        if steer is not None:
+            steered = steer(i, t, x)
+            # The history moves by the same amount: UniPC computes y from it and not from x, so it would undo most of the change.
+            y, m1, m2 = (past + (steered - x) for past in (y, m1, m2))
+            x = steered
         m = x - t * velocity(x, jnp.full(x.shape[:1], timestep))
         y = c0 * x + c1 * y + c2 * m1 + c3 * m2 + c4 * m
-        x = p0 * y + p1 * m + p2 * m1
+        new = p0 * y + p1 * m + p2 * m1
         if on_step is not None:
-            # It is given x, so that it is called when the step is done.
-            jax.debug.callback(lambda i, _, report=on_step: report(int(i)), i, x.ravel()[0])
-        return (x, y, m, m1), None
+            # It is given the new latents, so that it is called when the step is done.
+            jax.debug.callback(lambda i, _, report=on_step: report(int(i)), i, new.ravel()[0])
+        return (new, y, m, m1), x if trajectory else None
 
     start = noise.astype(jnp.float32)
     zeros = jnp.zeros_like(start)
     rows = jax.tree.map(lambda r: jnp.asarray(r, jnp.float32 if r.dtype.kind == "f" else jnp.int32), rows)
-    (x, *_), _ = jax.lax.scan(step, (start, zeros, zeros, zeros), rows)
-    return x
+    if host_loop:
+        velocity = _compiled(velocity, start)
+    (x, *_), read = (_host_scan if host_loop else jax.lax.scan)(step, (start, zeros, zeros, zeros), rows)
+    return x if read is None else jnp.concatenate([read, x[None]])
+
+
+def _host_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, rows: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` as a Python loop."""
+    outputs = []
+    for i in range(len(rows[0])):
+        state, output = step(state, jax.tree.map(lambda r, i=i: r[i], rows))
+        outputs.append(output)
+    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _compiled(velocity: Velocity, x: Float[Array, "B F H W C"]) -> Velocity:
+    """`velocity` compiled once, with the arrays it closes over (a network's parameters) as arguments; jit would copy them as constants."""
+    traced = jax.make_jaxpr(velocity)(x, jnp.zeros(x.shape[:1]))
+    run = jax.jit(lambda consts, x, timestep: jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(x, timestep)[0])
+    return partial(run, traced.consts)
 
 
 def euler_table(times: Float[np.ndarray, " S"]) -> tuple[Float[np.ndarray, "s 8"], Float[np.ndarray, " s"]]:

@@ -1,4 +1,4 @@
-"""Prompts to tokens: the original's cleaning, its SentencePiece vocabulary from a checkpoint, and small ones of bytes or words."""
+"""Prompts to tokens: cleaning as in the original, the tokenizer of a checkpoint, and small vocabularies of bytes or words."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -14,20 +14,20 @@ from configs.errors import require
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-PLACES = ("", "tokenizer", "google/umt5-xxl")  # the folder itself, of a diffusers checkpoint, of an original one
+PLACES = ("", "tokenizer", "google/umt5-xxl")  # where it is in its own folder, in a diffusers checkpoint, in an original one
 
 
 def clean_prompt(prompt: str) -> str:
-    """Mends broken Unicode, resolves HTML entities (twice, for text that was escaped twice), and makes every blank one space."""
+    """Repairs broken Unicode, resolves HTML entities (twice, for text that was escaped twice), and turns a run of blanks into a space."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def tokenize(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int
 ) -> tuple[Int32[np.ndarray, "B {length}"], Bool[np.ndarray, "B {length}"]]:
-    """Token ids and which of them are real; every prompt ends in the end token, cut to make room for it, then padding.
+    """Token ids, and a mask that is false for padding. Every prompt ends with the end token; a long one is cut to make room for it.
 
-    Prompts are taken as they are: see `clean_prompt`.
+    Prompts are not cleaned here; `clean_prompt` does that.
     """
     batch = tokenizer(list(prompts), padding="max_length", padding_side="right", truncation=True, max_length=length, return_tensors="np")
     return batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(bool)
@@ -36,8 +36,8 @@ def tokenize(
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder (diffusers' layout, the original's, or the tokenizer's own folder), read offline.
 
-    tokenizer.json is run as it stands. `AutoTokenizer` of transformers 5 would take from it the vocabulary alone and rebuild the
-    rest as plain T5, without the byte fallback: other tokens than Wan was trained on.
+    tokenizer.json is used unchanged. `AutoTokenizer` of transformers 5 would take only its vocabulary and build a plain T5 tokenizer
+    without byte fallback, whose tokens differ from those that Wan was trained on.
     """
     places = [Path(folder, place) for place in PLACES]
     found = [place for place in places if (place / "tokenizer.json").is_file()]
@@ -49,7 +49,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary of 265 that needs no file: UTF-8 bytes from id 3 on, `QWEN_SPECIAL` from 259 on. For models with random weights."""
+    """A vocabulary of 265 tokens that needs no file: UTF-8 bytes from id 3, `QWEN_SPECIAL` from id 259. For models with random weights."""
     vocabulary = [PAD, EOS, UNKNOWN, *(f"<0x{byte:02X}>" for byte in range(256))]
     ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token=UNKNOWN, byte_fallback=True))
@@ -60,12 +60,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A vocabulary of the words and punctuation marks in `texts`: `QWEN_SPECIAL` from id 3 on, then the words in alphabetical order.
+    """A vocabulary of the words and punctuation marks in `texts`: `QWEN_SPECIAL` from id 3, then the words in alphabetical order.
 
-    Case and blanks do not count, line breaks included; a word that is not in `texts` is unknown. For the embedded model, whose world
-    has few words.
+    Case, blanks and line breaks are ignored; a word that is not in `texts` becomes `UNKNOWN`. For the small world of the embedded model.
     """
-    split = pre_tokenizers.BertPreTokenizer()  # at blanks, and around every punctuation mark
+    split = pre_tokenizers.BertPreTokenizer()  # at blanks and around every punctuation mark
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.lower())})
     ids = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *QWEN_SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab=ids, unk_token=UNKNOWN))

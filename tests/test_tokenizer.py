@@ -1,4 +1,4 @@
-"""Prompt cleaning, padding and truncation, and that a checkpoint's tokenizer.json is run as it stands."""
+"""Prompt cleaning, padding and truncation, and that a checkpoint's tokenizer.json is used unchanged."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_qwens_special_tokens_are_single_ids():
 
 
 def test_words_are_the_tokens_of_a_word_vocabulary(tmp_path):
-    """In alphabetical order behind the special ones; case, blanks and line breaks do not count, punctuation does."""
+    """In alphabetical order after the special tokens; case, blanks and line breaks are ignored, punctuation is kept."""
     vocabulary = word_tokenizer(["The disc glides.", "user\n", "a DISC"])
     vocabulary.save_pretrained(tmp_path)
     for tokenizer in (vocabulary, load_tokenizer(tmp_path)):
@@ -81,7 +81,7 @@ def test_saved_and_loaded(tmp_path):
             np.testing.assert_array_equal(ours, wanted)
 
 
-def test_published_file_is_run_as_it_stands(tmp_path):
+def test_published_file_is_used_unchanged(tmp_path):
     """A small file of the published kind: Unigram with byte fallback, under a config that says T5Tokenizer."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
     raw = Tokenizer(models.Unigram([*pieces, ("▁", -2.0), ("▁cat", -1.0), ("t", -3.0), ("e", -3.0)], unk_id=2, byte_fallback=True))

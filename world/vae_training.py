@@ -1,65 +1,135 @@
 """Training of the autoencoder on the procedural world, from random weights to a file that holds it.
 
-    clips -> posterior -> sample -> reconstruction -> squared error + divergence -> update;   at the end: held-out PSNR, statistics
+    clips -> posterior -> sample -> reconstruction -> squared error + divergence;   at the end: held-out PSNR, statistics of the latents
 
-The loop is part_training.py. At the end there are
+At the end there are
 
-    WORKDIR/vae.safetensors    float32 parameters by path, as `params.flat_params` names them
+    WORKDIR/vae.safetensors    float32 parameters by path, as `flat_params` names them
     WORKDIR/vae.json           vae (its configuration, the statistics included), held_out_psnr in dB, held_out_clips, steps, seconds
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 from optax.contrib import MuonDimensionNumbers
 
-from configs.run import VideoConfig
+from configs.run import Config, VideoConfig
 from configs.vae import VAETraining
 from data_pipelines.clips import to_bytes, to_unit
+from omnitransfer_jax.mesh import Shard, data_share
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
-from omnitransfer_jax.models.wan_vae import WanVAE
-from omnitransfer_jax.train.step import Params, TrainState
-from world import part_training, scenes
+from omnitransfer_jax.models.wan_vae import SHARDING, WanVAE
+from omnitransfer_jax.train import loop
+from omnitransfer_jax.train.objective import Metrics, Objective, Params
+from world import results, scenes
 
 
-def train(config: VAETraining, workdir: Path) -> None:
-    """Trains up to `config.steps` and writes vae.safetensors and vae.json."""
-    workdir = workdir.absolute()
-    one_step, reconstruct = make_train_step(config), make_reconstruct(config)
-    held_out, cropped = list(clips(config, "held_out", config.evaluate_clips)), config.steps * (1 - config.whole_share)
+@partial(jax.tree_util.register_dataclass, data_fields=["video"], meta_fields=["crop"])
+@dataclass(frozen=True)
+class Clips:
+    """A batch of clips, and how much of each a step uses."""
 
-    def train_step(n: int, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        return one_step(state, jnp.asarray(batch), key, n <= cropped)
+    video: Any
+    """uint8 "B T H W 3"."""
+    crop: int | None
+    """Height and width of the part that the step uses, which it draws; None for whole clips. Static: each has its program."""
+
+
+class Drawn(NamedTuple):
+    """What a step sees of its clips, and the noise of the posterior's sample."""
+
+    video: Float[Array, "B T H W 3"]
+    noise: Float[Array, "B F h w Z"]
+
+
+def train(config: VAETraining, workdir: Path, mesh: Mesh) -> None:
+    """Trains up to `config.train.steps` and writes vae.safetensors and vae.json."""
+    reconstruct = make_reconstruct(config)
+    held_out = list(clips(config, "held_out", config.evaluate_clips))
 
     def evaluate(params: Params) -> dict[str, float]:
         return {"held_out_psnr": mean_psnr(reconstruct, params, held_out[: len(held_out) // 8])}
 
-    params = part_training.train(config, workdir, init_state(config), batches(config), train_step, evaluate)
+    params = loop.train(objective(config), config, workdir, mesh, batches(config, *data_share(mesh)), evaluate)
     if params is not None:
-        finish(config, workdir, params, mean_psnr(reconstruct, params, held_out))
+        finish(config, workdir.absolute(), params, mean_psnr(reconstruct, params, held_out))
 
 
-def batches(config: VAETraining) -> grain.DatasetIterator[UInt8[np.ndarray, "B T H W 3"]]:
-    """Endless batches of new training clips; the iterator's state is the number of batches it gave."""
+def objective(config: VAETraining) -> Objective:
+    """Squared error of the reconstruction, and `kl_weight` times the divergence of the posterior."""
+    model = abstract(lambda rngs: WanVAE(config.vae, rngs=rngs))
+    size, video = config.train.batch_size, config.video
+    return Objective(
+        params=flat_params(model),
+        sharding=SHARDING,
+        trainable=config.train.trainable,
+        batch=Clips(jax.ShapeDtypeStruct((size, video.frames, video.height, video.width, 3), jnp.uint8), config.crop),
+        draw=partial(draw, config),
+        loss=partial(loss, config, model),
+        # This generator compiles several times as fast as the default.
+        init=lambda: flat_params(WanVAE(config.vae, rngs=nnx.Rngs(jax.random.key(config.seed, impl="unsafe_rbg")))),
+        root_key=lambda: jax.random.key(config.seed),
+        models=Config(vae=config.vae),
+        imported={"": "vae"},
+        matrices=kernels,
+    )
+
+
+def kernels(params: Any) -> dict[str, MuonDimensionNumbers | None]:
+    """Kernels are matrices to Muon; their last axis is the output."""
+    found = {path: MuonDimensionNumbers(tuple(range(x.ndim - 1)), (-1,)) for path, x in params.items() if path.endswith("kernel")}
+    return dict.fromkeys(params) | found
+
+
+def draw(config: VAETraining, key: Array, batch: Clips) -> Drawn:
+    """The part of each clip, some clips grey after their first frame, and the noise."""
+    key_place, key_grey, key_noise = jax.random.split(key, 3)
+    size = config.video
+    video = batch.video.astype(jnp.float32) / 127.5 - 1
+    if batch.crop is not None:
+        room = jnp.array(video.shape[2:4]) - batch.crop
+        row, column = jax.random.randint(key_place, (2,), 0, room + 1)
+        video = jax.lax.dynamic_slice(video, (0, 0, row, column, 0), (*video.shape[:2], batch.crop, batch.crop, 3))
+        size = replace(size, height=batch.crop, width=batch.crop)
+    grey = jax.random.bernoulli(key_grey, config.grey_share, (len(video), 1, 1, 1, 1))
+    video = video.at[:, 1:].set(jnp.where(grey, 0.0, video[:, 1:]))
+    return Drawn(video, jax.random.normal(key_noise, (len(video), *size.latent_shape(config.vae))))
+
+
+def loss(config: VAETraining, model: WanVAE, params: Params, batch: Clips, drawn: Drawn, shard: Shard) -> tuple[Array, Metrics]:
+    """The loss of each clip."""
+    vae = with_params(model, params)
+    mean, log_variance = vae.posterior(drawn.video)
+    z = mean + jnp.exp(0.5 * log_variance) * drawn.noise
+    axes = (1, 2, 3, 4)
+    error = jnp.mean((vae.reconstruct(z) - drawn.video) ** 2, axes)
+    divergence = jnp.mean(kl_divergence(mean, log_variance), axes)
+    return error + config.kl_weight * divergence, {"squared_error": error, "divergence": divergence}
+
+
+def batches(config: VAETraining, index: int = 0, count: int = 1) -> grain.DatasetIterator[Clips]:
+    """Endless batches of new training clips, part `index` of `count` of each; the iterator's state is the number of batches it gave."""
+    cropped = config.train.steps * (1 - config.whole_share)
     pairs = grain.MapDataset.range(2**40).map(partial(pair, config.video, config.seed, "train"))
-    joined = pairs.batch(config.batch_size // 2, batch_fn=np.concatenate)
-    return iter(joined.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)))
+    joined = pairs.batch(config.train.batch_size // 2 // count, batch_fn=np.concatenate)[index::count]
+    numbered = joined.map_with_index(lambda step, video: Clips(video, config.crop if step + 1 <= cropped else None))
+    return iter(numbered.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)))
 
 
 def clips(config: VAETraining, split: scenes.Split, count: int) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
     """The first `count` clips of the world in batches."""
-    size = config.batch_size // 2
+    size = config.train.batch_size // 2
     for first in range(0, count // 2, size):
         yield np.concatenate([pair(config.video, config.seed, split, i) for i in range(first, first + size)])
 
@@ -68,58 +138,6 @@ def pair(video: VideoConfig, key: int, split: scenes.Split, index: int) -> UInt8
     """Reference and target of one example."""
     example = scenes.example(key, index, split)
     return np.stack([scenes.render(scene, video) for scene in (example.reference, example.target)])
-
-
-def init_state(config: VAETraining) -> TrainState:
-    """Random weights; everything trains, and nothing is averaged."""
-
-    def draw() -> TrainState:
-        rngs = nnx.Rngs(jax.random.key(config.seed, impl="unsafe_rbg"))  # it compiles several times as fast as the default
-        params = flat_params(WanVAE(config.vae, rngs=rngs))
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, {}, make_optimizer(config).init(params), {}, zero)
-
-    return jax.jit(draw)()
-
-
-def make_optimizer(config: VAETraining) -> optax.GradientTransformation:
-    """Kernels, whose last axis is what they lead to, are matrices."""
-
-    def axes(params: Any) -> Any:
-        kernel = {path: MuonDimensionNumbers(tuple(range(x.ndim - 1)), (-1,)) for path, x in params.items() if path.endswith("kernel")}
-        return dict.fromkeys(params) | kernel
-
-    return part_training.make_optimizer(config, axes)
-
-
-def make_train_step(config: VAETraining) -> Callable[[TrainState, Array, Array, bool], tuple[TrainState, dict[str, Array]]]:
-    """train_step(state, clips uint8 "B T H W 3", key, crop): a step on whole clips, or on a part of each, `config.crop` high and wide."""
-    optimizer, blank = make_optimizer(config), abstract(lambda rngs: WanVAE(config.vae, rngs=rngs))
-
-    def loss_of(params: Params, video: Array, key: Array) -> tuple[Array, dict[str, Array]]:
-        vae = with_params(blank, params)
-        mean, log_variance = vae.posterior(video)
-        z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        error = jnp.mean((vae.reconstruct(z) - video) ** 2)
-        divergence = jnp.mean(kl_divergence(mean, log_variance))
-        loss = error + config.kl_weight * divergence
-        return loss, {"loss": loss, "squared_error": error, "divergence": divergence}
-
-    def train_step(state: TrainState, clips: Array, key: Array, crop: bool) -> tuple[TrainState, dict[str, Array]]:
-        key_place, key_grey, key_noise = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        video = clips.astype(jnp.float32) / 127.5 - 1
-        if crop:
-            size, room = config.crop, jnp.array(video.shape[2:4]) - config.crop
-            row, column = jax.random.randint(key_place, (2,), 0, room + 1)
-            video = jax.lax.dynamic_slice(video, (0, 0, row, column, 0), (*video.shape[:2], size, size, 3))
-        grey = jax.random.bernoulli(key_grey, config.grey_share, (len(video), 1, 1, 1, 1))
-        video = video.at[:, 1:].set(jnp.where(grey, 0.0, video[:, 1:]))
-        grads, metrics = jax.grad(loss_of, has_aux=True)(state.trainable, video, key_noise)
-        updates, moments = optimizer.update(grads, state.moments, state.trainable)
-        params: Any = optax.apply_updates(state.trainable, updates)
-        return state._replace(step=state.step + 1, trainable=params, moments=moments), metrics
-
-    return jax.jit(train_step, static_argnums=3, donate_argnums=0)
 
 
 def kl_divergence(mean: Float[Array, "*N"], log_variance: Float[Array, "*N"]) -> Float[Array, "*N"]:
@@ -166,7 +184,7 @@ def finish(config: VAETraining, workdir: Path, params: Params, held_out_psnr: fl
         "vae": asdict(replace(config.vae, latents_mean=mean, latents_std=std)),
         "held_out_psnr": held_out_psnr,
         "held_out_clips": config.evaluate_clips,
-        "steps": config.steps,
+        "steps": config.train.steps,
     }
-    part_training.finish(workdir, "vae", params, result)
+    results.write(workdir, "vae", params, result)
     print(f"{workdir / 'vae.safetensors'}: held-out PSNR {held_out_psnr:.2f} dB over {config.evaluate_clips} clips")

@@ -18,7 +18,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from configs.errors import RequestError, require
-from configs.run import CheckpointConfig, Config
+from configs.run import CheckpointConfig, Config, RunConfig
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.train.step import TrainState
 
@@ -130,7 +130,7 @@ def latest(workdir: epath.PathLike) -> epath.Path:
     return root / str(max(steps))
 
 
-def write_config(workdir: epath.PathLike, config: Config) -> None:
+def write_config(workdir: epath.PathLike, config: RunConfig) -> None:
     """Puts the configuration in place at once, so that a kill leaves the old one or the new."""
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def read_config(workdir: epath.PathLike) -> Config:
     return _parse(Config, json.loads(path.read_text()), str(path))
 
 
-def require_same_run(workdir: epath.PathLike, config: Config) -> None:
+def require_same_run(workdir: epath.PathLike, config: RunConfig) -> None:
     """A `RequestError` for the first field in which `config` would make another run of the one in `workdir`."""
     before = flat_fields(read_config(workdir))
     for name, value in flat_fields(config).items():

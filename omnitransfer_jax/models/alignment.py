@@ -15,14 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from configs.run import Config, VideoConfig
 from omnitransfer_jax import tasks
+from omnitransfer_jax.models import lora
 from omnitransfer_jax.models.layers import Linear
-from omnitransfer_jax.models.lora import add_lora
 from omnitransfer_jax.models.qwen2_5_vision import Grid, fit, grid_of
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 
 SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
-    (r"mllm\.layers\..*\.(kernel|lora\.down)", ("layers", "in", "out")),
-    (r"mllm\.layers\..*\.lora\.up", ("layers", None, "out")),
+    *lora.sharding(r"mllm\.layers\."),
+    (r"mllm\.layers\..*\.kernel", ("layers", "in", "out")),
     (r"mllm\.layers\..*\.(bias|scale)", ("layers", "vector")),
     (r"mllm\.token_embedding", ("in", "out")),
     (r"(?!mllm\.layers\.).*\.kernel", ("in", "out")),
@@ -86,7 +86,7 @@ class Alignment(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.mllm = Qwen2_5VL(config.mllm, rngs=rngs)
         del self.mllm.vision  # frozen, and run once for every clip: data_pipelines/mllm_inputs.py
-        add_lora(self.mllm, config.lora, rngs=rngs)
+        lora.add_lora(self.mllm, config.lora, rngs=rngs)
         shape = (len(tasks.TASKS), config.alignment.queries, config.mllm.dim)
         self.queries = nnx.Param(jax.random.normal(rngs.params(), shape) * config.mllm.dim**-0.5)
         out_dim = config.dit.text_dim if config.alignment.into == "text_embedder" else config.dit.dim

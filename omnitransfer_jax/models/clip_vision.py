@@ -1,4 +1,4 @@
-"""CLIP image tower (ViT-H/14 of open-clip-xlm-roberta-large-vit-huge-14): the first frame to the features Wan's image branch reads."""
+"""CLIP image tower (ViT-H/14 of open-clip-xlm-roberta-large-vit-huge-14): the first frame to the context of Wan's image cross-attention."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from configs.base import CLIPVisionConfig
-from omnitransfer_jax.models.attention import attention
+from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.layers import LayerNorm, Linear
 from omnitransfer_jax.resize import bicubic_resize
 
@@ -16,9 +16,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(image: Float[Array, "B H W 3"], size: int) -> Float32[Array, "B {size} {size} 3"]:
-    """An image in [-1, 1] as the tower wants it: squashed whole to `size` x `size`, then in units of CLIP's mean and deviation.
+    """An image in [-1, 1], resized whole to `size` x `size` (the aspect ratio changes), normalised by CLIP's mean and standard deviation.
 
-    This is Wan2.1's own (clip.py): no crop and no antialias, unlike the processor that comes with the checkpoint on the hub.
+    As in Wan2.1 (clip.py), without crop and antialias, unlike the processor that comes with the checkpoint on the hub.
     """
     x = bicubic_resize(image, size, size) * 0.5 + 0.5
     return (x - jnp.asarray(MEAN)[None, None, None]) / jnp.asarray(STD)[None, None, None]
@@ -27,7 +27,7 @@ def preprocess(image: Float[Array, "B H W 3"], size: int) -> Float32[Array, "B {
 class CLIPVision(nnx.Module):
     """Pixels to the output of the last layer but one.
 
-    `last_layer` and `post_norm` belong to the checkpoint and go in and out with it; Wan does not run them.
+    `last_layer` and `post_norm` are part of the checkpoint, so they are imported and exported; Wan does not run them.
     """
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
@@ -43,9 +43,9 @@ class CLIPVision(nnx.Module):
         self.post_norm = LayerNorm(dim, config.eps)
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float32[Array, "B S D"]:
-        """Features of the class token, then of the patches row by row, S = 1 + (H / patch)^2; no norm comes after.
+        """Features of the class token, then of the patches row by row, S = 1 + (H / patch)^2, without a final norm.
 
-        `pixels` are what `preprocess` returns, H = W = `config.image_size`.
+        `pixels` come from `preprocess`, with H = W = `config.image_size`.
         """
         dtype, patch = jnp.dtype(self.config.dtype), self.config.patch
         patches = rearrange(pixels.astype(dtype), "B (h p) (w q) C -> B (h w) (p q C)", p=patch, q=patch)
@@ -63,7 +63,7 @@ class CLIPVision(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Self-attention and an MLP, each behind its norm; the residual stream is float32."""
+    """Self-attention and an MLP, each after a norm; the residual stream is float32."""
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
@@ -90,7 +90,7 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(gelu(up(x))), the gelu exact."""
+    """down(gelu(up(x))); the GELU is exact."""
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.up = Linear(config.dim, config.ffn_dim, rngs=rngs)

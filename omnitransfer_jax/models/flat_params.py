@@ -1,4 +1,4 @@
-"""A model's parameters as a flat dictionary: path -> array. What weights, checkpoints and the tests all speak."""
+"""A model's parameters as a flat dictionary, path -> array, the form in which weights, checkpoints and training have them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -10,17 +10,17 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def abstract(make: Callable[[nnx.Rngs], Model]) -> Model:
-    """The model `make(rngs)` would build, its leaves shapes and dtypes: no memory, no time, any size."""
+    """The model that `make(rngs)` would build, with shapes and dtypes instead of arrays, so that no memory is allocated."""
     return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
 
 
 def flat_params(model: nnx.Module) -> dict[str, Any]:
-    """Every parameter of `model` (arrays, or shapes if it is abstract) by its path, `blocks.self_attention.query.kernel`."""
+    """Every parameter of `model` (arrays, or shapes if it is abstract) by its path, such as `blocks.self_attention.query.kernel`."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def with_params(model: Model, params: Mapping[str, Any]) -> Model:
-    """`model` (often abstract) holding `params` instead of its own; the paths must be the same."""
+    """`model` (often abstract) with `params` instead of its own parameters; the paths must be the same."""
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     leaves = [(path, leaf.replace(params[".".join(map(str, path))])) for path, leaf in flat]

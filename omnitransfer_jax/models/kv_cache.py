@@ -1,6 +1,6 @@
-"""What references leave behind for the target: their keys and values at every layer, kept once per transfer.
+"""The keys and values of references at every layer, computed once for a transfer and read at every step.
 
-At full size that is 26.8 GB in bfloat16 for a reference as large as the target; `compress` halves it.
+At full size they take 26.8 GB in bfloat16 for a reference as large as the target; `quantize` halves that.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ NARROW = {"float8": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
 
 
 class CachedArray(NamedTuple):
-    """An array, or a narrow one and what to multiply it with."""
+    """An array, or an array of one byte a number and the factors that restore it."""
 
     values: Array
     scale: Float[Array, "*lead 1"] | None = None
@@ -42,10 +42,10 @@ class KVCache:
     """The target's patches (time, rows, columns): the offsets, and so the keys, hold for this target alone."""
 
 
-def quantize(memory: KVCache, storage: Storage) -> KVCache:
-    """`memory` with one byte a number instead of two or four, scaled per token and head; `full` leaves it as it is."""
+def quantize(kv_cache: KVCache, storage: Storage) -> KVCache:
+    """`kv_cache` with one byte a number instead of two or four, scaled per token and head; `full` leaves it as it is."""
     if storage == "full":
-        return memory
+        return kv_cache
     dtype, largest = NARROW[storage]
 
     def narrow(stored: CachedArray) -> CachedArray:
@@ -54,4 +54,4 @@ def quantize(memory: KVCache, storage: Storage) -> KVCache:
         x = x / scale
         return CachedArray((jnp.rint(x) if storage == "int8" else x).astype(dtype), scale)
 
-    return KVCache(narrow(memory.keys), narrow(memory.values), memory.grid)
+    return KVCache(narrow(kv_cache.keys), narrow(kv_cache.values), kv_cache.grid)

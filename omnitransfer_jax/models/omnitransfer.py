@@ -1,24 +1,29 @@
-"""How the parts meet: what the diffusion transformer is told, and how its answers become a video.
+"""How the models meet: what the diffusion transformer reads, and how its output becomes a video.
 
-prompt -> UMT5 -> text                    \\        from stage 2 on: alignment.py, [frame, reference, prompt] -> Qwen2.5-VL -> text
-first frame -> CLIP -> image               >  WanDiT, asked by the sampler at every step  ->  latents -> VAE -> video
-first frame, then grey -> VAE -> condition /
-reference videos -> VAE -> latents with the task's flag -> the same WanDiT, once -> keys and values for every step
+prompt -> UMT5 -> text_context            (from stage 2 on: models/alignment.py, [frame, reference, prompt] -> Qwen2.5-VL)
+first frame -> CLIP -> image
+first frame, then grey -> VAE -> latents
+reference videos -> VAE -> latents with the task's flag -> WanDiT, once -> cached keys and values of every layer
+noise, and all of these -> WanDiT, called by the sampler at every step -> latents -> VAE -> video
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from configs.run import Config, SamplerConfig
 from omnitransfer_jax import samplers, tasks
+from omnitransfer_jax.mesh import UNSHARDED, Shard, per_device, replicated, specs
 from omnitransfer_jax.models import alignment, wan_dit
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
+from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import Reference, WanDiT
@@ -34,7 +39,7 @@ SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their
 
 
 class OmniTransfer(nnx.Module):
-    """All that ever trains: the transformer, and from stage 2 on the alignment that tells it what to do."""
+    """All that ever trains: the transformer, and from stage 2 on the alignment that makes its context."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.dit = WanDiT(config.dit, rngs=rngs)
@@ -111,26 +116,69 @@ def denoise(
     sampler: SamplerConfig,
     on_step: Callable[[int], None] | None = None,
     embed_text: bool = True,
+    shard: Shard = UNSHARDED,
 ) -> Float[Array, "B F H W C"]:
-    """Clean latents from `noise`; `embed_text` as in `WanDiT`.
+    """Clean latents from `noise`; `embed_text` and `shard` as in `WanDiT`.
 
-    The references' keys and values are computed once, for all steps and both guidance passes; the passes differ in the text alone
-    and run one after the other, so they share the memory and need no second copy of the activations. Bidirectional references depend
+    The references' keys and values are computed once, for all steps and both passes of guidance. The passes differ in the text alone
+    and run one after the other, so they share the cache and need no second copy of the activations. Bidirectional references depend
     on the target and are computed at every step.
     """
-    references, memory = conditions.references, None
+    references, kv_cache = conditions.references, None
     if references and sampler.reference_cache != "none" and dit.config.references != "bidirectional":
-        memory, references = quantize(dit.make_kv_cache(references, dit.grid(noise)), sampler.reference_cache), ()
+        kv_cache = quantize(dit.make_kv_cache(references, dit.grid(noise), shard), sampler.reference_cache)
+        references = ()
 
     def velocity(x: Array, timestep: Array) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
-        def told(text: Array) -> Array:
-            return dit(latents, timestep, text, conditions.image, references=references, kv_cache=memory, embed_text=embed_text)
+        def with_context(text: Array) -> Array:
+            return dit(
+                latents,
+                timestep,
+                text,
+                conditions.image,
+                references=references,
+                kv_cache=kv_cache,
+                shard=shard,
+                embed_text=embed_text,
+            )
 
         if sampler.guidance == 1:
-            return told(conditions.text_context)
-        v, negative = jax.lax.map(told, jnp.stack([conditions.text_context, conditions.negative_context]))
+            return with_context(conditions.text_context)
+        v, negative = jax.lax.map(with_context, jnp.stack([conditions.text_context, conditions.negative_context]))
         return negative + sampler.guidance * (v - negative)
 
     return samplers.sample(velocity, noise, sampler, on_step)
+
+
+def denoise_on(
+    mesh: Mesh, config: Config, on_step: Callable[[int], None] | None = None
+) -> Callable[[WanDiT, Conditions, Float[Array, "B F H W C"]], Float[Array, "B F H W C"]]:
+    """`denoise` by all devices of `mesh`, compiled: they divide the batch if they can, each sample's tokens, and the parameters.
+
+    `on_step` may be called by every device; so it should do the same when it is called again.
+    """
+    embed_text = embeds_text(config)
+    blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
+    spec = specs(flat_params(blank), wan_dit.SHARDING, config.mesh)
+
+    @partial(jax.jit, static_argnames="batched")
+    def run(params: dict[str, Array], conditions: Conditions, noise: Array, batched: bool) -> Array:
+        def local(params: dict[str, Array], conditions: Conditions, noise: Array, shard: Shard) -> Array:
+            return denoise(with_params(blank, params), conditions, noise, config.sampler, on_step, embed_text, shard)
+
+        return per_device(local, mesh, spec, "blocks.", batched)(params, conditions, noise)
+
+    def denoise_all(dit: WanDiT, conditions: Conditions, noise: Array) -> Array:
+        if mesh.size == 1:
+            return single(dit, conditions, noise)
+        params = jax.device_put(flat_params(dit), {path: NamedSharding(mesh, each) for path, each in spec.items()})
+        conditions, noise = jax.device_put((conditions, noise), replicated(mesh))
+        return run(params, conditions, noise, batched=len(noise) % config.mesh.data == 0)
+
+    @jax.jit
+    def single(dit: WanDiT, conditions: Conditions, noise: Array) -> Array:
+        return denoise(dit, conditions, noise, config.sampler, on_step, embed_text)
+
+    return denoise_all

@@ -1,7 +1,7 @@
-"""The eyes of Qwen2.5-VL: pixels to patches, and the patches of any number of images and videos to features for the language model.
+"""The vision tower of Qwen2.5-VL: pixels to patches, and the patches of any number of images and videos to features.
 
-A grid (t, h, w) counts the patches of one image (t = 1) or video. Patches follow one another as the hub's processor has them: frame by
-frame, within a frame square by square, each square the `merge` x `merge` patches that become one feature.
+A grid (t, h, w) counts the patches of one image (t = 1) or video. Patches are ordered as by the hub's processor: frame by frame, and
+within a frame square by square, where a square is the `merge` x `merge` patches that become one feature.
 """
 
 import math
@@ -18,21 +18,21 @@ from jaxtyping import Array, Float, Float32
 
 from configs.base import QwenConfig, QwenVisionConfig
 from configs.errors import require
-from omnitransfer_jax.models.attention import attention
+from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.clip_vision import MEAN, STD
 from omnitransfer_jax.models.layers import Linear, RMSNorm
 
 THETA = 10_000.0  # base of the tower's rotation (Qwen2.5-VL has no field for it)
-WIDEST = 200  # the processor refuses images longer than this many times their width
+WIDEST = 200  # the largest aspect ratio that the hub's processor accepts
 
 Grid = tuple[int, int, int]
 Attend = Callable[[Array, Array, Array], Array]
 
 
 def fit(height: int, width: int, config: QwenVisionConfig, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width to resize to: whole squares of patches, `min_pixels` to `max_pixels` in all, the aspect nearly kept.
+    """The height and width to resize to: whole squares of patches, `min_pixels` to `max_pixels` in total, nearly the same aspect ratio.
 
-    The hub processor's own arithmetic (transformers, smart_resize), rounding halves to even.
+    The arithmetic is that of the hub's processor (transformers, smart_resize), which rounds halves to even.
     """
     require(
         max(height, width) <= WIDEST * min(height, width),
@@ -50,17 +50,17 @@ def fit(height: int, width: int, config: QwenVisionConfig, min_pixels: int, max_
 
 
 def grid_of(frames: int, height: int, width: int, config: QwenVisionConfig) -> Grid:
-    """The grid of a clip of this size, in pixels; it needs whole squares of patches, as `fit` gives them."""
+    """The grid of a clip of this size in pixels, which must be whole squares of patches, as `fit` returns."""
     unit = config.patch * config.merge
-    require(height % unit == 0 and width % unit == 0, f"{height}x{width} pixels: multiples of {unit}; resize to what `fit` gives")
+    require(height % unit == 0 and width % unit == 0, f"{height}x{width} pixels: multiples of {unit}; resize to what `fit` returns")
     return -(-frames // config.temporal_patch), height // config.patch, width // config.patch
 
 
 def patchify(video: Float[Array, "T H W 3"], config: QwenVisionConfig) -> Float32[Array, "P X"]:
-    """The patches of a clip in [-1, 1], or of an image (T = 1), in units of CLIP's mean and deviation.
+    """The patches of a clip in [-1, 1], or of an image (T = 1), normalised by CLIP's mean and standard deviation.
 
     X runs over channels, frames, rows and columns of a patch. The last frame is repeated to fill the last patch, so an image is
-    shown `temporal_patch` times.
+    repeated `temporal_patch` times.
     """
     frames, height, width, _ = video.shape
     grid_of(frames, height, width, config)
@@ -73,7 +73,7 @@ def patchify(video: Float[Array, "T H W 3"], config: QwenVisionConfig) -> Float3
 
 
 class QwenVision(nnx.Module):
-    """Patches to features. Blocks attend within windows of a frame, some within the whole frame; frames never see each other."""
+    """Patches to features. Most blocks attend within windows of a frame, some within the whole frame, none between frames."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         vision = config.vision
@@ -85,13 +85,13 @@ class QwenVision(nnx.Module):
         self.merger = Merger(vision, config.dim, self.dtype, rngs=rngs)
 
     def __call__(self, patches: Float[Array, "P X"], grids: tuple[Grid, ...]) -> Float32[Array, "V D"]:
-        """The features of all images and videos behind one another; `grids` are static, so every index below is too.
+        """The features of all images and videos, concatenated; `grids` are static, and so is every index below.
 
-        From the first projection to the last the patches lie window by window, so that most blocks move nothing.
+        Between the first projection and the last the patches are ordered window by window, so that most blocks need no reordering.
         """
         config = self.config
         total = sum(t * h * w for t, h, w in grids)
-        require(patches.shape[0] == total, f"{patches.shape[0]} patches: the grids {grids} have {total}; give the grids of these")
+        require(patches.shape[0] == total, f"{patches.shape[0]} patches: the grids {grids} have {total}; give the grids of these patches")
         windows, frames = Segments.of(_windows(grids, config)), Segments.of(_frames(grids))
         back = np.argsort(windows.order)
         to_frames = back[frames.order]
@@ -118,7 +118,7 @@ class QwenVision(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention and a gated MLP, each behind its norm; the residual stream is float32."""
+    """Self-attention and a gated MLP, each after a norm; the residual stream is float32."""
 
     def __init__(self, config: QwenVisionConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.dtype = dtype
@@ -133,7 +133,7 @@ class Block(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Projections and rotation around `attend`, which knows who sees whom."""
+    """Projections and rotation around `attend`, which restricts attention to windows or frames."""
 
     def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
@@ -156,7 +156,7 @@ class SwiGLU(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """The patches of one square, side by side, to one feature; the gelu is exact."""
+    """Concatenates the patches of each square and projects them to one feature; the GELU is exact."""
 
     def __init__(self, config: QwenVisionConfig, out_dim: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.dtype = dtype
@@ -174,9 +174,9 @@ class Segments(NamedTuple):
     """A division of the patches: each attends to those of its own segment."""
 
     order: np.ndarray
-    """The patches segment by segment, the shortest segments first."""
+    """Indices of the patches, segment by segment, the shortest segments first."""
     sizes: tuple[tuple[int, int], ...]
-    """How many segments there are of each length, and the length."""
+    """(number of segments, their length), one pair for each length."""
 
     @classmethod
     def of(cls, segments: Iterator[np.ndarray]) -> "Segments":
@@ -184,7 +184,7 @@ class Segments(NamedTuple):
         return cls(np.concatenate(ordered), tuple((len(list(same)), length) for length, same in groupby(ordered, key=len)))
 
     def attend(self, q: Float[Array, "P N K"], k: Float[Array, "P N K"], v: Float[Array, "P N K"], kernel: Attend) -> Float[Array, "P N K"]:
-        """Attention of patches that lie in `order`: segments of one length are a batch, so nothing is padded or masked."""
+        """Attention of patches that are in `order`. Segments of equal length form a batch, so no padding and no mask is needed."""
         ends = np.cumsum([count * length for count, length in self.sizes])[:-1].tolist()
         batches = zip(self.sizes, *(jnp.split(x, ends) for x in (q, k, v)), strict=True)
         outs = [kernel(*(x.reshape(*size, *x.shape[1:]) for x in qkv)) for size, *qkv in batches]
@@ -192,18 +192,18 @@ class Segments(NamedTuple):
 
 
 def window_attention(q: Float[Array, "W L N K"], k: Float[Array, "W L N K"], v: Float[Array, "W L N K"]) -> Float[Array, "W L N K"]:
-    """Attention of all windows at once, the softmax in float32: a window is so small that its scores take no more than its patches."""
+    """Attention of all windows at once, the softmax in float32; a window's scores need no more memory than its patches."""
     scores = jnp.einsum("WqNK,WsNK->WNqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     return jnp.einsum("WNqs,WsNK->WqNK", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 def frequencies(theta: float, width: int) -> Float32[np.ndarray, "{width//2}"]:
-    """Angle per position of each pair of `width` dimensions, in float32 as in the original."""
+    """The angle by which each pair of `width` dimensions turns from one position to the next, in float32 as in the original."""
     return 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
 
 
 def rotation(cells: np.ndarray, head_dim: int) -> Float32[Array, "2 P k"]:
-    """Cosines and sines for patches at (row, column): half of a head's angles turn with the row, half with the column."""
+    """Cosines and sines for patches at (row, column): half of a head's angles encode the row, half the column."""
     angles = jnp.asarray(cells, jnp.float32)[:, :, None] * jnp.asarray(frequencies(THETA, head_dim // 2))[None, None]
     angles = angles.reshape(len(cells), -1)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
@@ -230,7 +230,7 @@ def _frames(grids: Sequence[Grid]) -> Iterator[np.ndarray]:
 
 
 def _windows(grids: Sequence[Grid], config: QwenVisionConfig) -> Iterator[np.ndarray]:
-    """The patches of each window; those at the right and lower edge are what is left of a frame."""
+    """The patches of each window; windows at the right and lower edge of a frame may be smaller."""
     square, side = config.merge**2, config.window // (config.patch * config.merge)
     start = 0
     for t, h, w in grids:

@@ -1,12 +1,13 @@
-"""Qwen2.5-VL: what OmniTransfer reads its prompt and its clips with, from tokens and pixels to the states before the output layer.
+"""Qwen2.5-VL, the language model that reads OmniTransfer's prompt and clips, from tokens and pixels to the states before the output layer.
 
-A prompt holds one placeholder token for each feature of an image or video. In order:
+A prompt has one placeholder token for each vision feature of an image or video:
 
     patches, grid = patchify(clip, config.vision), grid_of(*clip.shape[:3], config.vision)
-    x = place(model.embed(tokens), tokens, model.see(patches, (grid,)), config.video_token)
+    vision_features = model.vision(patches, (grid,))
+    x = model.embed(tokens)                                 then replace the placeholders' rows by the features (`alignment.embed`)
     states = model(x, position_ids(config, tokens, mask, video_grids=[grid], seconds_per_grid=[0.5]), mask)
 
-Further inputs, such as learnt queries, join `x` at the end; any text token holds their place in `tokens` and `mask`.
+Learnt queries may be appended to `x`; for `position_ids` they count as text tokens.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,17 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from configs.base import QwenConfig
 from configs.errors import require
-from omnitransfer_jax.models.attention import CHUNK
+from omnitransfer_jax.models.attend import CHUNK
 from omnitransfer_jax.models.layers import Linear, RMSNorm
 from omnitransfer_jax.models.qwen2_5_vision import Grid, QwenVision, SwiGLU, frequencies, rotate
+
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    (r"(layers|vision\.blocks)\..*\.kernel", ("layers", "in", "out")),
+    (r"(layers|vision\.blocks)\..*\.(bias|scale)", ("layers", "vector")),
+    (r"token_embedding", ("in", "out")),
+    (r"(?!layers\.|vision\.blocks\.).*\.kernel", ("in", "out")),
+    (r"(?!layers\.|vision\.blocks\.).*\.(bias|scale)", ("vector",)),
+]
 
 
 def position_ids(
@@ -35,10 +44,10 @@ def position_ids(
 ) -> Int32[np.ndarray, "3 B S"]:
     """Position of every token in time, height and width, computed on the host.
 
-    Text counts on in all three alike. The features of an image or video stand at their cells of its grid, counted from where the
-    text before it ended; a video's time goes by `seconds_per_grid`, the seconds from one temporal step to the next, one number for
-    each video. Text goes on after the longer side of the grid. Grids are those of all rows of the batch, in the order of their
-    placeholders; padding (mask False), wherever it is, stands at 0.
+    A text token has the same position in all three, one more than the text token before it. A feature of an image or video has the
+    position of its cell in the grid, counted from the end of the text before it; time advances by `seconds_per_grid` (one number for
+    each video) from one temporal step to the next. Text continues after the longer side of the grid. The grids are those of all rows
+    of the batch, in the order of their placeholders. Padding (mask False) has position 0.
     """
     require(
         len(seconds_per_grid) == len(video_grids),
@@ -50,45 +59,38 @@ def position_ids(
         config.video_token: list(zip(video_grids, intervals, strict=True)),
     }
     positions = np.zeros((3, *tokens.shape), np.int32)
-    for row, seen in enumerate(mask):
-        shown = tokens[row, seen]
+    for row, real in enumerate(mask):
+        ids = tokens[row, real]
         parts: list[np.ndarray] = []
         at = start = 0
-        while at < len(shown):
-            if shown[at] not in pending:
+        while at < len(ids):
+            if ids[at] not in pending:
                 parts.append(np.full((3, 1), start))
                 at, start = at + 1, start + 1
                 continue
-            token = int(shown[at])
+            token = int(ids[at])
             require(len(pending[token]) > 0, f"row {row}, token {at}: a placeholder {token} without a grid; give one for each clip")
             grid, interval = pending[token].pop(0)
             parts.append(start + _grid_positions(grid, config.vision.merge, interval))
             count = parts[-1].shape[1]
-            held = int((shown[at : at + count] == token).sum())
-            require(held == count, f"row {row}: {held} placeholders {token} for the {count} features of the grid {grid}; write {count}")
+            found = int((ids[at : at + count] == token).sum())
+            require(found == count, f"row {row}: {found} placeholders {token} for the {count} features of the grid {grid}; write {count}")
             at, start = at + count, start + max(grid[1:]) // config.vision.merge
-        positions[:, row, seen] = np.concatenate(parts, axis=1) if parts else 0
+        positions[:, row, real] = np.concatenate(parts, axis=1) if parts else 0
     left = sum(map(len, pending.values()))
     require(left == 0, f"{left} grids more than there are placeholders in the tokens; give one for each clip")
     return positions
 
 
 def _grid_positions(grid: Grid, merge: int, interval: np.float32) -> np.ndarray:
-    """(time, row, column) of each feature; the time is cut to a whole number, in float32 as in the original."""
+    """(time, row, column) of each feature; the time is computed in float32 and truncated to an integer, as in the original."""
     t, h, w = grid
     time, rows, columns = np.indices((t, h // merge, w // merge)).reshape(3, -1)
     return np.stack([(time.astype(np.float32) * interval).astype(np.int64), rows, columns])
 
 
-def place(embeddings: Float[Array, "B S D"], tokens: Int[Array, "B S"], features: Float[Array, "V D"], token: int) -> Float[Array, "B S D"]:
-    """`features`, in order, where `tokens` holds the placeholder `token`; there must be V of them, which `position_ids` checks."""
-    held = tokens == token
-    index = jnp.cumsum(held.reshape(-1)).reshape(tokens.shape) - 1
-    return jnp.where(held[:, :, None], features.astype(embeddings.dtype)[index], embeddings)
-
-
 class Qwen2_5VL(nnx.Module):  # noqa: N801
-    """Embedding, vision tower, language model and output layer, each by itself; the file's docstring shows how they meet."""
+    """Embedding, vision tower, language model and output layer, called separately as in the file's docstring."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -98,20 +100,16 @@ class Qwen2_5VL(nnx.Module):  # noqa: N801
         self.norm = RMSNorm(config.dim, config.eps)
         self.output = None if config.tied else Linear(config.dim, config.vocab_size, bias=False, rngs=rngs)
 
-    def see(self, patches: Float[Array, "P X"], grids: tuple[Grid, ...]) -> Float32[Array, "V D"]:
-        """The features of images and videos, behind one another, from their patches and static grids."""
-        return self.vision(patches, grids)
-
     def embed(self, tokens: Int[Array, "B S"]) -> Float32[Array, "B S D"]:
-        """What the language model takes for each token; a placeholder's is replaced by `place`."""
+        """The embedding of each token."""
         return self.token_embedding[tokens].astype(jnp.float32)
 
     def __call__(
         self, embeddings: Float[Array, "B S D"], positions: Int[Array, "3 B S"], mask: Bool[Array, "B S"]
     ) -> Float32[Array, "B S D"]:
-        """The last states, after the final norm. A token sees itself and those before it, but no padding (mask False).
+        """The last states, after the final norm. A token attends to itself and to earlier tokens, but not to padding (mask False).
 
-        The states of padding itself mean nothing.
+        The states of padding are undefined.
         """
         table = rotation(positions, self.config)
         graphdef, layers = nnx.split(self.layers)
@@ -124,14 +122,14 @@ class Qwen2_5VL(nnx.Module):  # noqa: N801
         return self.norm(x)
 
     def logits(self, states: Float[Array, "*lead D"]) -> Float32[Array, "*lead vocabulary"]:
-        """Score of every next token."""
+        """The score of every word of the vocabulary as the next token."""
         x = states.astype(jnp.dtype(self.config.dtype))
         scores = x @ self.token_embedding.astype(x.dtype).T if self.output is None else self.output(x)
         return scores.astype(jnp.float32)
 
 
 class Layer(nnx.Module):
-    """Causal self-attention and a gated MLP, each behind its norm; the residual stream is float32."""
+    """Causal self-attention and a gated MLP, each after a norm; the residual stream is float32."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
@@ -146,7 +144,7 @@ class Layer(nnx.Module):
 
 
 class CausalAttention(nnx.Module):
-    """Attention to oneself and what came before, with fewer heads for keys and values than for queries."""
+    """Grouped-query attention of each token to itself and to earlier tokens."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         self.head_dim = config.dim // config.num_heads
@@ -165,7 +163,7 @@ def causal_attention(
 ) -> Float[Array, "B S N K"]:
     """Exact attention, the softmax in float32, `CHUNK` queries at a time: memory grows with the sequence, not with its square.
 
-    Each of the n heads of keys and values serves N / n neighbouring heads of queries.
+    Each of the n heads of keys and values is shared by N / n consecutive heads of queries.
     """
     (B, S, N, K), n = q.shape, k.shape[2]
     chunk = min(CHUNK, S)
@@ -176,10 +174,10 @@ def causal_attention(
     @jax.checkpoint
     def queries(block):
         rows, q = block
-        seen = (columns[None] <= rows[:, None])[None] & mask[:, None]
+        visible = (columns[None] <= rows[:, None])[None] & mask[:, None]
         scores = jnp.einsum("BcngK,BsnK->Bngcs", q, k, preferred_element_type=jnp.float32) * K**-0.5
-        # Finite, so that a row of padding that sees nothing stays a number, and so do gradients.
-        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+        # A finite minimum: a row of padding may have no visible key, and must not become NaN here or in the gradients.
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
         return jnp.einsum("Bngcs,BsnK->BcngK", weights.astype(v.dtype), v)
 
     out = jax.lax.map(queries, (rows, q.reshape(B, count, chunk, n, N // n, K).swapaxes(0, 1)))
@@ -187,7 +185,7 @@ def causal_attention(
 
 
 def rotation(positions: Int[Array, "3 B S"], config: QwenConfig) -> Float32[Array, "2 B S k"]:
-    """Cosines and sines: the fastest frequencies turn with time, the next with height, the slowest with width."""
+    """Cosines and sines: the highest frequencies encode time, the next height, the lowest width."""
     axes = np.repeat(np.arange(3), config.rope_sections)
     angles = jnp.moveaxis(positions[axes], 0, -1).astype(jnp.float32)
     angles = angles * jnp.asarray(frequencies(config.rope_theta, config.dim // config.num_heads))[None, None]

@@ -1,6 +1,7 @@
-"""Rotary positions in time, height and width, from the coordinates of the tokens at hand.
+"""Rotary position embedding in time, height and width.
 
-Tables follow coordinates, not places in a sequence: whoever holds some tokens (a shard, a reference with an offset) turns just those.
+The table is computed from the coordinates of the tokens, not from their index in a sequence, so it can be computed for any subset:
+for the tokens of one device, or for a reference that is moved by an offset.
 """
 
 import functools
@@ -13,7 +14,7 @@ POSITIONS = 1024  # rows of the original's table on every axis (Wan2.1 model.py)
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's dimensions turn with time, height and width (Wan2.1 model.py): 44, 42, 42 of 128."""
+    """How many of a head's dimensions encode time, height and width (Wan2.1 model.py): 44, 42, 42 of 128."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
@@ -33,7 +34,8 @@ def grid(frames: int, rows: int, columns: int) -> Int[Array, "L 3"]:
 def rotation(coordinates: Int[Array, "*B L 3"], head_dim: int, base: float, top: float) -> Float[Array, "2 *B L k"]:
     """Cosines and sines for tokens at (time, row, column), each below `POSITIONS`; k is head_dim / 2.
 
-    `base` and `top` are `DiTConfig.rope_base` and `rope_top`: an axis of width w turns by top * base ** -(2i / w) radians a position.
+    `base` and `top` are `DiTConfig.rope_base` and `rope_top`: pair i of an axis of width w turns by top * base ** -(2i / w) radians
+    from one position to the next.
     """
     angles = [_angles(width, base, top) for width in axis_widths(head_dim)]
     tables = [np.stack([np.cos(a), np.sin(a)]).astype(np.float32) for a in angles]
@@ -41,7 +43,7 @@ def rotation(coordinates: Int[Array, "*B L 3"], head_dim: int, base: float, top:
 
 
 def rotate(x: Float[Array, "B L N K"], table: Float[Array, "2 #B L k"]) -> Float[Array, "B L N K"]:
-    """Turns each pair of neighbouring dimensions by its angle, in float32; Wan's pairs are interleaved."""
+    """Rotates each pair (2i, 2i + 1) of dimensions by its angle, in float32."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     (cos, sin), (a, b) = table[:, :, :, None, :], (pairs[..., 0], pairs[..., 1])
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)

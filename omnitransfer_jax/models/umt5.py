@@ -1,7 +1,7 @@
-"""UMT5 encoder (google/umt5-xxl): prompt tokens to the features Wan's cross-attention reads.
+"""UMT5 encoder (google/umt5-xxl): prompt tokens to the text context of Wan's cross-attention.
 
-A T5 v1.1 encoder whose every layer has its own table of relative position biases. No projection has a bias, and attention scores
-are not divided by the square root of the head width: T5's query weights carry that factor.
+A T5 v1.1 encoder in which every layer has its own table of relative position biases. No projection has a bias, and attention scores
+are not divided by the square root of the head width: T5's query weights include that factor.
 """
 
 import math
@@ -26,9 +26,9 @@ class UMT5Encoder(nnx.Module):
         self.norm = RMSNorm(config.dim, config.eps)
 
     def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float32[Array, "B S D"]:
-        """Features of every token; padding (mask False) is not attended to, and its rows are exactly zero.
+        """Features of every token; no token attends to padding (mask False), and the rows of padding are exactly zero.
 
-        The zeros are what Wan was trained on: its pipelines cut the features at each prompt's length and pad with zeros.
+        Wan was trained with these zeros: its pipelines cut the features at each prompt's length and pad with zeros.
         """
         config = self.config
         buckets = jnp.asarray(position_buckets(tokens.shape[1], config.relative_buckets, config.relative_max_distance))
@@ -42,7 +42,7 @@ class UMT5Encoder(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: self-attention and a gated feed-forward, each behind its norm; the residual stream is float32."""
+    """One layer: self-attention and a gated feed-forward, each after a norm; the residual stream is float32."""
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
@@ -76,7 +76,7 @@ class BiasedAttention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """down(gelu(gate(x)) * up(x)), the gelu by its tanh formula."""
+    """down(gelu(gate(x)) * up(x)); the GELU is the tanh approximation."""
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs):
         self.gate, self.up = (Linear(config.dim, config.ffn_dim, bias=False, rngs=rngs) for _ in range(2))
@@ -87,11 +87,11 @@ class GatedMLP(nnx.Module):
 
 
 def position_buckets(length: int, buckets: int, max_distance: int) -> Int32[np.ndarray, "{length} {length}"]:
-    """Row of the bias table for each (query, key): the upper half of the rows is for keys after the query.
+    """The row of the bias table for each (query, key); keys after the query use the second half of the rows.
 
-    Within a half, the first rows stand for one distance each; the others widen with the logarithm of the distance, and the last
-    takes `max_distance` and all beyond. Computed in float32 as in T5's PyTorch code: at powers of two the logarithm lands on the
-    edge of a bucket, where rounding decides.
+    Within a half, the first rows cover one distance each, the others ranges that grow with the logarithm of the distance, and the last
+    row `max_distance` and more. Computed in float32 as in T5's PyTorch code, because at powers of two the logarithm is on the boundary
+    of two rows, where rounding decides.
     """
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, exact = buckets // 2, buckets // 4

@@ -3,15 +3,17 @@
     latents -> patches -> [ self-attention -> cross-attention (text, and CLIP image) -> feed-forward ] x layers -> velocity
 
 The target and each reference are streams through the same blocks. A reference attends to itself, is modulated as at time 0 and skips
-the cross-attention and the head; the target attends to itself and to the keys and values of all references. Nothing flows back, so
-a reference's keys and values are the same at every step and can be kept: `remember`, then `kv_cache=`. The paper's baseline
-(`references="bidirectional"`) has one stream instead, the target's tokens and the references', and is Wan unchanged.
+the cross-attention and the head; the target attends to itself and to the keys and values of all references (models/attend.py). A
+reference never reads the target, so its keys and values are the same at every step and can be cached: `make_kv_cache`, then
+`kv_cache=`. The paper's baseline (`references="bidirectional"`) has one stream, the target's tokens and the references', and is Wan
+unchanged.
 
 Projections compute in `config.dtype`. Float32 always, as in the original: time embedding, modulation, norms, rotation, softmax,
 the residual stream and the head.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,12 +26,13 @@ from jaxtyping import Array, Float, Int
 
 from configs.base import DiTConfig
 from configs.errors import require
-from omnitransfer_jax.models.attention import Kind, attention, one_directional_attention
+from omnitransfer_jax.mesh import UNSHARDED, Shard
+from omnitransfer_jax.models.attend import QKV, Attend, KeysValues, Streams, attention, cached, gathered, joint, plain, recording, split
 from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm, exact_gelu
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
-REMAT = {  # what the backward pass finds stored, by DiTConfig.remat
+REMAT = {  # what the forward pass keeps for the backward pass, by DiTConfig.remat
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -54,13 +57,24 @@ class Reference(NamedTuple):
     """Where its first token stands: time, row, column in patches (`tasks.offsets`)."""
 
 
-class Stream(NamedTuple):
-    """What one sequence brings to a block beside its tokens."""
+class Inputs(NamedTuple):
+    """What the blocks need of one stream beside its tokens."""
 
     modulation: Float[Array, "6 B L D"]
-    """The projected timestep, one row or one a token."""
-    table: Float[Array, "2 B L k"]
-    """The rotation of its tokens."""
+    """The projected timestep, one row a sample or one a token."""
+    rotation: Float[Array, "2 B L k"]
+    """Cosines and sines of its tokens' positions."""
+
+
+class Modulation(NamedTuple):
+    """What the timestep does to one stream in one block: before self-attention and feed-forward, and how much of each is added."""
+
+    shift: Float[Array, "b l D"]
+    scale: Float[Array, "b l D"]
+    gate: Float[Array, "b l D"]
+    ffn_shift: Float[Array, "b l D"]
+    ffn_scale: Float[Array, "b l D"]
+    ffn_gate: Float[Array, "b l D"]
 
 
 class Context(NamedTuple):
@@ -70,18 +84,6 @@ class Context(NamedTuple):
     image: Float[Array, "B I D"] | None
     has_image: Float[Array, " B"] | None
     """1 or 0: whether a sample's image counts; None: all do."""
-
-
-class Shard(NamedTuple):
-    """The part of the network that this device runs, inside a `shard_map`."""
-
-    context: str | None = None
-    """Mesh axis over which the tokens of every stream are divided in equal parts."""
-    gather: Callable[[nnx.State], nnx.State] = lambda layer: layer
-    """Completes one layer's parameters, of which this device holds a part."""
-
-
-ALONE = Shard()
 
 
 class WanDiT(nnx.Module):
@@ -111,7 +113,7 @@ class WanDiT(nnx.Module):
         has_image: Float[Array, " B"] | None = None,
         references: tuple[Reference, ...] = (),
         kv_cache: KVCache | None = None,
-        shard: Shard = ALONE,
+        shard: Shard = UNSHARDED,
         embed_text: bool = True,
     ) -> Float[Array, "B F H W c"]:
         """The velocity of `latents` (noise first, then mask and condition) at `timestep` in 0..1000, one per sample or per token.
@@ -120,54 +122,113 @@ class WanDiT(nnx.Module):
         samples where `has_image` is 1. The target reads `references`, or their `kv_cache`, or neither: plain Wan.
         With `embed_text=False` the text is already as wide as the blocks and goes to them as it is.
         """
-        dtype, patches = jnp.dtype(self.config.dtype), self.grid(latents)
+        patches = self.grid(latents)
         require(
             kv_cache is None or kv_cache.grid == patches,
-            f"reference kv_cache of a {kv_cache and kv_cache.grid} target: this one is {patches}",
+            f"cached references of a {kv_cache and kv_cache.grid} target: this one is {patches}",
         )
-        x, table = self.embed(latents, jnp.zeros((1, 3), jnp.int32), shard)
-        time = self.time_embedder(local(timestep, shard) if timestep.ndim == 2 else timestep[:, None])
+        x, inputs, context, time = self.prepare(latents, timestep, text, image, has_image, references, shard, embed_text)
+        assert x.target is not None
+        tokens = x.target.shape[1]
+        if self.config.references == "bidirectional":
+            require(not references or timestep.ndim == 1, "bidirectional references: they are at the target's time, so give one a sample")
+            x, inputs = one_sequence(x, inputs)
+        x, _ = self.run(x, inputs, context, self.strategy(bool(x.references), kv_cache), kv_cache, shard)
+        assert x.target is not None
+        return self.project(x.target[:, :tokens], time, patches, shard)
+
+    def strategy(self, references: bool, kv_cache: KVCache | None) -> Attend:
+        """Who attends to whom: models/attend.py."""
+        form = joint if self.config.references == "joint" else split
+        chosen = cached if kv_cache is not None else form if references else plain
+        return partial(chosen, kernel=self.config.attention)
+
+    def make_kv_cache(self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = UNSHARDED) -> KVCache:
+        """Keys and values of `references` in every layer, for a target of that many patches (time, rows, columns).
+
+        References that attend to the target (`bidirectional`) differ at every step, so they can have none.
+        """
+        require(
+            self.config.references != "bidirectional",
+            "dit.references='bidirectional': references attend to the target; pass them at each step",
+        )
+        x, inputs = self.prepare_references(references, shard)
+        _, keys_values = self.run(x, inputs, None, partial(recording, kernel=self.config.attention), None, shard)
+        assert keys_values is not None
+        keys, values = keys_values
+        return KVCache(CachedArray(keys), CachedArray(values), target)
+
+    def tap(
+        self,
+        layer: int,
+        latents: Float[Array, "B F H W C"],
+        timestep: Float[Array, " B"] | Float[Array, "B L"],
+        text: Float[Array, "B S E"],
+        image: Float[Array, "B I J"] | None = None,
+    ) -> QKV:
+        """The target's queries, keys and values in block `layer`, counted from 0; the blocks from there on are not computed."""
+        require(0 <= layer < self.config.num_layers, f"layer {layer}: the network has blocks 0 to {self.config.num_layers - 1}")
+        x, inputs, context, _ = self.prepare(latents, timestep, text, image)
+        x, _ = self.run(x, inputs, context, self.strategy(False, None), None, UNSHARDED, stop=layer)
+        graphdef, layers = nnx.split(self.blocks)
+        block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], layers))
+        assert x.target is not None
+        assert inputs.target is not None
+        return block.project(x.target, block.modulation_of(inputs.target), inputs.target)
+
+    def run(
+        self,
+        x: Streams[Array],
+        inputs: Streams[Inputs],
+        context: Context | None,
+        attend: Attend,
+        kv_cache: KVCache | None,
+        shard: Shard,
+        stop: int | None = None,
+    ) -> tuple[Streams[Array], tuple[Array, Array] | None]:
+        """The tokens after all blocks, or after the first `stop`, and what `attend` returned for the cache, layers first."""
+        graphdef, layers = nnx.split(self.blocks)
+        if shard.axis is not None:
+            attend = gathered(attend, shard)
+
+        def step(x, per_layer):
+            layer, cache = per_layer
+            if cache is not None:
+                cache = tuple(array.read(jnp.dtype(self.config.dtype)) for array in cache)
+            return nnx.merge(graphdef, shard.gather_layer(layer))(x, inputs, context, attend, cache)
+
+        if self.config.remat != "none":
+            step = jax.checkpoint(step, policy=REMAT[self.config.remat], prevent_cse=False)
+        per_layer = layers, None if kv_cache is None else (kv_cache.keys, kv_cache.values)
+        return jax.lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:stop], per_layer) if stop is not None else per_layer)
+
+    def prepare(
+        self,
+        latents: Float[Array, "B F H W C"],
+        timestep: Float[Array, " B"] | Float[Array, "B L"],
+        text: Float[Array, "B S E"],
+        image: Float[Array, "B I J"] | None = None,
+        has_image: Float[Array, " B"] | None = None,
+        references: tuple[Reference, ...] = (),
+        shard: Shard = UNSHARDED,
+        embed_text: bool = True,
+    ) -> tuple[Streams[Array], Streams[Inputs], Context, Float[Array, "B L D"]]:
+        """Before the blocks: tokens and inputs of all streams, the context, and the embedded time; arguments as for `__call__`."""
+        dtype = jnp.dtype(self.config.dtype)
+        x, rotation = self.embed(latents, jnp.zeros((1, 3), jnp.int32), shard)
+        time = self.time_embedder(shard.local(timestep) if timestep.ndim == 2 else timestep[:, None])
         if self.image_embedder is not None and image is not None:
             image = self.image_embedder(image.astype(dtype))
         text = text.astype(dtype)
         context = Context(self.text_embedder(text) if embed_text else text, image, has_image)
-        tokens, streams = self.open(references, shard)
-        own = x.shape[1]
-        if self.config.references == "bidirectional":
-            require(not references or timestep.ndim == 1, "bidirectional references: they are at the target's time, so give one a sample")
-            x, table, tokens, streams = *one_sequence(x, table, tokens, streams), (), ()
-        x = self.run((x, *tokens), (Stream(self.project_time(time), table), *streams), context, kv_cache, shard)[0][0]
-        return self.project(x[:, :own], time, patches, shard)
+        others, others_inputs = self.prepare_references(references, shard)
+        return Streams(x, others.references), Streams(Inputs(self.project_time(time), rotation), others_inputs.references), context, time
 
-    def make_kv_cache(self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = ALONE) -> KVCache:
-        """The kv_cache of `references` for a target of that many patches (time, rows, columns); bidirectional ones can have none."""
-        require(self.config.references != "bidirectional", "dit.references='bidirectional': they read the target; pass them at each step")
-        tokens, streams = self.open(references, shard)
-        _, remembered = self.run(tokens, streams, None, None, shard)
-        assert remembered is not None  # it is, without a context
-        keys, values = remembered
-        return KVCache(CachedArray(keys), CachedArray(values), target)
-
-    def run(
-        self, tokens: tuple[Array, ...], streams: tuple[Stream, ...], context: Context | None, kv_cache: KVCache | None, shard: Shard
-    ) -> tuple[tuple[Array, ...], tuple[Array, Array] | None]:
-        """All blocks. With a `context` the first stream is the target; without one, what the references leave to remember is returned."""
-        graphdef, layers = nnx.split(self.blocks)
-
-        def step(tokens, inputs):
-            layer, stored = inputs
-            remembered = None if stored is None else tuple(part.read(jnp.dtype(self.config.dtype)) for part in stored)
-            return nnx.merge(graphdef, shard.gather(layer))(tokens, streams, context, remembered, shard)
-
-        if self.config.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(step, tokens, (layers, None if kv_cache is None else (kv_cache.keys, kv_cache.values)))
-
-    def open(self, references: tuple[Reference, ...], shard: Shard) -> tuple[tuple[Array, ...], tuple[Stream, ...]]:
-        """Tokens and streams of the references, all at time 0."""
+    def prepare_references(self, references: tuple[Reference, ...], shard: Shard) -> tuple[Streams[Array], Streams[Inputs]]:
+        """Tokens and inputs of the references, all at time 0."""
         embedded = [self.embed(r.latents, r.offset, shard) for r in references]
-        still = self.project_time(self.time_embedder(jnp.zeros((1, 1))))
-        return tuple(x for x, _ in embedded), tuple(Stream(still, table) for _, table in embedded)
+        modulation = self.project_time(self.time_embedder(jnp.zeros((1, 1))))
+        return Streams(None, tuple(x for x, _ in embedded)), Streams(None, tuple(Inputs(modulation, rotation) for _, rotation in embedded))
 
     def grid(self, latents: Float[Array, "B F H W C"]) -> tuple[int, int, int]:
         """How many patches (time, rows, columns) `latents` have."""
@@ -175,54 +236,40 @@ class WanDiT(nnx.Module):
         return frames, rows, columns
 
     def embed(
-        self, latents: Float[Array, "B F H W C"], offset: Int[Array, "b 3"], shard: Shard = ALONE
+        self, latents: Float[Array, "B F H W C"], offset: Int[Array, "b 3"], shard: Shard = UNSHARDED
     ) -> tuple[Float[Array, "B L D"], Float[Array, "2 b L k"]]:
-        """One float32 token per patch, ordered by time, row, column, and the rotation of its place."""
+        """One float32 token per patch, ordered by time, row, column, and the rotation of its position."""
         (t, h, w), dtype = self.config.patch, jnp.dtype(self.config.dtype)
-        x = local(rearrange(latents.astype(dtype), "B (F t) (H h) (W w) C -> B (F H W) (t h w C)", t=t, h=h, w=w), shard)
+        x = shard.local(rearrange(latents.astype(dtype), "B (F t) (H h) (W w) C -> B (F H W) (t h w C)", t=t, h=h, w=w))
         kernel = rearrange(self.patch_embedding.astype(dtype), "t h w C D -> (t h w C) D")
         x = (jnp.einsum("blc,cd->bld", x, kernel) + self.patch_bias.astype(dtype)[None, None]).astype(jnp.float32)
-        places = local(grid(*self.grid(latents))[None], shard) + offset[:, None]
+        positions = shard.local(grid(*self.grid(latents))[None]) + offset[:, None]
         config = self.config
-        return x, rotation(places, config.dim // config.num_heads, config.rope_base, config.rope_top)
+        return x, rotation(positions, config.dim // config.num_heads, config.rope_base, config.rope_top)
 
     def project_time(self, time: Float[Array, "B L D"]) -> Float[Array, "6 B L D"]:
         """The modulation all blocks start from."""
         return rearrange(self.time_projection(jax.nn.silu(time)), "B L (six D) -> six B L D", six=6)
 
     def project(
-        self, x: Float[Array, "B L D"], time: Float[Array, "B #L D"], patches: tuple[int, int, int], shard: Shard = ALONE
+        self, x: Float[Array, "B L D"], time: Float[Array, "B #L D"], patches: tuple[int, int, int], shard: Shard = UNSHARDED
     ) -> Float[Array, "B F H W c"]:
         """The head, in float32: tokens back to latents; within a token the channels run fastest."""
         (F, H, W), (t, h, w) = patches, self.config.patch
         shift, scale = self.head_modulation[:, None, None].astype(jnp.float32) + time[None]
-        x = whole(self.head(self.head_norm(x) * (1 + scale) + shift), shard)
+        x = shard.gather(self.head(self.head_norm(x) * (1 + scale) + shift))
         return rearrange(x, "B (F H W) (t h w c) -> B (F t) (H h) (W w) c", F=F, H=H, W=W, t=t, h=h, w=w)
 
 
-def one_sequence(
-    x: Float[Array, "B L D"], table: Float[Array, "2 #B L k"], tokens: tuple[Array, ...], streams: tuple[Stream, ...]
-) -> tuple[Float[Array, "B S D"], Float[Array, "2 #B S k"]]:
-    """The target's tokens and those of its references behind one another, and the rotation of all."""
-    tables = [table, *(stream.table for stream in streams)]
-    rows = max(t.shape[1] for t in tables)
-    tables = [jnp.broadcast_to(t, (2, rows, *t.shape[2:])) for t in tables]
-    return jnp.concatenate([x, *tokens], 1), jnp.concatenate(tables, 2)
-
-
-def local(x: Array, shard: Shard) -> Array:
-    """This device's share of the tokens, the second axis."""
-    if shard.context is None:
-        return x
-    size = jax.lax.axis_size(shard.context)
-    require(x.shape[1] % size == 0, f"{x.shape[1]} tokens: not a multiple of mesh.context={size}, so the devices' shares would differ")
-    share = x.shape[1] // size
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(shard.context) * share, share, axis=1)
-
-
-def whole(x: Array, shard: Shard) -> Array:
-    """All devices' shares of the tokens, the second axis."""
-    return x if shard.context is None else jax.lax.all_gather(x, shard.context, axis=1, tiled=True)
+def one_sequence(x: Streams[Array], inputs: Streams[Inputs]) -> tuple[Streams[Array], Streams[Inputs]]:
+    """The target's tokens followed by those of its references, as one target at the target's time."""
+    assert x.target is not None
+    assert inputs.target is not None
+    rotations = [inputs.target.rotation, *(each.rotation for each in inputs.references)]
+    rows = max(r.shape[1] for r in rotations)
+    rotations = [jnp.broadcast_to(r, (2, rows, *r.shape[2:])) for r in rotations]
+    joined = Inputs(inputs.target.modulation, jnp.concatenate(rotations, 2))
+    return Streams(jnp.concatenate([x.target, *x.references], 1), ()), Streams(joined, ())
 
 
 class Block(nnx.Module):
@@ -238,24 +285,30 @@ class Block(nnx.Module):
         self.ffn = MLP(config.dim, config.ffn_dim, config.dim, rngs=rngs)
 
     def __call__(
-        self,
-        tokens: tuple[Array, ...],
-        streams: tuple[Stream, ...],
-        context: Context | None,
-        kv_cache: tuple[Array, Array] | None,
-        shard: Shard,
-    ) -> tuple[tuple[Array, ...], tuple[Array, Array] | None]:
-        """The streams' tokens after this layer; without a `context` all are references and their keys and values come out as well."""
-        own = self.modulation[:, None, None].astype(jnp.float32)
-        modulations = [stream.modulation + own for stream in streams]
-        h = [self.modulate(x, shift, scale) for x, (shift, scale, *_) in zip(tokens, modulations, strict=True)]
-        answers, remembered = self.self_attention(h, [s.table for s in streams], context is not None, kv_cache, shard)
-        xs = [x + m[2] * a.astype(jnp.float32) for x, m, a in zip(tokens, modulations, answers, strict=True)]
-        if context is not None:
-            told = self.cross_attention(self.cross_norm(xs[0]).astype(self.dtype), context)
-            xs[0] = xs[0] + told.astype(jnp.float32)
-        h = [self.modulate(x, shift, scale) for x, (*_, shift, scale, _) in zip(xs, modulations, strict=True)]
-        return tuple(x + m[5] * self.ffn(y).astype(jnp.float32) for x, m, y in zip(xs, modulations, h, strict=True)), remembered
+        self, x: Streams[Array], inputs: Streams[Inputs], context: Context | None, attend: Attend, cache: KeysValues | None
+    ) -> tuple[Streams[Array], KeysValues | None]:
+        """The tokens of all streams after this layer, and what `attend` returned for the cache. Only the target reads the context."""
+        m = inputs.map(self.modulation_of)
+        with jax.named_scope("self_attention"):
+            qkv = x.map(self.project, m, inputs)
+            outputs, keys_values = attend(qkv, cache)
+            outputs = outputs.map(self.self_attention.join)
+            x = x.map(lambda x, m, a: x + m.gate * a.astype(jnp.float32), m, outputs)
+        if context is not None and x.target is not None:
+            with jax.named_scope("cross_attention"):
+                read = self.cross_attention(self.cross_norm(x.target).astype(self.dtype), context)
+                x = replace(x, target=x.target + read.astype(jnp.float32))
+        with jax.named_scope("feed_forward"):
+            h = x.map(lambda x, m: self.modulate(x, m.ffn_shift, m.ffn_scale), m)
+            return x.map(lambda x, m, h: x + m.ffn_gate * self.ffn(h).astype(jnp.float32), m, h), keys_values
+
+    def modulation_of(self, inputs: Inputs) -> Modulation:
+        """The modulation of one stream, float32."""
+        return Modulation(*(inputs.modulation + self.modulation[:, None, None].astype(jnp.float32)))
+
+    def project(self, x: Float[Array, "B L D"], m: Modulation, inputs: Inputs) -> QKV:
+        """Queries, keys and values of one stream's tokens in this layer."""
+        return self.self_attention.project(self.modulate(x, m.shift, m.scale), inputs.rotation)
 
     def modulate(self, x: Float[Array, "B L D"], shift: Float[Array, "b l D"], scale: Float[Array, "b l D"]) -> Float[Array, "B L D"]:
         """Norm, scale and shift in float32, then the compute dtype."""
@@ -263,46 +316,27 @@ class Block(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """The target reads itself and the references, each reference itself (Eq. 3 and 4).
-
-    Queries and keys are normalised over all heads at once, then rotated.
-    """
+    """The projections around a strategy of models/attend.py. Queries and keys are normalised over all heads at once, then rotated."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         dim = config.dim
-        self.num_heads, self.joint = config.num_heads, config.references == "joint"
-        self.kind: Kind = config.attention
+        self.num_heads = config.num_heads
         self.query, self.key, self.value, self.out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
-    def __call__(
-        self, streams: list[Array], tables: list[Array], has_target: bool, kv_cache: tuple[Array, Array] | None, shard: Shard
-    ) -> tuple[list[Array], tuple[Array, Array] | None]:
-        """Each stream's answer "B L D"; if all streams are references, also their keys and values "B S N K"."""
-        queries, keys, values = zip(*(self.project(x, table, shard) for x, table in zip(streams, tables, strict=True)), strict=True)
-        remembered = None if has_target else (jnp.concatenate(keys, 1), jnp.concatenate(values, 1))
-        if has_target and self.joint and len(streams) > 1:
-            answers = one_directional_attention(queries, keys, values, self.kind)
-        else:
-            answers = [
-                attention(q, k, v, self.kind) for q, k, v in zip(queries[has_target:], keys[has_target:], values[has_target:], strict=True)
-            ]
-            if has_target:
-                seen = [(k, v) for k, v in zip(keys, values, strict=True)] + ([] if kv_cache is None else [kv_cache])
-                k, v = (jnp.concatenate(x, 1) for x in zip(*seen, strict=True))
-                answers = [attention(queries[0], k, v, self.kind), *answers]
-        answers = [checkpoint_name(a, "attention") for a in answers]
-        return [self.out(rearrange(a, "B L N K -> B L (N K)")) for a in answers], remembered
-
-    def project(self, x: Float[Array, "B L D"], table: Float[Array, "2 #B L k"], shard: Shard) -> tuple[Array, Array, Array]:
-        """Queries "B L N K" of this device's tokens, keys and values "B S N K" of everyone's."""
+    def project(self, x: Float[Array, "B L D"], rotation: Float[Array, "2 #B L k"]) -> QKV:
+        """Queries, keys and values of one stream's tokens."""
         q, k = self.query_norm(self.query(x)), self.key_norm(self.key(x))
         q, k, v = (rearrange(y, "B L (N K) -> B L N K", N=self.num_heads) for y in (q, k, self.value(x)))
-        return rotate(q, table).astype(x.dtype), whole(rotate(k, table).astype(x.dtype), shard), whole(v, shard)
+        return QKV(rotate(q, rotation).astype(x.dtype), rotate(k, rotation).astype(x.dtype), v)
+
+    def join(self, heads: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
+        """The output projection of one stream's attention."""
+        return self.out(rearrange(checkpoint_name(heads, "attention"), "B L N K -> B L (N K)"))
 
 
 class CrossAttention(nnx.Module):
-    """The tokens read the text, and in image-to-video networks the image as well, with the same normalised query; both answers add up."""
+    """The target's tokens read the text, and in image-to-video networks the image as well; one normalised query, and a sum of both."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         dim = config.dim
@@ -318,8 +352,8 @@ class CrossAttention(nnx.Module):
         q, text, image = self.query_norm(self.query(x)).astype(x.dtype), context.text, context.image
         out = self._read(q, self.key_norm(self.key(text)), self.value(text))
         if image is not None and self.image_key and self.image_value and self.image_key_norm:
-            seen = self._read(q, self.image_key_norm(self.image_key(image)), self.image_value(image))
-            out = out + (seen if context.has_image is None else context.has_image.astype(seen.dtype)[:, None, None] * seen)
+            read = self._read(q, self.image_key_norm(self.image_key(image)), self.image_value(image))
+            out = out + (read if context.has_image is None else context.has_image.astype(read.dtype)[:, None, None] * read)
         return self.out(out)
 
     def _read(self, q: Array, k: Array, v: Array) -> Array:

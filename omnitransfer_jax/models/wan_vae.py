@@ -1,7 +1,7 @@
-"""The causal video autoencoder of Wan2.1: video <-> normalised latents, 4 frames and 8x8 pixels to one latent at full size.
+"""The causal video autoencoder of Wan2.1: video <-> normalised latents, at full size 4 frames of 8x8 pixels to one latent.
 
-A clip goes through in chunks. `Cache` carries the last frames each layer saw from one chunk to the next, so that the chunk
-sizes change the memory and the speed but not the function; a clip in one chunk is the same thing as a clip in many.
+A clip is processed in chunks. `Cache` passes the last input frames of each layer from one chunk to the next, so the chunk size changes
+memory and speed but not the result.
 
 WanVAE > Encoder | Decoder > ResidualBlock, Downsample | Upsample, Middle > Conv, Norm
 The 1x1 convolutions are `Linear`.
@@ -19,8 +19,15 @@ from jaxtyping import Array, Float
 
 from configs.base import VAEConfig
 from configs.errors import require
-from omnitransfer_jax.models.attention import attention
+from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.layers import Linear
+
+POINTWISE = r"(.*\.(qkv|out|shortcut)|(post_)?quant)\.kernel"  # products over channels alone
+SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
+    (POINTWISE, ("in", "out")),
+    (rf"(?!{POINTWISE}).*\.kernel", (None, None, None, "in", "out")),
+    (r".*\.(bias|scale)", ("vector",)),
+]
 
 
 class WanVAE(nnx.Module):
@@ -42,7 +49,7 @@ class WanVAE(nnx.Module):
         return (self.posterior(video)[0] - mean) / std
 
     def posterior(self, video: Float[Array, "B T H W 3"]) -> tuple[Float[Array, "B F h w Z"], Float[Array, "B F h w Z"]]:
-        """Mean and log variance of the latents of a video in [-1, 1], not normalised, float32; sizes are as for `encode`."""
+        """Mean and log variance of the latents of a video in [-1, 1], not normalised, float32; sizes as in `encode`."""
         self._check(video.shape)
         moments = self.quant(in_chunks(self.encoder, video.astype(self.config.dtype), self.config.encode_frames))
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
@@ -54,7 +61,7 @@ class WanVAE(nnx.Module):
         return jnp.clip(self.reconstruct(latents.astype(jnp.float32) * std + mean), -1.0, 1.0)
 
     def reconstruct(self, z: Float[Array, "B F h w Z"]) -> Float[Array, "B T H W 3"]:
-        """Latents as `posterior` has them -> video, float32; not clamped, for beyond the clamp a training would have no gradient."""
+        """Latents that are not normalised -> video, float32; not clamped, because training needs a gradient outside [-1, 1] too."""
         video = in_chunks(self.decoder, self.post_quant(z.astype(self.config.dtype)), self.config.decode_frames)
         return video.astype(jnp.float32)
 
@@ -78,9 +85,9 @@ class WanVAE(nnx.Module):
 
 
 class Cache:
-    """The frames that causal layers remember between two chunks of a clip.
+    """The last input frames of every causal layer, passed from one chunk of a clip to the next.
 
-    A network calls its layers in the same order for every chunk, so a list in that order is enough:
+    A network calls its layers in the same order for every chunk, so the frames are a list in that order.
     `incoming` is the previous chunk's `outgoing`, or None at the start of a clip.
     """
 
@@ -93,7 +100,7 @@ class Cache:
         return self.incoming is None
 
     def extend(self, x: Float[Array, "B T H W C"], depth: int) -> Float[Array, "B t H W C"]:
-        """`x` after the last `depth` frames seen at this place, which are zeros at the start of a clip."""
+        """The layer's last `depth` frames of the previous chunk (zeros at the start of a clip), then `x`."""
         start = jnp.zeros((x.shape[0], depth, *x.shape[2:]), x.dtype)
         past = start if self.incoming is None else self.incoming[len(self.outgoing)]
         x = jnp.concatenate([past, x], axis=1)
@@ -102,10 +109,10 @@ class Cache:
 
 
 def in_chunks(network: Callable[[Array, Cache], Array], x: Float[Array, "B T H W C"], size: int) -> Float[Array, "B t h w c"]:
-    """`network` over `x`, `size` frames at a time: one scan, whatever the length of the clip.
+    """`network` over `x`, `size` frames at a time, in one scan for a clip of any length.
 
-    Frame 0 is special to the network and never fills a chunk of its own: the chunk it is in has the frames that are left over,
-    at least one and at most `size`, besides. So a clip of up to `size` + 1 frames is one chunk and no scan.
+    The network treats frame 0 differently, so the first chunk is frame 0 and the remainder of the division, 1 to `size` frames.
+    A clip of up to `size` + 1 frames is one chunk and needs no scan.
     """
     later = max(0, (x.shape[1] - 2) // size)
     first = x.shape[1] - later * size
@@ -114,8 +121,8 @@ def in_chunks(network: Callable[[Array, Cache], Array], x: Float[Array, "B T H W
     if not later:
         return start
 
-    def step(remembered: list[Array], chunk: Array) -> tuple[list[Array], Array]:
-        cache = Cache(remembered)
+    def step(frames: list[Array], chunk: Array) -> tuple[list[Array], Array]:
+        cache = Cache(frames)
         y = network(chunk, cache)
         return cache.outgoing, y
 
@@ -131,7 +138,7 @@ def encoder_widths(config: VAEConfig) -> list[tuple[int, int]]:
 
 
 def decoder_widths(config: VAEConfig) -> list[tuple[int, int]]:
-    """(channels in, channels out) of the decoder's resolutions, coarsest first; every upsampling halves the channels."""
+    """(channels in, channels out) of the decoder's resolutions, coarsest first; each upsampling halves the channels."""
     widths = [config.base_dim * m for m in reversed(config.dim_mult)]
     return list(zip([widths[0], *(w // 2 for w in widths[:-1])], widths, strict=True))
 
@@ -221,7 +228,7 @@ class Middle(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU, causal convolution, beside a shortcut that is a 1x1 convolution where the width changes."""
+    """Norm, SiLU and causal convolution, twice, plus a shortcut, which is a 1x1 convolution where the width changes."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.norm1 = Norm(inputs)
@@ -251,7 +258,7 @@ class FrameAttention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves height and width, and time if asked to: then frame 0 of a clip stays as it is, and the rest is halved."""
+    """Halves height and width. With `halve_time` also halves the number of frames after frame 0 of a clip."""
 
     def __init__(self, dim: int, halve_time: bool, *, rngs: nnx.Rngs):
         self.conv = Conv(dim, dim, window=(1, 3, 3), space_stride=2, rngs=rngs)
@@ -268,7 +275,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width and halves the channels, and doubles time if asked to, all but frame 0 of a clip."""
+    """Doubles height and width and halves the channels. With `double_time` also doubles the frames after frame 0 of a clip."""
 
     def __init__(self, dim: int, double_time: bool, *, rngs: nnx.Rngs):
         self.time_conv = Conv(dim, 2 * dim, window=(3, 1, 1), rngs=rngs) if double_time else None
@@ -276,7 +283,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Float[Array, "B t h w C"], cache: Cache) -> Float[Array, "B T H W c"]:
         if self.time_conv is not None:
-            # Frame 0 also stays out of the history of the later ones, so its part of the window is zeros (Wan2.1 vae.py, "Rep").
+            # The windows of later frames do not contain frame 0 either, but zeros in its place (Wan2.1 vae.py, "Rep").
             skipped = int(cache.at_start)
             pairs = self.time_conv(cache.extend(x[:, skipped:], depth=2))
             doubled = rearrange(pairs, "b t h w (two c) -> b (t two) h w c", two=2)
@@ -285,29 +292,29 @@ class Upsample(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Unit-norm channels times sqrt(C) and a learnt scale, in float32."""
+    """Divides the channels by their L2 norm, then multiplies by sqrt(C) and a learnt scale, in float32."""
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
         f = x.astype(jnp.float32)
-        # At least 1e-12 as in torch's normalize; on the square, because the slope of a root is infinite at zero.
+        # At least 1e-12 as in torch's normalize; the maximum is of the square, because the gradient of a root is infinite at zero.
         norm = jnp.sqrt(jnp.maximum(jnp.sum(f * f, axis=-1, keepdims=True), 1e-24))
         scale = self.scale.astype(jnp.float32) * x.shape[-1] ** 0.5
         return (f / norm * scale[None, None, None, None]).astype(x.dtype)
 
 
 def causal(conv: "Conv", x: Float[Array, "B T H W C"], cache: Cache) -> Float[Array, "B T H W c"]:
-    """`conv`, its window three frames long, over `x` and the two frames before it."""
+    """`conv`, whose window is three frames long, over `x` and the two frames before it."""
     return conv(cache.extend(x, depth=2))
 
 
 class Conv(nnx.Module):
-    """Convolution over time, height and width that keeps height and width (over the stride) and pads no time.
+    """Convolution over time, height and width, with padding in height and width but not in time, in the dtype of `x`.
 
-    It runs in the dtype of `x`. The frames of a window lie side by side in the channels of a 2-D convolution,
-    which sums the same products: with XLA's 3-D convolution encoding takes 2.5 to 6 times as long on a CPU.
+    The frames of a window are concatenated along the channels of a 2-D convolution, which sums the same products:
+    with XLA's 3-D convolution, encoding takes 2.5 to 6 times as long on a CPU.
     """
 
     def __init__(
@@ -321,20 +328,20 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(nnx.initializers.lecun_uniform()(rngs.params(), (*window, inputs, outputs), jnp.float32))
-        # As torch begins. A grey video must not be zero from layer to layer: at zero the norms' slope is 1e12.
+        # Torch's initial values. Without them a grey video is zero in every layer, and at zero the gradient of a norm is 1e12.
         bound = math.prod((*window, inputs)) ** -0.5
         self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), jnp.float32, -bound, bound))
         self.time_stride, self.space_stride = time_stride, space_stride
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B t h w c"]:
         batch, depth, stride = x.shape[0], self.kernel.shape[0], self.time_stride
-        last = x.shape[1] - depth  # where the last window starts; none fits if it is negative
+        last = x.shape[1] - depth  # first frame of the last window; negative if no window fits
         windows = [x[:, i : max(i, i + last + 1) : stride] for i in range(depth)]
         y = jax.lax.conv_general_dilated(
             rearrange(jnp.concatenate(windows, axis=-1), "b t h w c -> (b t) h w c"),
             rearrange(self.kernel.astype(x.dtype), "t h w i o -> h w (t i) o"),
             window_strides=(self.space_stride, self.space_stride),
-            padding="SAME",  # of a 3x3 window: a row and a column on each side, with stride 2 only below and to the right
+            padding="SAME",  # for a 3x3 window one row and column on each side; with stride 2 only below and to the right
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return rearrange(y + self.bias.astype(x.dtype)[None, None, None], "(b t) h w c -> b t h w c", b=batch)

@@ -24,10 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """The log of a run that has done `step` steps; the file keeps no line of a later one, nor one that was cut off.
-
-    The clock starts with it, so it is made when the step is compiled.
-    """
+    """The log of a run that has done `step` steps; the file keeps no line of a later one, nor one that was cut off."""
 
     def __init__(self, workdir: Path, config: TrainConfig, step: int):
         self.config, self.writes = config, jax.process_index() == 0
@@ -47,6 +44,14 @@ class RunLog:
         if self.writes:
             self.file.close()
             self.events.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here is not counted."""
+        before = time.perf_counter()
+        yield
+        spent = time.perf_counter() - before
+        self.started, self.marked = self.started + spent, self.marked + spent
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

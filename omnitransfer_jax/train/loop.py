@@ -1,6 +1,6 @@
-"""A training run, from where it starts to its last checkpoint.
+"""A training run of any objective, from where it starts to its last checkpoint.
 
-    mesh -> where it starts -> compile -> [ batch -> step -> log the step before -> checkpoint ] x steps
+    where it starts -> [ batch -> step -> log the step before -> evaluate -> checkpoint ] x steps
 
 Started again on the same workdir it goes on after its latest checkpoint, as if it had never stopped: bit for bit on the same devices.
 """
@@ -8,7 +8,7 @@ Started again on the same workdir it goes on after its latest checkpoint, as if 
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,129 +17,140 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key
+from jax.sharding import Mesh
+from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from configs.errors import require
-from configs.run import Config
+from configs.run import Config, RunConfig
 from omnitransfer_jax.folders import model_folder, run_folder
-from omnitransfer_jax.mesh import DATA, specs
-from omnitransfer_jax.models.alignment import MLLMInputs
-from omnitransfer_jax.models.flat_params import flat_params
-from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
+from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
 from omnitransfer_jax.train.log import RunLog
+from omnitransfer_jax.train.objective import Objective, Params
 from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer
-from omnitransfer_jax.train.step import (
-    Batch,
-    Params,
-    TrainState,
-    abstract_batch,
-    abstract_params,
-    abstract_state,
-    init_state,
-    make_train_step,
-)
+from omnitransfer_jax.train.step import TrainState, init_state, make_train_step, placed_state
 
 RANDOM_LIMIT = 200_000_000  # parameters; a larger network is not worth training from random weights, so their absence is a mistake
-IMPORTED = {"dit.": "dit", "alignment.mllm.": "mllm"}  # where paths begin, and the part of launch.import_weights they come from
 PATIENCE = 10  # updates in a row that may fail to be finite
 
-Step = Callable[[TrainState, Batch, Array, Array], tuple[TrainState, dict[str, Array]]]
+Evaluate = Callable[[Params], Mapping[str, float]]
 
 
 def train(
-    config: Config, workdir: Path, mesh: Mesh, data: grain.DatasetIterator[dict[str, np.ndarray]], empty_text: Float[np.ndarray, "S E"]
-) -> None:
-    """Trains up to `config.train.steps`; `data` gives this process's share of each batch, as `data_share` says."""
+    objective: Objective,
+    config: RunConfig,
+    workdir: Path,
+    mesh: Mesh,
+    data: grain.DatasetIterator[Any],
+    evaluate: Evaluate | None = None,
+) -> Params | None:
+    """The trained parameters after `config.train.steps`; None if the run was told to stop before.
+
+    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays. `evaluate` measures the trained
+    parameters on held-out data every `train.evaluate_every` steps; what it returns is logged.
+    """
     config, workdir = with_absolute_paths(config), workdir.absolute()
-    optimizer = make_optimizer(config.optimizer)
-    spec = specs(abstract_params(config), SHARDING, config.mesh.data)
-    like = abstract_state(config, mesh, spec, optimizer)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
+    spec = specs(objective.params, objective.sharding, config.mesh)
+    like = placed_state(objective, config, optimizer, mesh, spec)
     with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
         done, steps = checkpoints.latest.step if checkpoints.latest else 0, config.train.steps
         if done >= steps:
             print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
-            return
-        state = start(config, workdir, checkpoints, like, optimizer, data)
+            return run_folder.restore(checkpoints, like, data).trainable if done == steps and evaluate else None
+        state = start(objective, config, workdir, checkpoints, like, optimizer, data)
         if jax.process_index() == 0:
             run_folder.write_config(workdir, config)
-        step = compile_step(config, mesh, spec, like, optimizer)
-        everywhere = NamedSharding(mesh, P())
-        key = jax.jit(lambda: root_keys(config)[1], out_shardings=everywhere)()
-        empty = jax.device_put(np.asarray(empty_text), everywhere)
+        key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         finite, pending = Finiteness(int(state.skipped)), {}
+        step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh)
         with RunLog(workdir, config.train, done) as log:
 
             def settle(n: int, metrics: Mapping[str, Array]) -> None:
-                """Waits for step `n` and tells of it."""
+                """Waits for step `n` and logs it."""
                 values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                if evaluate is not None and evaluates(config, n):
+                    measured = evaluate(state.trainable)
+                    print(f"step {n}  " + "  ".join(f"{name} {value:.4g}" for name, value in measured.items()), flush=True)
+                    values |= measured
                 log.write(n, values)
                 finite.watch(n, values["skipped"])
 
             for n in range(done + 1, steps + 1):
                 with log.waiting():
                     batch = to_mesh(next(data), mesh)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step(state, batch, key, empty)
+                with log.paused():
+                    step.compile(batch, key)
+                state, metrics = step(state, batch, key)
                 if pending:
                     settle(n - 1, pending)
                 pending, stop = metrics, stopping(n)
-                if stop or n == steps or n % config.checkpoint.every == 0:
+                if stop or n == steps or n % config.checkpoint.every == 0 or evaluates(config, n):
                     settle(n, metrics)  # before it is saved, for a resumed run does not log it again
                     pending = {}
+                if stop or n == steps or n % config.checkpoint.every == 0:
                     run_folder.save(checkpoints, n, state, data)
                 if stop and n < steps:
                     print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)
-                    return
+                    return None
+    return state.trainable
+
+
+def evaluates(config: RunConfig, n: int) -> bool:
+    """Whether step `n` is followed by an evaluation."""
+    return config.train.evaluate_every > 0 and n % config.train.evaluate_every == 0
 
 
 def start(
-    config: Config,
+    objective: Objective,
+    config: RunConfig,
     workdir: Path,
     checkpoints: ocp.training.Checkpointer,
     like: TrainState,
     optimizer: optax.GradientTransformation,
-    data: grain.DatasetIterator[dict[str, np.ndarray]],
+    data: grain.DatasetIterator[Any],
 ) -> TrainState:
     """The state to go on from, placed as `like`; `data` moves to where it was."""
     params, origin = like.trainable | like.frozen, config.train.init_from
-    place = {path: leaf.sharding for path, leaf in params.items()}
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
         run_folder.require_same_run(workdir, config)
         print(f"{workdir}: going on after step {checkpoints.latest.step}", flush=True)
         return run_folder.restore(checkpoints, like, data)
-    weights = {}
+    place = {path: leaf.sharding for path, leaf in params.items()}
+    weights: Params = {}
     if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
-        run_folder.require_same_model(origin, config)
+        run_folder.require_same_model(origin, objective.models)
         weights = run_folder.load_params(origin, params, place, jnp.float32)
     source = run_folder.imported_weights(origin)
     if source:  # 3. else imported weights,
-        weights |= imported_params(source, config, {path: leaf for path, leaf in params.items() if path not in weights}, place)
-    left = {path: leaf for path, leaf in params.items() if path not in weights}
+        weights |= imported_params(source, objective, {path: leaf for path, leaf in params.items() if path not in weights}, place)
+    left = [path for path in params if path not in weights]
     if left:  # 4. else random ones: what no checkpoint can have, and everything if there is none.
-        weights |= random_params(config, left, place)
+        require_small(objective, config, left)
+
+        def draw() -> Params:
+            drawn = objective.init()
+            return {path: drawn[path] for path in left}
+
+        weights |= jax.jit(draw, out_shardings={path: place[path] for path in left})()
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(lambda weights: init_state(weights, config, optimizer), donate_argnums=0, out_shardings=places)(weights)
+    return jax.jit(lambda weights: init_state(weights, objective, config, optimizer), donate_argnums=0, out_shardings=places)(weights)
 
 
-def imported_params(folder: str, config: Config, params: Mapping[str, Any], place: Mapping[str, Any]) -> Params:
-    """Those of `params` that are in a folder of launch.import_weights; it need not have every part."""
-    present, found = model_folder.require_model(folder, config), {}
-    for prefix, part in IMPORTED.items():
-        wanted = {path.removeprefix(prefix): path for path in params if path.startswith(prefix) and ".lora." not in path}
+def imported_params(folder: str, objective: Objective, params: Mapping[str, Any], place: Mapping[str, Any]) -> Params:
+    """Those of `params` that are in a folder of launch.import_weights; it need not have every model."""
+    present, found = model_folder.require_model(folder, objective.models), {}
+    for prefix, part in objective.imported.items():
+        wanted = {path.removeprefix(prefix): path for path in params if path.startswith(prefix) and ".lora" not in path}
         if wanted and part not in present:
             print(f"{folder}: has no {part}, which starts from random weights", flush=True)
         elif wanted:
             stored = model_folder.part_leaves(folder, part)
-            unread = {path: leaf for path, leaf in stored.items() if path.startswith("vision.")}  # the tower stays in the records
-            everywhere = NamedSharding(next(iter(place.values())).mesh, P())
+            unread = {path: leaf for path, leaf in stored.items() if path not in wanted and path.startswith("vision.")}
+            everywhere = replicated(next(iter(place.values())).mesh)
             leaves = {path: params[name] for path, name in wanted.items()} | unread
             places = {path: place[name] for path, name in wanted.items()} | dict.fromkeys(unread, everywhere)
             loaded = model_folder.load_part(folder, part, leaves, places, jnp.float32)
@@ -147,18 +158,7 @@ def imported_params(folder: str, config: Config, params: Mapping[str, Any], plac
     return found
 
 
-def random_params(config: Config, params: Mapping[str, Any], place: Mapping[str, Any]) -> Params:
-    """`params` drawn from the seed."""
-    require_small(config, params)
-
-    def draw() -> Params:
-        drawn = flat_params(OmniTransfer(config, rngs=nnx.Rngs(root_keys(config)[0])))
-        return {path: drawn[path] for path in params}
-
-    return jax.jit(draw, out_shardings={path: place[path] for path in params})()
-
-
-def require_weights(config: Config) -> None:
+def require_weights(objective: Objective, config: RunConfig) -> None:
     """A `RequestError` that says which weights are missing, if a run of this configuration could not start; nothing is read."""
     origin = config.train.init_from
     require(
@@ -166,14 +166,14 @@ def require_weights(config: Config) -> None:
         f"train.init_from={origin!r}: neither imported weights nor a run; import them with {model_folder.IMPORT}",
     )
     if not origin:
-        require_small(config, abstract_params(config))
+        require_small(objective, config, objective.params)
 
 
-def require_small(config: Config, params: Mapping[str, Any]) -> None:
-    """A `RequestError` unless the networks `params` belong to are small enough to learn from random weights."""
+def require_small(objective: Objective, config: RunConfig, paths: Iterable[str]) -> None:
+    """A `RequestError` unless the networks `paths` belong to are small enough to learn from random weights."""
     sizes = {
-        part: sum(leaf.size for path, leaf in params.items() if path.startswith(prefix) and ".lora." not in path)
-        for prefix, part in IMPORTED.items()
+        part: sum(objective.params[path].size for path in paths if path.startswith(prefix) and ".lora" not in path)
+        for prefix, part in objective.imported.items()
     }
     missing = [f"{part} ({size / 1e9:.1f} billion parameters)" for part, size in sizes.items() if size > RANDOM_LIMIT]
     require(
@@ -183,54 +183,51 @@ def require_small(config: Config, params: Mapping[str, Any]) -> None:
     )
 
 
-def root_keys(config: Config) -> Key[Array, "2"]:
-    """The keys of the initial weights and of the steps."""
-    return jax.random.split(jax.random.key(config.seed))
+Step = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]
 
 
-def compile_step(config: Config, mesh: Mesh, spec: Mapping[str, P], like: TrainState, optimizer: optax.GradientTransformation) -> Step:
-    """The training step as a program for `mesh`; step n draws from the key folded with n, and the state it is given is used up."""
-    train_step = make_train_step(config, mesh, spec, optimizer)
+def make_step(objective: Objective, config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Specs) -> Step:
+    """The training step as the loop calls it: step n draws from the key folded with n, and the learning rate is a metric."""
+    train_step = make_train_step(objective, config, optimizer, mesh, specs)
 
-    def step(state: TrainState, batch: Batch, key: Array, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
-        after, metrics = train_step(state, batch, jax.random.fold_in(key, state.step), empty_text)
-        return after, metrics | {"learning_rate": learning_rate(state.step - state.skipped, config.optimizer)}
+    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        after, metrics = train_step(state, batch, jax.random.fold_in(key, state.step))
+        return after, metrics | {"learning_rate": learning_rate(state.step - state.skipped, config.optimizer, config.train.steps)}
 
-    rows, everywhere = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), abstract_batch(config))
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
-    empty_text = jax.ShapeDtypeStruct(batch.text.shape[1:], batch.text.dtype, sharding=everywhere)
-    places = jax.tree.map(lambda leaf: leaf.sharding, like), everywhere
-    started = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=places).lower(like, batch, key, empty_text).compile()
-    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
-    return compiled
+    return step
 
 
-def data_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of how many equal parts of every batch this process reads.
+class Program:
+    """A step compiled once for each form of batch, the objective's own first; the state it is given is used up."""
 
-    Processes that hold the same samples and divide their tokens read the same part.
-    """
-    rows = sorted({row for row, devices in enumerate(mesh.devices) for device in devices if device.process_index == jax.process_index()})
-    return rows[0] // len(rows), mesh.shape[DATA] // len(rows)
+    def __init__(self, step: Step, like: TrainState, batch: Any, key: Array, mesh: Mesh):
+        places = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
+        self.step, self.like = jax.jit(step, donate_argnums=0, out_shardings=places), like
+        self.compiled: dict[Any, Any] = {}
+        self.compile(placed(mesh, batch, batch_sharding(mesh).spec), key)
+
+    def compile(self, batch: Any, key: Array) -> None:
+        """Compiles the step for batches of this form, unless that is done."""
+        form = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if form not in self.compiled:
+            started = time.perf_counter()
+            self.compiled[form] = self.step.lower(self.like, batch, key).compile()
+            print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+        self.chosen = self.compiled[form]
+
+    def __call__(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        with jax.transfer_guard("disallow"):
+            return self.chosen(state, batch, key)
 
 
-def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process's samples as its part of the batch over all devices."""
-    rows = NamedSharding(mesh, P(DATA))
-    arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), dict(batch))
-    return Batch(**arrays | {"mllm_inputs": MLLMInputs(**arrays["mllm_inputs"]) if "mllm_inputs" in arrays else None})
-
-
-def with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The configuration as the workdir keeps it: its paths mean the same from any folder."""
 
     def absolute(path: str) -> str:
         return str(epath.Path(path).absolute()) if path not in ("", model_folder.EMBEDDED) else path
 
-    data, train = replace(config.data, path=absolute(config.data.path)), replace(config.train, init_from=absolute(config.train.init_from))
-    return replace(config, data=data, train=train)
+    config = replace(config, train=replace(config.train, init_from=absolute(config.train.init_from)))
+    return replace(config, data=replace(config.data, path=absolute(config.data.path))) if isinstance(config, Config) else config
 
 
 class Finiteness:

@@ -1,33 +1,28 @@
-"""What a training run would be, told without weights, data or devices."""
+"""What a training would cost: parameters, memory of each device, operations of a step. No weights, no data, no devices."""
 
 import json
-import math
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
-import jax
-from jax.sharding import PartitionSpec as P
-
-from configs.run import Config
-from omnitransfer_jax.mesh import DATA, specs
-from omnitransfer_jax.models.omnitransfer import SHARDING
-from omnitransfer_jax.train.flops import train_step
-from omnitransfer_jax.train.step import abstract_params, split_trainable
+from configs.run import RunConfig
+from omnitransfer_jax.mesh import bytes_per_device, specs, specs_of
+from omnitransfer_jax.train.objective import Objective
+from omnitransfer_jax.train.optimizer import make_optimizer
+from omnitransfer_jax.train.step import abstract_state, split_trainable
 
 GIB, PETA = 2**30, 1e15
 
 
-def describe(config: Config) -> str:
+def describe(objective: Objective, config: RunConfig) -> str:
     """The configuration as JSON, the parameters, the memory of each device and the work of a step."""
-    return "\n\n".join([json.dumps(asdict(config), indent=2), parameter_table(config), memory_table(config), work(config)])
+    tables = [json.dumps(asdict(config), indent=2), parameter_table(objective), memory_table(objective, config)]
+    return "\n\n".join([*tables, *([work(objective.flops, config.train.batch_size)] if objective.flops else [])])
 
 
-def parameter_table(config: Config) -> str:
-    """Trainable and frozen parameters of each part that a training holds."""
+def parameter_table(objective: Objective) -> str:
+    """Trainable and frozen parameters of each part."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for column, params in enumerate(split_trainable(abstract_params(config), config.train)):
+    for column, params in enumerate(split_trainable(objective.params, objective)):
         for path, leaf in params.items():
             counts[group(path)][column] += leaf.size
     rows = [*sorted(counts.items()), ("total", [sum(column) for column in zip(*counts.values(), strict=True)])]
@@ -42,30 +37,25 @@ def group(path: str) -> str:
     return f"{part}/" + ".".join(names[:depth])
 
 
-def memory_table(config: Config) -> str:
-    """What lies on each device for the whole of a step, in GiB."""
-    params, data, context = abstract_params(config), config.mesh.data, config.mesh.context
-    trainable, frozen = split_trainable(params, config.train)
-    spec = specs(params, SHARDING, data)
-    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, config.dit.dtype) for path, leaf in frozen.items()}
-    own = bytes_per_device(trainable, spec, data)
+def memory_table(objective: Objective, config: RunConfig) -> str:
+    """What lies on each device for the whole of a step, in GiB: the abstract state itself, and the gradients."""
+    spec = specs(objective.params, objective.sharding, config.mesh)
+    state = abstract_state(objective, config, make_optimizer(config.optimizer, config.train.steps, objective.matrices))
+
+    def held(tree) -> int:
+        return bytes_per_device(tree, specs_of(tree, spec), config.mesh)
+
     sizes = {
-        "parameters": own + bytes_per_device(frozen, spec, data),
-        "gradients": own,
-        "optimizer": 2 * own,
-        "average": own if config.train.ema else 0,
+        "parameters": held(state.trainable) + held(state.frozen),
+        "gradients": held(state.trainable),
+        "optimizer": held(state.moments),
+        "average": held(state.ema),
     }
     lines = [f"{name:<32} {size / GIB:>18.3f}" for name, size in {**sizes, "sum": sum(sizes.values())}.items()]
-    title = f"{'GiB per device':<32} {f'mesh {data} x {context}':>18}"
-    return "\n".join([title, *lines, f"{'activations':<32} {'see launch.compile':>18}"])
+    title = f"{'GiB per device':<32} {f'mesh {config.mesh.data} x {config.mesh.context}':>18}"
+    return "\n".join([title, *lines, f"{'activations':<32} {'not counted':>18}"])
 
 
-def bytes_per_device(params: Mapping[str, Any], spec: Mapping[str, P], data: int) -> int:
-    """Bytes of `params` that one of `data` devices holds."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize // (data if DATA in tuple(spec[path]) else 1) for path, leaf in params.items())
-
-
-def work(config: Config) -> str:
+def work(flops: int, samples: int) -> str:
     """The useful operations of a step."""
-    step, samples = train_step(config), config.train.batch_size
-    return f"FLOPs per step: {step:.4g} ({samples} samples of {step / samples / PETA:.4g} PFLOP, forward and backward)"
+    return f"FLOPs per step: {flops:.4g} ({samples} samples of {flops / samples / PETA:.4g} PFLOP, forward and backward)"

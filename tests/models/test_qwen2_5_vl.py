@@ -1,4 +1,4 @@
-"""Laws of Qwen2.5-VL that need no oracle: who sees whom, what order comes out, what memory it takes."""
+"""Laws of Qwen2.5-VL that need no oracle: which tokens attend to which, the order of features, and memory."""
 
 from dataclasses import replace
 from functools import partial
@@ -10,10 +10,10 @@ import pytest
 
 from configs.base import QwenConfig, QwenVisionConfig
 from configs.errors import RequestError
-from omnitransfer_jax.models.attention import CHUNK
+from omnitransfer_jax.models.attend import CHUNK
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.qwen2_5_vision import fit, grid_of, patchify
-from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL, causal_attention, place, position_ids
+from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL, causal_attention, position_ids
 from tests.compare import relative_l2
 
 VISION = QwenVisionConfig(dim=16, ffn_dim=24, num_layers=2, num_heads=2, patch=2, window=8, full_attention=(1,))  # 2 x 2 features a window
@@ -27,7 +27,7 @@ SQUARE, FEATURES = 4, 15
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights with living biases and norms."""
+    """Random weights, biases and norms included."""
     model, draw = abstract(lambda rngs: Qwen2_5VL(TINY, rngs=rngs)), np.random.default_rng(0)
     params = {}
     for path, leaf in flat_params(model).items():
@@ -43,8 +43,8 @@ def patches():
 
 
 @partial(jax.jit, static_argnames="grids")
-def see(model, patches, grids):
-    return model.see(patches, grids)
+def vision_features(model, patches, grids):
+    return model.vision(patches, grids)
 
 
 @jax.jit
@@ -57,7 +57,7 @@ def reached(model, patches) -> np.ndarray:
     h, w = GRID[1:]
     frame = patches[: h * w]
     altered = jnp.stack([frame, *(frame.at[i].add(1.0) for i in range(h * w))]).reshape(-1, frame.shape[1])
-    features = see(model, altered, ((1 + h * w, h, w),)).reshape(1 + h * w, FEATURES, -1)
+    features = vision_features(model, altered, ((1 + h * w, h, w),)).reshape(1 + h * w, FEATURES, -1)
     return np.abs(features[1:] - features[:1]).max(-1).T > 1e-5
 
 
@@ -69,39 +69,40 @@ def with_full_attention(model, layers: tuple[int, ...]):
 def test_features_come_back_in_order(model, patches):
     """Without attention every feature is made of the four patches of its own square."""
     params = flat_params(model)
-    silent = {path: jnp.zeros_like(params[path]) for path in params if path.startswith("vision.blocks.attention.out")}
+    zeroed = {path: jnp.zeros_like(params[path]) for path in params if path.startswith("vision.blocks.attention.out")}
     own = np.repeat(np.eye(FEATURES, dtype=bool), SQUARE, axis=1)
-    np.testing.assert_array_equal(reached(with_params(model, params | silent), patches), own)
+    np.testing.assert_array_equal(reached(with_params(model, params | zeroed), patches), own)
 
 
-def test_windows_see_themselves(model, patches):
-    """Windows are cut from the upper left; what is left at the right and at the bottom are smaller ones."""
+def test_windows_attend_to_themselves(model, patches):
+    """Windows are cut from the upper left, so those at the right and lower edges are smaller."""
     row, column = np.divmod(np.arange(FEATURES), 5)
     window = (row // 2) * 10 + column // 2
     together = np.repeat(window[:, None] == window[None, :], SQUARE, axis=1)
     np.testing.assert_array_equal(reached(with_full_attention(model, ()), patches), together)
 
 
-def test_full_attention_sees_the_frame(model, patches):
+def test_full_attention_covers_the_frame(model, patches):
     assert reached(model, patches).all()
 
 
-def test_frames_and_clips_are_strangers(model, patches):
-    """A clip's features are its own, alone or in company, and so are a frame's."""
+def test_frames_and_clips_do_not_attend_to_each_other(model, patches):
+    """A clip's features do not depend on the other clips of the call, and a frame's not on the other frames."""
     t, h, w = GRID
-    whole = see(model, patches, (GRID,))
-    np.testing.assert_array_equal(see(model, patches, ((1, h, w),) * t), whole)
+    whole = vision_features(model, patches, (GRID,))
+    np.testing.assert_array_equal(vision_features(model, patches, ((1, h, w),) * t), whole)
     others = jax.random.normal(jax.random.key(3), (4 * 4 + 2 * 2, 24))
-    company = jnp.concatenate([others[:16], patches, others[16:]])
+    several = jnp.concatenate([others[:16], patches, others[16:]])
     grids = ((1, 4, 4), GRID, (1, 2, 2))
-    together = see(model, company, grids)
+    together = vision_features(model, several, grids)
     assert relative_l2(together[4:-1], whole) < 1e-6
-    np.testing.assert_array_equal(see(model, company.at[:16].add(1.0).at[-4:].set(0.0), grids)[4:-1], together[4:-1])
+    altered = several.at[:16].add(1.0).at[-4:].set(0.0)
+    np.testing.assert_array_equal(vision_features(model, altered, grids)[4:-1], together[4:-1])
 
 
 def test_patches_must_be_the_grids(model, patches):
     with pytest.raises(RequestError, match=r"119 patches.*120"):
-        model.see(patches[:-1], (GRID,))
+        model.vision(patches[:-1], (GRID,))
 
 
 def test_later_tokens_change_nothing(model):
@@ -114,7 +115,7 @@ def test_later_tokens_change_nothing(model):
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
-def test_padding_is_unseen(model, pad):
+def test_padding_is_not_attended_to(model, pad):
     x, positions, mask = prompt(12)
     seen = np.arange(12) >= 4 if pad == "left" else np.arange(12) < 8
     mask = mask & seen[None]
@@ -168,7 +169,7 @@ def test_memory_grows_with_the_length_not_its_square(model):
 
     def tower(side):
         x, grids = jnp.zeros((side * 32, 24)), ((1, side, 32),)
-        return jax.jit(jax.grad(lambda x: model.see(x, grids).sum())).lower(x).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(jax.grad(lambda x: model.vision(x, grids).sum())).lower(x).compile().memory_analysis().temp_size_in_bytes
 
     assert language(2048) < 2.5 * language(1024)
     assert tower(128) < 2.5 * tower(64)
@@ -177,7 +178,7 @@ def test_memory_grows_with_the_length_not_its_square(model):
 def test_bfloat16_weights_and_projections_stay_near_float32(model, patches):
     half = abstract(lambda rngs: Qwen2_5VL(replace(TINY, dtype="bfloat16"), rngs=rngs))
     half = with_params(half, {path: x.astype(jnp.bfloat16) for path, x in flat_params(model).items()})
-    exact, rounded = see(model, patches, (GRID,)), see(half, patches, (GRID,))
+    exact, rounded = vision_features(model, patches, (GRID,)), vision_features(half, patches, (GRID,))
     assert rounded.dtype == jnp.float32
     assert 1e-4 < relative_l2(rounded, exact) < 3e-2
     x, positions, mask = prompt(12)
@@ -187,24 +188,14 @@ def test_bfloat16_weights_and_projections_stay_near_float32(model, patches):
     assert half.embed(jnp.ones((1, 2), int)).dtype == half.logits(rounded).dtype == jnp.float32
 
 
-def test_place():
-    tokens = jnp.array([[30, 1, 30, 31], [2, 30, 31, 3]])
-    x, features = jnp.arange(8.0).reshape(2, 4, 1) + 100, jnp.array([[1.0], [2.0], [3.0]])
-    placed, pull = jax.vjp(lambda x, f: place(x, tokens, f, 30), x, features)
-    np.testing.assert_array_equal(placed[:, :, 0], [[1, 101, 2, 103], [104, 3, 106, 107]])
-    back, to_features = pull(placed)
-    np.testing.assert_array_equal(to_features, features)
-    np.testing.assert_array_equal(back[:, :, 0], [[0, 101, 0, 103], [104, 0, 106, 107]])
-
-
-def test_an_image_is_shown_twice_and_a_clip_ends_with_its_last_frame():
+def test_an_image_is_repeated_and_so_is_the_last_frame_of_a_clip():
     clip = jax.random.uniform(jax.random.key(0), (3, 8, 12, 3), minval=-1, maxval=1)
     assert grid_of(3, 8, 12, VISION) == (2, 4, 6)
     slots = patchify(clip, VISION).reshape(2, 24, 3, 2, 4)
-    shown = [patchify(frame[None], VISION).reshape(24, 3, 2, 4) for frame in clip]
+    images = [patchify(frame[None], VISION).reshape(24, 3, 2, 4) for frame in clip]
     for slot, frame in enumerate((0, 1, 2, 2)):
-        np.testing.assert_array_equal(slots[slot // 2, :, :, slot % 2], shown[frame][:, :, 0])
-        np.testing.assert_array_equal(shown[frame][:, :, 0], shown[frame][:, :, 1])
+        np.testing.assert_array_equal(slots[slot // 2, :, :, slot % 2], images[frame][:, :, 0])
+        np.testing.assert_array_equal(images[frame][:, :, 0], images[frame][:, :, 1])
 
 
 @pytest.mark.parametrize(("height", "width"), [(480, 832), (832, 480), (30, 31), (4000, 25)])
@@ -215,14 +206,14 @@ def test_fit_cuts_into_whole_squares(height, width):
     assert 4 * 28**2 <= h * w <= 300 * 28**2
 
 
-def test_sizes_that_cannot_be_are_refused():
+def test_impossible_sizes_are_refused():
     with pytest.raises(RequestError, match=r"3000x14 pixels.*200 times"):
         fit(3000, 14, QwenVisionConfig(), 3136, 10**6)
     with pytest.raises(RequestError, match=r"28x30 pixels: multiples of 28"):
         patchify(jnp.zeros((1, 28, 30, 3)), QwenVisionConfig())
 
 
-def test_text_counts_on_behind_a_clip():
+def test_positions_of_text_after_a_clip():
     """By hand: two features a row, one row, four temporal steps of half a second at two positions a second."""
     tokens = np.array([[1, 31, 31, 31, 31, 31, 31, 31, 31, 5, 6]])
     found = position_ids(TINY, tokens, tokens > 0, video_grids=[(4, 2, 4)], seconds_per_grid=[0.5])
@@ -230,7 +221,7 @@ def test_text_counts_on_behind_a_clip():
     np.testing.assert_array_equal(found[:, 0], expected)
 
 
-def test_neighbouring_images_stay_two():
+def test_neighbouring_images_have_separate_positions():
     tokens = np.array([[30, 30, 30, 7]])
     found = position_ids(TINY, tokens, tokens > 0, image_grids=[(1, 2, 2), (1, 4, 2)])
     np.testing.assert_array_equal(found[:, 0], [[0, 1, 1, 3], [0, 1, 2, 3], [0, 1, 1, 3]])

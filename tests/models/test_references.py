@@ -11,11 +11,13 @@ from flax import nnx
 from configs.errors import RequestError
 from configs.run import SamplerConfig
 from omnitransfer_jax import tasks
+from omnitransfer_jax.mesh import UNSHARDED
+from omnitransfer_jax.models.attend import Streams, recording
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference, reference_latents
 from omnitransfer_jax.models.rope3d import grid
-from omnitransfer_jax.models.wan_dit import ALONE, Context, Stream, WanDiT
+from omnitransfer_jax.models.wan_dit import WanDiT
 from tests.compare import relative_l2
 from tests.models.test_wan_dit import TINY
 
@@ -64,29 +66,27 @@ def references(*seeds):
 
 @jax.jit
 def make_kv_cache(model, references):
-    return model.remember(references, PATCHES)
+    return model.make_kv_cache(references, PATCHES)
 
 
 @jax.jit
 def run(model, batch, references=(), kv_cache=None):
-    return model(**batch, references=references, kv_cache=memory)
+    return model(**batch, references=references, kv_cache=kv_cache)
 
 
 @jax.jit
 def streams(model, batch, references):
     """The tokens of the target and of each reference after all layers."""
-    tokens, others = model.open(references, ALONE)
-    x, table = model.embed(batch["latents"], jnp.zeros((1, 3), jnp.int32))
-    time = model.project_time(model.time_embedder(batch["timestep"][:, None]))
-    context = Context(model.text_embedder(batch["text"]), model.image_embedder(batch["image"]), batch["has_image"])
-    return model.run((x, *tokens), (Stream(time, table), *others), context, None, ALONE)[0]
+    x, inputs, context, _ = model.prepare(**batch, references=references)
+    x, _ = model.run(x, inputs, context, model.strategy(True, None), None, UNSHARDED)
+    return x.target, *x.references
 
 
 def test_three_forms_are_one_function(model, batch):
     """Invariant 3, with two references."""
     split = run(model, batch, references(3, 4))
     assert relative_l2(run(joint(model), batch, references(3, 4)), split) <= 1e-5
-    assert relative_l2(run(model, batch, (), remember(model, references(3, 4))), split) <= 1e-5
+    assert relative_l2(run(model, batch, (), make_kv_cache(model, references(3, 4))), split) <= 1e-5
 
 
 def test_masked_and_separate_attention_have_one_gradient(model, batch):
@@ -135,8 +135,9 @@ def test_a_reference_is_at_time_zero_without_noise_and_text(model, batch):
     for i in range(TINY.num_layers):
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], layers))  # noqa: B023
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + block.modulation[:, None, None]
-        (answer,), _ = block.self_attention([block.norm(x) * (1 + scale) + shift], [table], False, None, ALONE)
-        x = x + gate * answer
+        qkv = block.self_attention.project(block.norm(x) * (1 + scale) + shift, table)
+        outputs, _ = recording(Streams(None, (qkv,)), None, "auto")
+        x = x + gate * block.self_attention.join(outputs.references[0])
         x = x + ffn_gate * block.ffn(block.norm(x) * (1 + ffn_scale) + ffn_shift)
     assert relative_l2(streams(model, batch, references(3))[1], x) <= 1e-5
 
@@ -158,7 +159,7 @@ def test_the_baseline_is_wan_on_more_frames(model, batch):
     assert relative_l2(run(baseline(model), batch, (one, two)), run(model, longer)[:, :2]) <= 1e-5
 
 
-def test_the_baseline_keeps_no_memory(model):
+def test_the_baseline_has_no_cache(model):
     """Its references change from step to step: every cache setting computes them anew."""
     conditions = Conditions(draw(1, 1, 16, 8), draw(5, 1, 16, 8), draw(2, 1, 5, 8), draw(6, 1, 2, 4, 6, 20))
     conditions = conditions._replace(references=jax.tree.map(lambda x: x[:1], references(3)))
@@ -170,8 +171,8 @@ def test_the_baseline_keeps_no_memory(model):
     anew = sample(baseline(model), "none")
     assert (sample(baseline(model), "full") == anew).all()
     assert relative_l2(sample(model, "none"), anew) > 1e-4
-    with pytest.raises(RequestError, match=r"dit\.references='bidirectional': they read the target; pass them at each step"):
-        baseline(model).remember(references(3), PATCHES)
+    with pytest.raises(RequestError, match=r"dit\.references='bidirectional': references attend to the target; pass them at each step"):
+        baseline(model).make_kv_cache(references(3), PATCHES)
 
 
 def test_offsets_are_adjacent_in_patches():
@@ -225,8 +226,8 @@ def test_one_batch_mixes_tasks_in_one_program(model, batch):
     assert relative_l2(run(model, alone, jax.tree.map(lambda x: x[1:], references(3))), whole[1:]) <= 1e-5
 
 
-def test_sampling_with_a_memory_equals_recomputing(model):
-    """One memory serves all steps and both guidance passes; kept in one byte a number it costs a little accuracy, measured here."""
+def test_sampling_with_a_cache_equals_recomputing(model):
+    """One cache serves all steps and both guidance passes; one byte a number costs a little accuracy, measured here."""
     conditions = Conditions(draw(1, 1, 16, 8), draw(5, 1, 16, 8), draw(2, 1, 5, 8), draw(6, 1, 2, 4, 6, 20))
     conditions = conditions._replace(references=jax.tree.map(lambda x: x[:1], references(3, 4)))
     noise = draw(7, 1, 2, 4, 6, 16)
@@ -240,17 +241,17 @@ def test_sampling_with_a_memory_equals_recomputing(model):
     assert 0 < relative_l2(sample("float8"), recomputed) <= 0.05
 
 
-def test_compressed_memory_is_small_and_near(model):
-    memory = remember(model, references(3, 4))
+def test_a_quantized_cache_is_small_and_near(model):
+    kv_cache = make_kv_cache(model, references(3, 4))
     for storage, error in {"int8": 0.01, "float8": 0.04}.items():
-        narrow = quantize(memory, storage)
+        narrow = quantize(kv_cache, storage)
         assert narrow.keys.values.dtype.itemsize == 1
-        for ours, wanted in ((narrow.keys, memory.keys), (narrow.values, memory.values)):
+        for ours, wanted in ((narrow.keys, kv_cache.keys), (narrow.values, kv_cache.values)):
             assert 0 < relative_l2(ours.read(jnp.dtype("float32")), wanted.values) <= error
 
 
-def test_a_memory_belongs_to_one_target(model, batch):
-    memory = remember(model, references(3))
+def test_a_cache_belongs_to_one_target(model, batch):
+    kv_cache = make_kv_cache(model, references(3))
     taller = batch | {"latents": draw(0, 2, 2, 6, 6, 36)}
-    with pytest.raises(RequestError, match=r"memory of a \(2, 2, 3\) target: this one is \(2, 3, 3\)"):
-        model(**taller, kv_cache=memory)
+    with pytest.raises(RequestError, match=r"cached references of a \(2, 2, 3\) target: this one is \(2, 3, 3\)"):
+        model(**taller, kv_cache=kv_cache)

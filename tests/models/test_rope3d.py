@@ -1,4 +1,4 @@
-"""The rotation is the original's, follows coordinates, and sees only their differences."""
+"""The rotation equals the original's, depends on coordinates alone, and attention scores depend on their differences alone."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +29,7 @@ def test_the_original_formula(base, top):
     assert relative_l2(rotate(x, rotation(grid(2, 3, 4)[None], 128, base, top)), wanted) <= 2e-7
 
 
-def test_a_shard_builds_its_own_part():
+def test_a_table_can_be_computed_in_parts():
     whole, part = rotation(grid(3, 4, 5), 24, *WAN), slice(20, 40)
     assert (rotation(grid(3, 4, 5)[part], 24, *WAN) == whole[:, part]).all()
 

@@ -36,7 +36,7 @@ def padded(length: int, filler: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(np.where(mask, tokens, filler).astype(np.int32)), jnp.asarray(mask)
 
 
-def test_padding_is_never_seen_and_its_rows_are_zero(model):
+def test_padding_is_not_attended_to_and_its_rows_are_zero(model):
     short, long = encode(model, *padded(9, 0)), encode(model, *padded(14, 7))
     assert np.abs(long[:, :9] - short).max() <= 1e-5
     assert np.abs(short[0]).min(-1).max() > 0
@@ -44,7 +44,7 @@ def test_padding_is_never_seen_and_its_rows_are_zero(model):
     assert not np.any(long[1, 5:])
 
 
-def test_prompts_of_a_batch_do_not_meet(model):
+def test_prompts_of_a_batch_are_independent(model):
     tokens, mask = padded(9, 0)
     alone = encode(model, tokens[1:], mask[1:])
     assert np.abs(encode(model, tokens, mask)[1:] - alone).max() <= 1e-5
@@ -67,7 +67,7 @@ def test_bfloat16_weights_and_projections_stay_near_float32(model):
 def test_buckets_use_every_row_and_stop_at_the_greatest_distance():
     rows = position_buckets(300, 32, 128)
     after, before = rows[0], rows[:, 0]
-    assert set(rows.ravel()) == set(range(32)) - {16}  # distance 0 is "not after", so the first row of the upper half is free
+    assert set(rows.ravel()) == set(range(32)) - {16}  # distance 0 is "not after", so the first row of the second half is unused
     np.testing.assert_array_equal(after[1:], before[1:] + 16)
     assert np.all(np.diff(before) >= 0)
     np.testing.assert_array_equal(before[:8], np.arange(8))

@@ -1,6 +1,7 @@
 """The transformer's own laws: its size, one code path for any depth, and what rematerialisation may not change."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ from flax import nnx
 from safetensors import safe_open
 
 from configs.base import DiTConfig
+from configs.errors import RequestError
 from configs.wan import I2V_14B, T2V_1_3B, T2V_14B
+from omnitransfer_jax.models.attend import plain
 from omnitransfer_jax.models.flat_params import abstract, count, flat_params
-from omnitransfer_jax.models.wan_dit import ALONE, Context, Stream, WanDiT
+from omnitransfer_jax.models.wan_dit import WanDiT
 from tests.compare import relative_l2
 
 TINY = DiTConfig(dim=24, ffn_dim=32, num_layers=3, num_heads=2, text_dim=8, image_dim=8, freq_dim=16, dtype="float32", remat="none")
@@ -36,15 +39,36 @@ def test_published_sizes(config, size):
 
 def test_scan_equals_loop(batch):
     model = WanDiT(TINY, rngs=nnx.Rngs(0))
-    time = model.time_embedder(batch["timestep"][None])
-    context = Context(model.text_embedder(batch["text"]), model.image_embedder(batch["image"]), None)
-    x, table = model.embed(batch["latents"], jnp.zeros((1, 3), jnp.int32))
+    x, inputs, context, time = model.prepare(**batch)
     graphdef, layers = nnx.split(model.blocks)
-    tokens = (x,)
     for i in range(TINY.num_layers):
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], layers))  # noqa: B023
-        tokens, _ = block(tokens, (Stream(model.project_time(time), table),), context, None, ALONE)
-    assert relative_l2(model(**batch), model.project(tokens[0], time, (2, 2, 3))) <= 1e-6
+        x, _ = block(x, inputs, context, partial(plain, kernel="auto"), None)
+    assert relative_l2(model(**batch), model.project(x.target, time, (2, 2, 3))) <= 1e-6
+
+
+def test_a_tap_is_what_a_layer_computes(batch):
+    """The queries, keys and values that a strategy receives in each layer."""
+    config = replace(TINY, num_layers=3)
+    model = WanDiT(config, rngs=nnx.Rngs(0))
+    received = []
+
+    def spying(streams, cache):
+        received.append(streams.target)
+        return plain(streams, cache, "auto")
+
+    x, inputs, context, _ = model.prepare(**batch)
+    layers_graphdef, layers = nnx.split(model.blocks)
+    for i in range(config.num_layers):
+        block = nnx.merge(layers_graphdef, jax.tree.map(lambda leaf: leaf[i], layers))  # noqa: B023
+        x, _ = block(x, inputs, context, spying, None)
+
+    for layer, wanted in enumerate(received):
+        for ours, theirs in zip(model.tap(layer, **batch), wanted, strict=True):
+            assert relative_l2(ours, theirs) <= 1e-6
+    assert relative_l2(model.tap(1, **batch).q, received[2].q) > 1e-2
+    with pytest.raises(RequestError, match="layer 3: the network has blocks 0 to 2"):
+        model.tap(3, **batch)
 
 
 @pytest.mark.parametrize("remat", ["attention", "full"])

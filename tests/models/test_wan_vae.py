@@ -1,4 +1,4 @@
-"""Laws of the video autoencoder: chunks do not matter, the future does not either, sizes are checked."""
+"""Laws of the video autoencoder: chunks change no result, the future changes no past, impossible sizes are refused."""
 
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ encode, decode = (jax.jit(method, compiler_options=QUICK) for method in (WanVAE.
 
 
 def model(config: VAEConfig) -> WanVAE:
-    """Random weights, every bias and scale too; the same whatever the chunk sizes."""
+    """Random weights, biases and scales included; the same for all chunk sizes."""
     draw, empty = np.random.default_rng(0), abstract(lambda rngs: WanVAE(config, rngs=rngs))
 
     def value(path: str, shape: tuple[int, ...]) -> jax.Array:
@@ -56,7 +56,7 @@ def test_chunked_is_whole():
 
 @pytest.mark.parametrize("config", [SMALL, ONE_STEP_IN_TIME, replace(SMALL, encode_frames=16, decode_frames=4)])
 def test_the_future_does_not_change_the_past(config):
-    """Bit for bit: frames after a latent's own do not reach it, nor latents the frames before theirs."""
+    """Bit for bit: a latent does not depend on later frames, nor a frame on later latents."""
     vae, stride = model(config), config.time_stride
     video = normal(1, 17, 16, 24, 3)
     latents = normal(1, 16 // stride + 1, 4, 6, 4)
@@ -80,7 +80,7 @@ def test_shapes(config):
 
 
 def test_program_does_not_grow_with_the_clip():
-    """Longer clips run the same convolutions on arrays of the same size."""
+    """Longer clips compile to the same convolutions on arrays of the same size."""
     vae = model(SMALL)
 
     def convolutions(latents: int) -> list[str]:
@@ -107,7 +107,7 @@ def test_latents_are_normalised_and_video_is_clamped():
 
 
 def test_grey_video_has_ordinary_gradients():
-    """A fresh encoder does not keep a grey video at zero, where the slope of a norm is 1e12 and its powers overflow."""
+    """A new encoder does not map a grey video to zero, where the gradient of a norm is 1e12 and its powers overflow."""
 
     config = replace(SMALL, dim_mult=(1,), temporal_downsample=(), encode_frames=1)
 

@@ -1,4 +1,4 @@
-"""Adapters go to and from PEFT: what it trains runs here the same, and what is trained here loads there."""
+"""Adapters convert to and from PEFT: PEFT's give the same output here, and ours load in PEFT with the same output."""
 
 import json
 from dataclasses import replace

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from configs.base import QwenConfig, QwenVisionConfig
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.qwen2_5_vision import fit, frequencies, grid_of, patchify
-from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL, place, position_ids
+from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL, position_ids
 from omnitransfer_jax.weights.qwen2_5_vl import config_json, entries
 from tests.compare import relative_l2
 from tests.parity.bridge import gradients, port, randomise, to_ours
@@ -84,8 +84,8 @@ def test_states_and_gradients(config, rows, pad):
     ours = port(lambda rngs: Qwen2_5VL(config, rngs=rngs), theirs, table)
     tokens, mask, images, videos = prompt(config, rows, pad)
     seconds, width = [0.6] * len(videos), 3 * config.vision.temporal_patch * config.vision.patch**2
-    looks = {"pixel_values": images, "pixel_values_videos": videos}
-    patches = {k: draw.standard_normal((sum(map(np.prod, g)), width), np.float32) for k, g in looks.items() if g}
+    clips = {"pixel_values": images, "pixel_values_videos": videos}
+    patches = {k: draw.standard_normal((sum(map(np.prod, g)), width), np.float32) for k, g in clips.items() if g}
     queries = draw.standard_normal((len(rows), QUERIES, config.dim), np.float32)
     probe, score_probe = (
         draw.standard_normal((*mask.shape, size), np.float32) * mask[:, :, None] for size in (config.dim, config.vocab_size)
@@ -107,7 +107,8 @@ def test_states_and_gradients(config, rows, pad):
         x = model.embed(ids[:, :-QUERIES])
         for name, token in (("pixel_values", config.image_token), ("pixel_values_videos", config.video_token)):
             if name in inputs:
-                x = place(x, ids[:, :-QUERIES], model.see(inputs[name], looks[name]), token)
+                features = model.vision(inputs[name], clips[name])
+                x = x.at[np.nonzero(tokens == token)].set(features)
         states = model(jnp.concatenate([x, inputs["queries"]], axis=1), positions, jnp.asarray(mask))
         scores = model.logits(states)
         return (states * probe).sum() + (scores * score_probe).sum(), (states, scores)

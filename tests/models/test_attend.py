@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omnitransfer_jax.models import attention
+from omnitransfer_jax.models import attend
 from tests.compare import relative_l2
 
-SPLASH = attention.splash_attention
+SPLASH = attend.splash_attention
 
 
 def dense(q, k, v):
@@ -25,9 +25,9 @@ def draw(batch, queries, keys, heads, width, dtype=jnp.float32):
 @pytest.mark.parametrize(
     ("kernel", "shape", "tolerance"),
     [
-        (attention.chunked_attention, (2, 600, 333, 3, 20), 1e-6),  # neither length is a multiple of the chunk
-        (attention.chunked_attention, (1, 7, 300, 2, 16), 1e-6),
-        (lambda q, k, v: attention.splash_attention(q, k, v, interpret=True), (2, 200, 300, 2, 128), 1e-5),
+        (attend.chunked_attention, (2, 600, 333, 3, 20), 1e-6),  # neither length is a multiple of the chunk
+        (attend.chunked_attention, (1, 7, 300, 2, 16), 1e-6),
+        (lambda q, k, v: attend.splash_attention(q, k, v, interpret=True), (2, 200, 300, 2, 128), 1e-5),
     ],
     ids=["chunked", "chunked_short", "splash"],
 )
@@ -42,7 +42,7 @@ def test_kernels_equal_dense_attention(kernel, shape, tolerance):
 
 def test_half_precision_keeps_its_dtype_and_a_float32_softmax():
     qkv = draw(1, 64, 4096, 1, 16, jnp.bfloat16)
-    out = attention.chunked_attention(*qkv)
+    out = attend.chunked_attention(*qkv)
     assert out.dtype == jnp.bfloat16
     assert relative_l2(out.astype(jnp.float32), dense(*(x.astype(jnp.float32) for x in qkv))) <= 2**-7
 
@@ -50,7 +50,7 @@ def test_half_precision_keeps_its_dtype_and_a_float32_softmax():
 def test_memory_grows_linearly():
     def temporary_bytes(length):
         shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-        grad = jax.grad(lambda q, k, v: jnp.square(attention.attention(q, k, v)).sum(), argnums=(0, 1, 2))
+        grad = jax.grad(lambda q, k, v: jnp.square(attend.attention(q, k, v)).sum(), argnums=(0, 1, 2))
         return jax.jit(grad).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8192) / temporary_bytes(2048) < 4.5  # dense attention: 16
@@ -61,7 +61,7 @@ def test_one_direction_equals_separate_calls(kernel, monkeypatch):
     """One masked call is the target over everything and each reference over itself, forward and backward."""
     if kernel == "splash":
         interpreted = lambda *a: SPLASH(*a, interpret=True)  # noqa: E731
-        monkeypatch.setattr(attention, "splash_attention", interpreted)
+        monkeypatch.setattr(attend, "splash_attention", interpreted)
     streams = [draw(1, length, length, 1, 128) for length in (200, 130, 300)]
     probe = [jnp.asarray(np.random.default_rng(i).standard_normal(q.shape), jnp.float32) for i, (q, _, _) in enumerate(streams)]
 
@@ -70,7 +70,7 @@ def test_one_direction_equals_separate_calls(kernel, monkeypatch):
         return [dense(streams[0][0], keys, values), *(dense(*s) for s in streams[1:])]
 
     def masked(streams):
-        return attention.one_directional_attention(*zip(*streams, strict=True), kernel)
+        return attend.one_directional_attention(*zip(*streams, strict=True), kernel)
 
     def gradients(f):
         return jax.jit(jax.grad(lambda s: sum((o * p).sum() for o, p in zip(f(s), probe, strict=True))))(streams)

@@ -1,16 +1,25 @@
-"""Softmax attention whose memory grows with the sequence, not with its square, behind one function.
+"""Who attends to whom in one layer, and the kernels that compute it.
+
+A strategy takes the queries, keys and values of all streams of a layer:
+
+    plain      the target attends to itself: Wan without references
+    split      each reference attends to itself, the target to itself and to all references (Eq. 3 and 4)
+    joint      the same function as one call under a one-directional mask
+    cached     the target attends to itself and to the keys and values of references that were computed before
+    recording  each reference attends to itself, and the layer returns their keys and values, for `cached`
+
+One-directional attention needs no mask: it is the two calls of `split`. `gathered` makes any strategy work on tokens that are divided
+over devices. Kernels of softmax attention, whose memory grows with the sequence and not with its square:
 
     chunked   any backend: 256 queries of one head at a time against all keys, scores recomputed in the backward pass
     cudnn     GPU: cuDNN's fused kernel, bf16 or f16
     splash    TPU: the Pallas splash kernel, head width a multiple of 128
-
-Wan needs no mask, and OmniTransfer's one direction is two calls without one. `one_directional_attention` is the same thing as one
-call under a mask, for chunked and splash.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +28,98 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float
 
+from omnitransfer_jax.mesh import Shard
+
 Kind = Literal["auto", "chunked", "cudnn", "splash"]
 
 CHUNK = 256  # queries at a time: one head's scores against 2,304 keys fit a 2 MB cache; 64 to 256 were within 10 % of each other
 SPLASH_BLOCK = 512  # rows of one splash tile
 
 
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Streams(Generic[T]):
+    """One thing for each sequence of tokens in the blocks: for the target, if it takes part, and for each reference."""
+
+    target: T | None
+    references: tuple[T, ...]
+
+    def map(self, function: Callable[..., U], *others: "Streams[Any]") -> "Streams[U]":
+        """`function` of each stream's things, as `jax.tree.map`."""
+        target = None if self.target is None else function(self.target, *(other.target for other in others))
+        rows = zip(self.references, *(other.references for other in others), strict=True)
+        return Streams(target, tuple(function(*row) for row in rows))
+
+
+class QKV(NamedTuple):
+    """One stream's queries, keys and values in one layer: normalised, rotated, in the compute dtype."""
+
+    q: Float[Array, "B L N K"]
+    k: Float[Array, "B S N K"]
+    v: Float[Array, "B S N K"]
+
+
+KeysValues = tuple[Array, Array]  # "B S N K" each
+Attend = Callable[[Streams[QKV], KeysValues | None], tuple[Streams[Array], KeysValues | None]]
+"""attend(qkv of all streams, this layer's cached keys and values) -> (outputs "B L N K", keys and values to cache)."""
+
+
+def self_attention(qkv: QKV, kernel: Kind) -> Float[Array, "B L N K"]:
+    """One stream alone."""
+    return attention(qkv.q, qkv.k, qkv.v, kernel)
+
+
+def plain(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], None]:
+    """The target attends to itself."""
+    return streams.map(partial(self_attention, kernel=kernel)), None
+
+
+def split(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], None]:
+    """Each reference attends to itself, the target to everything."""
+    assert streams.target is not None
+    references = tuple(self_attention(qkv, kernel) for qkv in streams.references)
+    k, v = (jnp.concatenate(x, 1) for x in zip(*(qkv[1:] for qkv in (streams.target, *streams.references)), strict=True))
+    return Streams(attention(streams.target.q, k, v, kernel), references), None
+
+
+def joint(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], None]:
+    """`split` in one call under a one-directional mask."""
+    assert streams.target is not None
+    queries, keys, values = zip(streams.target, *streams.references, strict=True)
+    target, *references = one_directional_attention(queries, keys, values, kernel)
+    return Streams(target, tuple(references)), None
+
+
+def cached(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], None]:
+    """The target attends to itself and to the references' cached keys and values."""
+    assert streams.target is not None
+    assert cache is not None
+    k, v = (jnp.concatenate(x, 1) for x in zip(streams.target[1:], cache, strict=True))
+    return Streams(attention(streams.target.q, k, v, kernel), ()), None
+
+
+def recording(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], KeysValues]:
+    """Each reference attends to itself; their keys and values, one reference after another, are what the target will read."""
+    k, v = (jnp.concatenate(x, 1) for x in zip(*(qkv[1:] for qkv in streams.references), strict=True))
+    return streams.map(partial(self_attention, kernel=kernel)), (k, v)
+
+
+def gathered(attend: Attend, shard: Shard) -> Attend:
+    """`attend` where each device has equal parts of every stream's tokens: it computes its own queries against everyone's keys."""
+
+    def attend_to_all(streams: Streams[QKV], cache: KeysValues | None) -> tuple[Streams[Array], KeysValues | None]:
+        return attend(streams.map(lambda qkv: QKV(qkv.q, shard.gather(qkv.k), shard.gather(qkv.v))), cache)
+
+    return attend_to_all
+
+
 @dataclass(frozen=True)
 class OneDirection:
-    """Who sees whom when the target and its references lie behind one another: the target everyone, each reference itself."""
+    """The one-directional mask over the target followed by its references: the target attends to all, each reference to itself."""
 
     queries: tuple[int, ...]
     """Query rows of the target, then of each reference."""
@@ -35,15 +127,12 @@ class OneDirection:
     """Key rows, likewise."""
 
     def __call__(self, q: Any, k: Any) -> Any:
-        """Whether query `q` sees key `k`, by index.
-
-        Padding behind the keys is seen by none; padding behind the queries counts as target.
-        """
+        """Whether query `q` attends to key `k`, by index. Nobody attends to padding after the keys; padding after the queries is target."""
         rows, columns = np.cumsum((0, *self.queries)).tolist(), np.cumsum((0, *self.keys)).tolist()
-        seen = (q < rows[1]) | (q >= rows[-1])
+        visible = (q < rows[1]) | (q >= rows[-1])
         for i in range(1, len(self.queries)):
-            seen = seen | ((q >= rows[i]) & (q < rows[i + 1]) & (k >= columns[i]) & (k < columns[i + 1]))
-        return seen & (k < columns[-1])
+            visible = visible | ((q >= rows[i]) & (q < rows[i + 1]) & (k >= columns[i]) & (k < columns[i + 1]))
+        return visible & (k < columns[-1])
 
 
 def attention(
@@ -65,7 +154,7 @@ def one_directional_attention(
     values: Sequence[Float[Array, "B _ N K"]],
     kind: Kind = "auto",
 ) -> list[Float[Array, "B _ N K"]]:
-    """The answers of the target and of each reference, from one call under a one-directional mask (Eq. 3 and 4 at once)."""
+    """The outputs of the target and of each reference, from one call under a one-directional mask (Eq. 3 and 4 at once)."""
     mask = OneDirection(tuple(q.shape[1] for q in queries), tuple(k.shape[1] for k in keys))
     q, k, v = (jnp.concatenate(x, axis=1) for x in (queries, keys, values))
     kernel = splash_attention if _resolve(kind, q) == "splash" else chunked_attention
@@ -123,7 +212,7 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B L N K"]:
-    """The TPU kernel, forward and backward. Lengths are padded to whole tiles; tiles nobody sees cost nothing."""
+    """The TPU kernel, forward and backward. Lengths are padded to whole tiles; tiles that are masked whole cost nothing."""
     (_, L, N, K), S, block = q.shape, k.shape[1], SPLASH_BLOCK
     q, k, v = (x.swapaxes(1, 2) for x in (q * K**-0.5, k, v))
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0))) for x in (q, k, v))
