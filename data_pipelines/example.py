@@ -4,19 +4,15 @@ python -m data_pipelines.example --out=clips
 """
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from data_pipelines import clips
-from launch import command
-
-FLAGS = flags.FlagValues()
-OUT = flags.DEFINE_string("out", None, "folder for the clips and manifest.jsonl", required=True, flag_values=FLAGS)
 
 FRAMES, HEIGHT, WIDTH, FPS = 32, 64, 96, 16
 MANIFEST_FILE = "manifest.jsonl"
@@ -28,7 +24,9 @@ Color = tuple[int, int, int]
 
 
 def main() -> None:
-    manifest = write_example(Path(OUT.value))
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the clips and manifest.jsonl")
+    manifest = write_example(parser.parse_args().out)
     print(f"wrote {manifest}")
     print(f"Next: python -m launch.encode --config=stage1:smoke --manifest={manifest} --out=records")
 
@@ -97,4 +95,4 @@ SCENES: dict[str, tuple[Scene, Scene, str]] = {  # reference, target and prompt;
 }
 
 if __name__ == "__main__":
-    command.run(main, FLAGS)
+    main()

@@ -23,6 +23,7 @@ from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.train.loop import to_mesh
 from omnitransfer_jax.train.step import abstract_params, abstract_state, init_state, make_train_step
 from tests.compare import relative_l2
+from tests.devices import xla_flags
 from tests.train.tiny_run import EMPTY_TEXT, TINY, sample
 
 HERE = Path(__file__).parents[1]
@@ -64,8 +65,7 @@ def compare() -> None:
 
 
 def test_sharded_equals_single():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     done = subprocess.run([sys.executable, "-m", "tests.test_mesh"], env=env, cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

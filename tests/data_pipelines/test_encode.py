@@ -47,8 +47,7 @@ def run(encoders, monkeypatch):
 def clips_manifest(tmp_path_factory):
     """The example: one pair a task."""
     folder = tmp_path_factory.mktemp("clips")
-    assert command.execute(example.main, example.FLAGS, [f"--out={folder}"]) == 0
-    return folder / example.MANIFEST_FILE
+    return example.write_example(folder)
 
 
 def open_records(folder):
