@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from configs.errors import RequestError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-# PyAV before 19 raises for a tag that is not UTF-8 unless it is asked to replace what it cannot read; later ones always do.
+# PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
 REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 EARLIER = 1e-6  # seconds; times closer than that are the same
 
