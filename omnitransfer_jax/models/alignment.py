@@ -15,18 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from configs.run import Config, VideoConfig
 from omnitransfer_jax import tasks
-from omnitransfer_jax.models import lora
+from omnitransfer_jax.models import lora, qwen2_5_vl
 from omnitransfer_jax.models.layers import Linear
 from omnitransfer_jax.models.qwen2_5_vision import Grid, fit, grid_of
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 
 SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
     *lora.sharding(r"mllm\.layers\."),
-    (r"mllm\.layers\..*\.kernel", ("layers", "in", "out")),
-    (r"mllm\.layers\..*\.(bias|scale)", ("layers", "vector")),
-    (r"mllm\.token_embedding", ("in", "out")),
-    (r"(?!mllm\.layers\.).*\.kernel", ("in", "out")),
-    (r"(?!mllm\.layers\.).*\.(bias|scale)", ("vector",)),
+    *((rf"mllm\.(?:{pattern})", axes) for pattern, axes in qwen2_5_vl.SHARDING),
+    (r"connector\..*\.kernel", ("in", "out")),
+    (r"connector\..*\.bias", ("vector",)),
     (r"queries", (None, None, "vector")),
 ]
 

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from configs.base import DiTConfig
 from configs.errors import require
 from omnitransfer_jax.mesh import UNSHARDED, Shard
+from omnitransfer_jax.models import lora
 from omnitransfer_jax.models.attend import QKV, Attend, KeysValues, Streams, attention, cached, gathered, joint, plain, recording, split
 from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm, exact_gelu
@@ -45,6 +46,7 @@ SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their
     (r"(?!blocks\.).*\.(bias|scale)|patch_bias", ("vector",)),
     (r"patch_embedding", (None, None, None, "in", "out")),
     (r"head_modulation", (None, "vector")),
+    *lora.sharding("blocks"),
 ]
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int32
 from configs.errors import require
 from configs.run import RunConfig
 from omnitransfer_jax.mesh import Specs, per_device, placed, specs_of
+from omnitransfer_jax.models import lora
 from omnitransfer_jax.train.objective import Objective, Params
 
 
@@ -43,7 +44,8 @@ def split_trainable(params: Mapping[str, Any], objective: Objective) -> tuple[di
             any(re.fullmatch(pattern, name) for name in names.values()),
             f"train.trainable: {pattern!r} matches no parameter; they are named like {min(names.values())}",
         )
-    chosen = {path for path in params if any(re.fullmatch(pattern, names[path]) for pattern in objective.trainable)}
+    moves = re.compile(rf"(?!{lora.DATA}$)({'|'.join(objective.trainable)})")
+    chosen = {path for path in params if moves.fullmatch(names[path])}
     return {p: x for p, x in params.items() if p in chosen}, {p: x for p, x in params.items() if p not in chosen}
 
 
