@@ -66,7 +66,7 @@ from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
 from world.pair_records import Encoder
-from world.scenes import Example
+from world.pairs import Example
 
 
 class Row(NamedTuple):

@@ -20,14 +20,39 @@ from omnitransfer_jax.folders import model_folder, run_folder
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "before_layout" / "folders.tar.xz"
 WRITTEN_AT = "/srv/before_layout"  # the paths in config.json begin so
-SMALL = (
-    "--dit.dim=12 --dit.ffn_dim=16 --dit.num_layers=2 --dit.num_heads=1 --dit.text_dim=8 --dit.text_len=6 --dit.image_dim=8 --dit.freq_dim=8 "
-    "--vae.base_dim=4 --vae.dim_mult 1 1 1 1 --vae.num_res_blocks=1 "
-    "--text.dim=8 --text.head_dim=4 --text.num_heads=2 --text.ffn_dim=16 --text.num_layers=1 "
-    "--image.dim=8 --image.ffn_dim=16 --image.num_heads=2 --image.image_size=14 "
-    "--mllm.num_layers=1 --mllm.dim=16 --mllm.ffn_dim=16 --mllm.num_heads=1 --mllm.vision.dim=16 --mllm.vision.ffn_dim=16 "
-    "--alignment.connector_dim=16"
-).split()
+SMALL = [
+    "--dit.dim=12",
+    "--dit.ffn_dim=16",
+    "--dit.num_layers=2",
+    "--dit.num_heads=1",
+    "--dit.text_dim=8",
+    "--dit.text_len=6",
+    "--dit.image_dim=8",
+    "--dit.freq_dim=8",
+    "--vae.base_dim=4",
+    "--vae.dim_mult",
+    "1",
+    "1",
+    "1",
+    "1",
+    "--vae.num_res_blocks=1",
+    "--text.dim=8",
+    "--text.head_dim=4",
+    "--text.num_heads=2",
+    "--text.ffn_dim=16",
+    "--text.num_layers=1",
+    "--image.dim=8",
+    "--image.ffn_dim=16",
+    "--image.num_heads=2",
+    "--image.image_size=14",
+    "--mllm.num_layers=1",
+    "--mllm.dim=16",
+    "--mllm.ffn_dim=16",
+    "--mllm.num_heads=1",
+    "--mllm.vision.dim=16",
+    "--mllm.vision.ffn_dim=16",
+    "--alignment.connector_dim=16",
+]
 STAGES = pytest.mark.parametrize("stage", ["stage1", "stage3"])
 
 

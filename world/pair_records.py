@@ -16,13 +16,13 @@ from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import clean_prompt, tokenize
-from world import scenes
-from world.scenes import Example, Split
+from world import pixels, scenes
+from world.pairs import Example, Split, draw_pair
 
 
 def example(config: Config, key: int, index: int, split: Split, task: str | None = None) -> Example:
     """Pair `index` of the world; for a network that reads no reference the prompt tells everything there is in the target."""
-    pair = scenes.example(key, index, split, task)
+    pair = draw_pair(key, index, split, task)
     return pair if config.train.references else pair._replace(prompt=scenes.caption(pair.target))
 
 
@@ -60,8 +60,8 @@ class Encoder:
         """The clips of `pairs`; no accelerator takes part, so that it can be done while another batch is encoded."""
         target, reference = self.config.video, self.config.data.reference
         return Drawn(
-            clips.to_unit(np.stack([scenes.render(pair.target, target) for pair in pairs])),
-            clips.to_unit(np.stack([scenes.render(pair.reference, reference) for pair in pairs])),
+            clips.to_unit(np.stack([pixels.render(pair.target, target) for pair in pairs])),
+            clips.to_unit(np.stack([pixels.render(pair.reference, reference) for pair in pairs])),
         )
 
     def __call__(self, pairs: Sequence[Example], drawn: Drawn | None = None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from data_pipelines import mllm_inputs
 from omnitransfer_jax import load_models
 from omnitransfer_jax.models.flat_params import flat_params
 from world import mllm_training, part_training, scenes
+from world.pairs import SHARES, draw_pair
 
 MODEL = stage3.get_config("smoke")
 SMALL = replace(
@@ -48,10 +49,10 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("task", list(scenes.SHARES))
+@pytest.mark.parametrize("task", list(SHARES))
 def test_what_it_is_asked_to_say(task):
     """All that it is shown; of the target nothing but its first frame and the prompt."""
-    pair = scenes.example(3, 0, "held_out", task)
+    pair = draw_pair(3, 0, "held_out", task)
     told, temporal = mllm_training.read(MODEL, VOCABULARY, pair), task in ("motion", "camera", "effect")
     said = VOCABULARY.decode(told["tokens"][told["answer"]])
     still = scenes.caption(pair.target._replace(motion=None, camera=None, effect=None))

@@ -15,8 +15,9 @@ from data_pipelines.manifest import Clip, Row
 from launch import encode_world
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder
-from world import pair_records, scenes
+from world import pair_records, pixels, scenes
 from world.pair_records import Encoder, example
+from world.pairs import draw_pair
 
 TINY = stage3.get_config("tiny")
 PAIRS = [example(TINY, 3, index, "train") for index in range(5)]  # one of each task
@@ -49,7 +50,7 @@ def test_it_is_the_road_of_real_clips(encoder, monkeypatch):
     frozen = encoders.load_encoders(TINY, model_folder.EMBEDDED)
     found = encoder.records(PAIRS)
     for pair, record in list(zip(PAIRS, found, strict=True))[1:3]:
-        reference, target = scenes.render(pair.reference, TINY.data.reference), scenes.render(pair.target, TINY.video)
+        reference, target = pixels.render(pair.reference, TINY.data.reference), pixels.render(pair.target, TINY.video)
         nowhere = Clip(Path())
         row = Row(pair.id, pair.task, nowhere, nowhere, pair.prompt)
         expected = encoders.encode(row, encoders.Pixels(reference, target, target[0] if row.is_temporal else None), frozen, TINY)
@@ -96,7 +97,7 @@ def test_a_network_without_references_is_told_everything(encoder):
     for index in range(5):
         pair, plain = example(config, 3, index, "train"), PAIRS[index]
         assert pair == plain._replace(prompt=scenes.caption(plain.target))
-        assert plain == scenes.example(3, index, "train")
+        assert plain == draw_pair(3, index, "train")
         assert pair.prompt != plain.prompt
     blind = copy.copy(encoder)
     blind.config = config

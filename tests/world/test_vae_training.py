@@ -17,7 +17,8 @@ from configs.errors import RequestError
 from configs.run import CheckpointConfig, VideoConfig
 from omnitransfer_jax.models.flat_params import abstract, with_params
 from omnitransfer_jax.models.wan_vae import WanVAE
-from world import part_training, scenes, vae_training
+from world import part_training, pixels, vae_training
+from world.pairs import draw_pair
 
 SMALL = replace(
     configs_vae.TINY,
@@ -65,8 +66,8 @@ def decibels(clips, vae: WanVAE) -> float:
 
 
 def clips_of(split, count):
-    examples = [scenes.example(SMALL.seed, i, split) for i in range(count // 2)]
-    return [scenes.render(scene, SMALL.video) for e in examples for scene in (e.reference, e.target)]
+    examples = [draw_pair(SMALL.seed, i, split) for i in range(count // 2)]
+    return [pixels.render(scene, SMALL.video) for e in examples for scene in (e.reference, e.target)]
 
 
 def test_it_learns(whole):
