@@ -1,12 +1,13 @@
-"""The shape of every configuration. Numbers of a run live in the sibling files; sizes of published models are the defaults here.
+"""The configurations of models, one class for each file of `omnitransfer_jax/models`. The defaults are the sizes of published models.
 
-Model configs come first (one per file of `omnitransfer_jax/models`), then what a run adds to them.
+configs/run.py holds what a run adds to them, and the other files hold the numbers of the runs. configs/kinds.py explains `KIND`.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from configs.errors import require
+from configs.kinds import DATA, RUN, TRAINING, Kind
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -14,6 +15,8 @@ Dtype = Literal["float32", "bfloat16"]
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """Wan2.1 diffusion transformer. Defaults: I2V 14B (Wan2.1-I2V-14B config.json); 480P and 720P are the same network."""
+
+    KIND: ClassVar[Kind] = "model"
 
     dim: int = 5120
     """Width of the residual stream (D)."""
@@ -31,8 +34,8 @@ class DiTConfig:
     """Latent frames, rows and columns one token covers."""
     text_dim: int = 4096
     """Width of the text encoder's output."""
-    text_len: int = 512
-    """Rows of text context; shorter prompts are zero-padded and the zeros are attended to, as in the original."""
+    text_len: int = field(default=512, metadata=DATA)
+    """Rows of text context; shorter prompts are padded with zero rows, which take part in the attention as in the original."""
     image_dim: int | None = 1280
     """Width of the CLIP features, or None for a text-to-video network, which has no image branch."""
     freq_dim: int = 256
@@ -43,21 +46,21 @@ class DiTConfig:
     """Frequency i of an axis with w rotated dimensions is `rope_top * rope_base ** -(2i / w)` radians a position."""
     rope_top: float = 1.0
     """The highest of these frequencies. Tiny grids learn better with top 2 and base 20, which turn visibly within a few positions."""
-    dtype: Dtype = "bfloat16"
-    """What the projections compute in; norms, modulation, rotation, softmax and the residual stream are float32 always."""
-    attention: Literal["auto", "chunked", "cudnn", "splash"] = "auto"
-    """Kernel of the self-attention: `auto` takes the fused one of the backend, and `chunked` where there is none."""
-    references: Literal["split", "joint", "bidirectional"] = "split"
-    """How a target reads references that are not cached.
+    dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
+    """Type in which the projections compute; norms, modulation, rotation, softmax and the residual stream are always float32."""
+    attention: Literal["auto", "chunked", "cudnn", "splash"] = field(default="auto", metadata=RUN)
+    """Kernel of the self-attention: `auto` takes the fused kernel of the backend, or `chunked` if it has none."""
+    references: Literal["split", "joint", "bidirectional"] = field(default="split", metadata=TRAINING)
+    """How a target attends to references that are not cached.
 
-    `split`: two attention calls. `joint`: the same function, one call over all tokens under a one-directional mask. `bidirectional`:
-    another function, the paper's baseline: plain Wan over target and references as one sequence. A reference then reads the target, is at
-    its time and reads the context as it does; it differs at every step, so sampling keeps no cache, whatever `sampler.reference_cache`.
+    `split`: two attention calls. `joint`: the same function in one call over all tokens, under a one-directional mask. `bidirectional`:
+    another function, the paper's baseline: plain Wan over target and references as one sequence. References then attend to the target,
+    have its time and attend to the context. They differ at every step, so sampling has no cache, whatever `sampler.reference_cache` is.
     """
-    offsets: Literal["task", "frames"] = "task"
-    """Where references stand: as their task says (Eq. 2), or all behind the target in time, the paper's baseline."""
-    remat: Literal["none", "attention", "full"] = "attention"
-    """What a block keeps for the backward pass: everything, the attention outputs, or its input alone."""
+    offsets: Literal["task", "frames"] = field(default="task", metadata=TRAINING)
+    """Positions of references: the offsets of their task (Eq. 2), or all after the target in time, the paper's baseline."""
+    remat: Literal["none", "attention", "full"] = field(default="attention", metadata=RUN)
+    """What a block stores for the backward pass: everything, the attention outputs, or its input alone."""
 
     def validate(self) -> None:
         require(self.dim % self.num_heads == 0, f"dit.dim={self.dim}: not a multiple of dit.num_heads={self.num_heads}")
@@ -76,6 +79,8 @@ class DiTConfig:
 class VAEConfig:
     """Wan2.1 causal video autoencoder (diffusers AutoencoderKLWan defaults = the published weights)."""
 
+    KIND: ClassVar[Kind] = "model"
+
     base_dim: int = 96
     """Channels at full resolution."""
     z_dim: int = 16
@@ -85,11 +90,11 @@ class VAEConfig:
     num_res_blocks: int = 2
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    """Which steps down also halve time."""
-    encode_frames: int = 4
-    """Frames the encoder takes at a time after the first one; a multiple of the time stride. More is faster and needs more memory."""
-    decode_frames: int = 1
-    """Latent frames the decoder takes at a time."""
+    """Which of the steps down also halve time."""
+    encode_frames: int = field(default=4, metadata=RUN)
+    """Frames that the encoder takes at a time after the first one; a multiple of the time stride. More are faster but need more memory."""
+    decode_frames: int = field(default=1, metadata=RUN)
+    """Latent frames that the decoder takes at a time."""
     latents_mean: tuple[float, ...] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -100,8 +105,8 @@ class VAEConfig:
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
     """Standard deviation of each latent channel (Wan2.1 vae.py)."""
-    dtype: Dtype = "float32"
-    """What the convolutions compute in; the original's pipelines run the autoencoder in float32."""
+    dtype: Dtype = field(default="float32", metadata=TRAINING)
+    """Type in which the convolutions compute; the original's pipelines run the autoencoder in float32."""
 
     @property
     def time_stride(self) -> int:
@@ -135,6 +140,8 @@ class VAEConfig:
 class UMT5Config:
     """UMT5 encoder. Defaults: google/umt5-xxl config.json."""
 
+    KIND: ClassVar[Kind] = "model"
+
     vocab_size: int = 256384
     """Rows of the token embedding."""
     dim: int = 4096
@@ -153,8 +160,8 @@ class UMT5Config:
     """Distance beyond which all positions share a bucket."""
     eps: float = 1e-6
     """Epsilon of the norms."""
-    dtype: Dtype = "bfloat16"
-    """What the projections compute in."""
+    dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
+    """Type in which the projections compute."""
 
     def validate(self) -> None:
         require(self.relative_buckets % 4 == 0, f"text.relative_buckets={self.relative_buckets}: a multiple of 4")
@@ -164,12 +171,14 @@ class UMT5Config:
 class CLIPVisionConfig:
     """CLIP image tower. Defaults: ViT-H/14, the visual half of open-clip-xlm-roberta-large-vit-huge-14."""
 
+    KIND: ClassVar[Kind] = "model"
+
     dim: int = 1280
     """Width of the residual stream (D)."""
     ffn_dim: int = 5120
     """Hidden width of the MLPs (M)."""
     num_layers: int = 32
-    """Number of layers. The features Wan reads leave before the last one; it is kept so that weights go both ways whole."""
+    """Number of layers. Wan reads the output of the last but one; the last is kept so that the weights can be exported."""
     num_heads: int = 16
     """Attention heads (N)."""
     image_size: int = 224
@@ -178,11 +187,13 @@ class CLIPVisionConfig:
     """Height and width of one patch, in pixels."""
     eps: float = 1e-5
     """Epsilon of the norms."""
-    dtype: Dtype = "bfloat16"
-    """What the projections compute in (the original runs this tower in half precision)."""
+    dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
+    """Type in which the projections compute (the original runs this tower in half precision)."""
 
     def validate(self) -> None:
-        require(self.num_layers >= 2, f"image.num_layers={self.num_layers}: at least 2, the features leave before the last")
+        require(
+            self.num_layers >= 2, f"image.num_layers={self.num_layers}: at least 2, because the features are the output of the last but one"
+        )
         require(
             self.image_size % self.patch == 0,
             f"image.image_size={self.image_size}: not a multiple of image.patch={self.patch}",
@@ -192,7 +203,9 @@ class CLIPVisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig:
-    """Vision tower of Qwen2.5-VL; 3B and 7B share it but for the output width (Qwen2.5-VL-3B-Instruct config.json)."""
+    """Vision tower of Qwen2.5-VL; 3B and 7B differ in its output width alone (Qwen2.5-VL-3B-Instruct config.json)."""
+
+    KIND: ClassVar[Kind] = "model"
 
     dim: int = 1280
     """Width of the residual stream (D)."""
@@ -205,7 +218,7 @@ class QwenVisionConfig:
     patch: int = 14
     """Height and width of one patch, in pixels."""
     temporal_patch: int = 2
-    """Frames one patch covers; an image is shown twice."""
+    """Frames that one patch covers; an image is repeated to fill them."""
     merge: int = 2
     """Rows and columns of patches that become one token of the language model."""
     window: int = 112
@@ -234,6 +247,8 @@ class QwenVisionConfig:
 class QwenConfig:
     """Qwen2.5-VL. Defaults: 3B (Qwen2.5-VL-3B-Instruct config.json)."""
 
+    KIND: ClassVar[Kind] = "model"
+
     vocab_size: int = 151936
     """Rows of the token embedding."""
     dim: int = 2048
@@ -245,11 +260,11 @@ class QwenConfig:
     num_heads: int = 16
     """Query heads (N)."""
     num_kv_heads: int = 2
-    """Key and value heads; each serves several query heads."""
+    """Key and value heads; several query heads share one."""
     rope_theta: float = 1e6
     """Base of the rotation."""
     rope_sections: tuple[int, int, int] = (16, 24, 24)
-    """Frequencies that turn with time, height and width; together half a head."""
+    """Numbers of frequencies for time, height and width; their sum is half a head."""
     tied: bool = True
     """Whether the token embedding is also the output projection."""
     eps: float = 1e-6
@@ -262,8 +277,8 @@ class QwenConfig:
     """Token in front of an image or a video."""
     vision: QwenVisionConfig = field(default_factory=QwenVisionConfig)
     """The vision tower."""
-    dtype: Dtype = "bfloat16"
-    """What the projections compute in."""
+    dtype: Dtype = field(default="bfloat16", metadata=TRAINING)
+    """Type in which the projections compute."""
 
     def validate(self) -> None:
         self.vision.validate()
@@ -281,12 +296,14 @@ class QwenConfig:
 class LoRAConfig:
     """Low-rank adapters."""
 
+    KIND: ClassVar[Kind] = "model"
+
     rank: int = 64
     """Width of the bottleneck (R)."""
     alpha: float = 64.0
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = (r"layers\.attention\..*", r"layers\.mlp\..*")
-    """Regular expressions of the paths of the projections that get one."""
+    """Regular expressions of the paths of the projections that get an adapter."""
 
     def validate(self) -> None:
         require(self.rank >= 1, f"lora.rank={self.rank}: at least 1")
@@ -295,22 +312,24 @@ class LoRAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """What the transformer is told by Qwen2.5-VL instead of UMT5 (paper section 4.4; the numbers are InstructX's, the paper has none)."""
+    """The context that Qwen2.5-VL makes in the place of UMT5 (paper section 4.4; the numbers are InstructX's, the paper has none)."""
+
+    KIND: ClassVar[Kind] = "model"
 
     enabled: bool = False
-    """Whether it is: stages 2 and 3."""
+    """Whether Qwen2.5-VL makes the context, as in stages 2 and 3."""
     queries: int = 256
     """MetaQueries of each task (Q), and so rows of context."""
-    frames: int = 13
-    """Frames of the reference that the language model sees, evenly spaced."""
-    frame_pixels: int = 128 * 28 * 28
-    """Most pixels of a frame it sees; 28 x 28 of them become one token."""
-    prompt_tokens: int = 256
-    """Room for template and prompt; a longer prompt is cut."""
+    frames: int = field(default=13, metadata=DATA)
+    """Frames of the reference among the language model's inputs, evenly spaced."""
+    frame_pixels: int = field(default=128 * 28 * 28, metadata=DATA)
+    """Largest number of pixels of such a frame; 28 x 28 of them become one token."""
+    prompt_tokens: int = field(default=256, metadata=DATA)
+    """Tokens for template and prompt together; a longer prompt is cut."""
     connector_dim: int = 4096
     """Hidden width of the connector."""
     into: Literal["text_embedder", "blocks"] = "text_embedder"
-    """Where the connector leads: Wan's pretrained text projection, or past it, straight to the width of the blocks."""
+    """What reads the connector's output: Wan's pretrained text projection, or the blocks themselves, whose width it then has."""
 
     def validate(self) -> None:
         for name in ("queries", "frames", "frame_pixels", "prompt_tokens", "connector_dim"):

@@ -1,15 +1,17 @@
-"""The tiny language model of the procedural world: Qwen2.5-VL's, taught to say what it is shown.
+"""The tiny language model of the procedural world: Qwen2.5-VL's architecture, trained to describe its inputs in words.
 
-Goal    states that know what a first frame, a reference and a prompt tell, as those of the published model do.
+Goal    hidden states that hold the content of a first frame, a reference and a prompt, as those of the published model do.
 Trains  everything, the vision tower too, from the random weights of the encoders' folder; afterwards it is frozen.
 
     python -m launch.train --config=mllm:tiny --train.init_from=ENCODERS --workdir=DIR
 """
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from configs import stage3, vae
 from configs.errors import require
+from configs.kinds import RUN
 from configs.run import Config, RunConfig, TrainConfig
 
 
@@ -17,12 +19,14 @@ from configs.run import Config, RunConfig, TrainConfig
 class MLLMTraining(RunConfig):
     """How a language model is trained on the procedural world."""
 
+    training: ClassVar[str] = "mllm"
+
     model: Config = field(default_factory=Config)
-    """The model it is a part of, which decides its inputs: those of stages 2 and 3."""
-    evaluate_clips: int = 256
-    """Held-out pairs at the end; an eighth of them before."""
-    threads: int = 2
-    """Threads that draw clips."""
+    """The model that it is a part of, which decides its inputs: those of stages 2 and 3."""
+    evaluate_clips: int = field(default=256, metadata=RUN)
+    """Held-out pairs of the last evaluation; earlier ones use an eighth of them."""
+    threads: int = field(default=2, metadata=RUN)
+    """Threads that generate clips."""
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work."""

@@ -1,20 +1,23 @@
 """What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from configs.base import AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
 from configs.errors import require
+from configs.kinds import FIXED, RUN, Kind, select
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
     """The video a run makes."""
 
+    KIND: ClassVar[Kind] = "data"
+
     frames: int = 81
     """Frames; the causal autoencoder needs 4n+1."""
     height: int = 480
-    """Pixels. With a first frame, `height * width` is the area and the frame's own aspect ratio decides the shape."""
+    """Pixels. With a first frame, `height * width` is the area and the frame decides the aspect ratio."""
     width: int = 832
     """Pixels."""
     fps: int = 16
@@ -51,6 +54,8 @@ class VideoConfig:
 class SamplerConfig:
     """How noise becomes a video. Defaults: Wan2.1 image-to-video at 480p."""
 
+    KIND: ClassVar[Kind] = "run"
+
     solver: Literal["unipc", "euler"] = "unipc"
     """UniPC (order 2, bh2) on integer timesteps, or Euler on exact ones, both on the original's grid."""
     steps: int = 40
@@ -58,16 +63,16 @@ class SamplerConfig:
     shift: float = 3.0
     """Bends the time grid towards noise: 3 at 480p, 5 at 720p."""
     guidance: float = 5.0
-    """Classifier-free guidance scale; 1 leaves the unconditional pass out."""
+    """Scale of classifier-free guidance; 1 runs no unconditional branch."""
     negative_prompt: str = ""
-    """What the unconditional pass is told."""
+    """The prompt of the unconditional branch."""
     reference_cache: Literal["full", "float8", "int8", "none"] = "full"
-    """References' keys and values are computed once and kept, as they are or in one byte a number; `none` computes them at every step.
+    """The cache of the references' keys and values: in the type of the computation, in one byte a number, or `none`.
 
-    With `dit.references=bidirectional` they depend on the step, and nothing is kept.
+    Without a cache they are computed at every step, as always with `dit.references=bidirectional`, where they depend on the step.
     """
     stack_references: bool = False
-    """Several references of one family: all at the offset of Eq. 2, or, if true, the k-th k times as far."""
+    """Several references of one family: if false, all are at the offset of Eq. 2; if true, the k-th is at k times the offset."""
 
     def validate(self) -> None:
         require(self.steps >= 1, f"sampler.steps={self.steps}: at least 1")
@@ -79,15 +84,17 @@ class SamplerConfig:
 class DataConfig:
     """The records a run trains on, and how clips become records."""
 
+    KIND: ClassVar[Kind] = "training"
+
     path: str = ""
     """Folder of records that launch.encode wrote."""
     reference: VideoConfig = field(default_factory=VideoConfig)
-    """Size of the reference videos; it need not be the target's."""
+    """Size of the reference videos, which may differ from the target's."""
     text_drop: float = 0.1
-    """Share of the samples whose prompt is replaced by the empty one, which is what guidance needs."""
+    """Share of the samples whose prompt is replaced by the empty one, so that the unconditional branch learns."""
     shuffle: bool = True
-    """Whether every epoch has its own order."""
-    threads: int = 4
+    """Whether every epoch has a random order."""
+    threads: int = field(default=4, metadata=RUN)
     """Reader threads."""
 
     def validate(self) -> None:
@@ -99,23 +106,25 @@ class DataConfig:
 class TrainConfig:
     """How long a training runs, where it starts, and what it trains and reports."""
 
+    KIND: ClassVar[Kind] = "training"
+
     steps: int = 10_000
-    """Optimizer steps (paper section 5.1, stage 1)."""
+    """Optimizer steps."""
     batch_size: int = 16
     """Samples per step over all devices (paper section 5.1)."""
     init_from: str = ""
-    """Where the weights start: a folder of launch.import_weights, or the workdir of another run."""
+    """Where the initial weights come from: a folder of launch.import_weights, or the workdir of another run."""
     trainable: tuple[str, ...] = (".*",)
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     ema: float = 0.0
-    """Decay of the running average of the weights that sampling prefers; 0 keeps none.
+    """Decay of the running average of the weights, which sampling uses if there is one; 0 keeps no average.
 
-    Update n = 1, 2, ... decays it by min(ema, (1 + n) / (10 + n)), so that the initial weights are soon forgotten.
+    The decay of update n = 1, 2, ... is min(ema, (1 + n) / (10 + n)), so that the initial weights soon lose their share.
     """
-    log_every: int = 1
+    log_every: int = field(default=1, metadata=RUN)
     """Steps between lines of metrics.jsonl and of the console."""
-    evaluate_every: int = 0
-    """Steps between evaluations on held-out data, for trainings that have one; 0 evaluates at the end alone."""
+    evaluate_every: int = field(default=0, metadata=RUN)
+    """Steps between evaluations on held-out data, for trainings that have one; with 0 there is one at the end alone."""
 
     def validate(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
@@ -131,14 +140,16 @@ class TrainConfig:
 class TransferTrainConfig(TrainConfig):
     """A training of the transformer on pairs of clips: stages 0 to 3."""
 
+    steps: int = field(default=10_000, metadata=RUN)
+    """Optimizer steps (paper section 5.1, stage 1); a run may go on with more, unless its rate falls to 0 at the last one."""
     trainable: tuple[str, ...] = ("dit/.*",)
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     shift: float = 3.0
     """Bends the drawn times towards noise, as in sampling."""
     weighting: Literal["velocity", "clean"] = "velocity"
-    """What the squared velocity error at a time t counts for: 1, or min(1, 2t)^2, the error of the clean estimate over max(t, 0.5)^2."""
+    """Weight of the squared velocity error at time t: 1, or min(1, 2t)^2, for the error of the clean estimate over max(t, 0.5)^2."""
     references: bool = True
-    """Whether targets read their references; if not, the network trains as Wan's does, without any."""
+    """Whether targets attend to their references; if not, the network trains as Wan does, without any."""
 
     def validate(self) -> None:
         super().validate()
@@ -149,28 +160,30 @@ class TransferTrainConfig(TrainConfig):
 class OptimizerConfig:
     """AdamW or Muon; the rate rises linearly to its highest value, then stays there or falls."""
 
+    KIND: ClassVar[Kind] = "training"
+
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon on matrices and AdamW with Nesterov momentum on the rest (optax.contrib.muon)."""
     learning_rate: float = 1e-5
     """Rate after the warm-up (paper section 5.1)."""
     vector_learning_rate: float = 2e-3
-    """With Muon, the rate after the warm-up of what is no matrix: biases, norms, modulations, queries."""
+    """With Muon, the rate after the warm-up of all but matrices: biases, norms, modulations, queries."""
     adapter_share: float = 1.0
-    """Share of these rates at which the language model's adapters and the queries move."""
+    """Factor on these rates for the language model's adapters and the queries."""
     warmup_steps: int = 100
     """Steps of the linear rise to the highest rate."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up the rate stays, or falls to 0 at the last step along half a cosine."""
     b1: float = 0.9
-    """Decay of the first moment; Muon's own, of the matrices' gradients, is 0.95."""
+    """Decay of the first moment of AdamW; Muon's momentum on matrices is 0.95."""
     b2: float = 0.999
     """Decay of the second moment."""
     weight_decay: float = 0.01
-    """Decoupled decay of matrices; vectors are left alone."""
+    """Decoupled weight decay of matrices; vectors have none."""
     clip_norm: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Largest global norm of the gradients; with 0 they are not clipped."""
     accumulate: int = 1
-    """Parts a batch is cut into, one after the other, their gradients averaged."""
+    """Number of parts of a batch that are computed one after the other; their gradients are averaged."""
 
     def validate(self) -> None:
         for name in ("learning_rate", "vector_learning_rate"):
@@ -183,12 +196,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a run saves."""
+    """When a run writes checkpoints."""
+
+    KIND: ClassVar[Kind] = "run"
 
     every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """How many of the latest are kept."""
+    """How many of the latest checkpoints are kept."""
 
     def validate(self) -> None:
         require(self.every >= 1, f"checkpoint.every={self.every}: at least 1")
@@ -197,12 +212,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices share what; the product is the number of devices used."""
+    """How devices divide the work; the product of the fields is the number of devices used."""
+
+    KIND: ClassVar[Kind] = "run"
 
     data: int = 1
-    """Devices that share the batch; the parameters and the optimizer are spread over them too."""
+    """Devices that divide the batch; the parameters and the optimizer's state are sharded over them too."""
     context: int = 1
-    """Devices that share the tokens of each sample, target and reference in equal parts."""
+    """Devices that divide the tokens of each sample, target and reference in equal parts."""
 
     def validate(self) -> None:
         for name in ("data", "context"):
@@ -211,16 +228,20 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every training has, whatever it trains."""
+    """What the configurations of all trainings have."""
+
+    KIND: ClassVar[Kind] = "training"
+    training: ClassVar[str]
+    """Name of the training, which its workdir keeps."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    """What a training does."""
+    """How long the training runs, where it starts, and what it trains."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How weights move."""
+    """How weights are updated."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When a training saves."""
+    """When a training writes checkpoints."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices share the work."""
+    """How devices divide the work."""
     seed: int = 0
     """The one root of every random number."""
 
@@ -241,7 +262,9 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Everything a command needs to know."""
+    """The whole model, and everything that commands do with it."""
+
+    training: ClassVar[str] = "transfer"
 
     dit: DiTConfig = field(default_factory=DiTConfig)
     """The diffusion transformer."""
@@ -250,21 +273,21 @@ class Config(RunConfig):
     text: UMT5Config = field(default_factory=UMT5Config)
     """The text encoder."""
     image: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
-    """The image encoder; a text-to-video network leaves it unused."""
+    """The image encoder, which a text-to-video network does not use."""
     mllm: QwenConfig = field(default_factory=QwenConfig)
-    """The multimodal language model; used from stage 2 on."""
+    """The multimodal language model, which stages 2 and 3 use."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """The language model's adapters."""
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    """How the language model speaks to the transformer."""
+    """How the language model makes the transformer's context."""
     video: VideoConfig = field(default_factory=VideoConfig)
     """The video to make."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """The solver and its numbers."""
+    """How noise becomes a video."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What a training reads."""
+    """The records that a training reads."""
     train: TransferTrainConfig = field(default_factory=TransferTrainConfig)
-    """What a training does."""
+    """How long the training runs, where it starts, and what it trains."""
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
@@ -290,3 +313,10 @@ def variant_of(variants: dict[str, Config], name: str) -> Config:
     """`variants[name]`, or a `RequestError` that lists what there is."""
     require(name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size")
     return variants[name]
+
+
+def record_fields(config: Config) -> dict[str, Any]:
+    """What decides what a record holds: the data fields, and those fields of the encoders that change what they compute."""
+    encoders = ("vae", "text", "image", *(["mllm"] if config.alignment.enabled else []))
+    found = select(config, ["data"]) | {name: select(getattr(config, name), FIXED) for name in encoders}
+    return {name: part for name, part in found.items() if name != "alignment" or config.alignment.enabled}

@@ -1,6 +1,6 @@
-"""Stage 0: the base that the package holds learns the world without references.
+"""Stage 0: the base model inside the package is trained on the procedural world, without references.
 
-Goal    a small transformer that makes clips of the procedural world from a first frame, a prompt or both: what Wan2.1 is to stage 1.
+Goal    a small transformer that makes clips of the procedural world from a first frame, a prompt or both; stage 1 starts from it.
 Trains  every parameter of the transformer, from random weights; autoencoder and encoders are those of the folder in train.init_from.
 Size    `tiny` alone. At full size stage 0 is Wan2.1 itself, imported: python -m launch.import_weights --source=DIR --out=DIR
 Cost    0.30 s a step of 16 samples on two CPU cores, 9 frames of 32 x 32 pixels (docs/world.md).
@@ -16,7 +16,7 @@ from configs import wan
 from configs.errors import require
 from configs.run import Config, OptimizerConfig, TransferTrainConfig
 
-# The numbers that all tiny stages share.
+# The numbers that all tiny stages have.
 TINY_OPTIMIZER = OptimizerConfig(
     kind="muon", learning_rate=1e-2, vector_learning_rate=1e-2, adapter_share=0.03, warmup_steps=50, weight_decay=0.0
 )

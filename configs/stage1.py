@@ -1,9 +1,9 @@
-"""Stage 1: the diffusion transformer learns to read references in context (paper section 5.1).
+"""Stage 1: the diffusion transformer learns to attend to references in context (paper section 5.1).
 
 Goal    Wan2.1 I2V 14B becomes a transfer model for all five tasks; text still comes from UMT5.
 Trains  every parameter of the transformer; autoencoder, UMT5 and CLIP are frozen and run once, in launch.encode.
-Cost    10,000 steps of 16 samples, 480p x 81 frames, reference as large: 12.25 PFLOP a sample and step (docs/references.md).
-Result  not run at full size. `tiny` starts from the base that the package holds; `smoke` has random weights, for tests.
+Cost    10,000 steps of 16 samples, 480p x 81 frames, reference of the same size: 12.25 PFLOP a sample and step (docs/references.md).
+Result  not run at full size. `tiny` starts from the base model inside the package; `smoke` has random weights, for tests.
 
     python -m launch.train --config=stage1 --workdir=DIR --data.path=RECORDS --train.init_from=IMPORTED
 """

@@ -1,8 +1,8 @@
 """Stage 3: everything learns together (paper section 5.1).
 
-Goal    the finished model: transformer, connector, queries and adapters tuned to one another.
+Goal    the finished model: transformer, connector, queries and adapters are trained together.
 Trains  every parameter of the transformer, queries, connector and LoRA; the language model's own weights stay frozen.
-Cost    5,000 steps of 16 samples, as heavy as stage 1, with the language model besides.
+Cost    5,000 steps of 16 samples, each as expensive as in stage 1, and the language model in addition.
 Result  not run at full size. `tiny` is for a run of stage2:tiny; `smoke` has random weights, for tests.
 
     python -m launch.train --config=stage3 --workdir=DIR --data.path=RECORDS --train.init_from=STAGE2

@@ -2,7 +2,7 @@
 
 (none)      image-to-video 14B at 480p       t2v_14b   text-to-video 14B at 480p
 i2v_720p    image-to-video 14B at 720p       t2v_1_3b  text-to-video 1.3B at 480p
-tiny        every part at a size for two CPU cores, with the weights that the package holds (omnitransfer_jax/embedded/)
+tiny        every part at a size for two CPU cores, with the weights inside the package (omnitransfer_jax/embedded/)
 smoke       every part smaller still, with random weights: for tests
 
 python -m launch.sample --config=wan --checkpoint=DIR --first_frame=IMAGE --prompt="..." --out=out.mp4
@@ -17,12 +17,12 @@ I2V_14B = DiTConfig()
 T2V_14B = replace(I2V_14B, in_channels=16, image_dim=None)
 T2V_1_3B = replace(T2V_14B, dim=1536, ffn_dim=8960, num_layers=30, num_heads=12)
 
-# Latents are 5 x 16 x 16 x 3 and a token covers 8 x 8 pixels, so there are 80; the language model is shown 4 features of every 2 frames.
+# Latents are 5 x 16 x 16 x 3 and a token covers 8 x 8 pixels, so there are 80 tokens; 2 frames are 4 of the language model's tokens.
 TINY_VIDEO = VideoConfig(frames=9, height=32, width=32, fps=8)
-# Of the latents that the embedded autoencoder makes of its training clips; launch.embed compares them with its vae.json.
+# Statistics of the embedded autoencoder's latents of its training clips; launch.embed compares them with its vae.json.
 TINY_LATENTS_MEAN = (1.0567, -0.4252, -0.3051)
 TINY_LATENTS_STD = (2.639, 2.399, 2.0905)
-# The world's clips are smooth: their colours show through so much noise that only close to t = 1 the network has to be told them.
+# Because the world's clips are smooth, their colours are visible even at high noise levels, so small times carry little information.
 TINY_SHIFT = 8.0
 
 I2V_480P = Config()

@@ -1,9 +1,9 @@
-"""What all commands share: their flags, the configuration behind `--config=NAME[:VARIANT]`, and how they end.
+"""What all commands share: their flags, the configuration that `--config=NAME[:VARIANT]` names, and exit codes.
 
 A command file defines its flags, then `def main(config: Config) -> None` (or `def main() -> None` if it needs no configuration), and
-ends in `command.run(main)`. Commands that tests run side by side in one process keep their flags in a `FlagValues` of their own.
+ends in `command.run(main)`. Each command keeps its flags in a `FlagValues` of its own, so that tests can run several in one process.
 
-Exit codes: 0 done; 2 a wrong request, told in one line on stderr; 1 anything else, with its traceback.
+Exit codes: 0 for success; 2 for a `RequestError`, which is printed as one line on stderr; 1 for anything else, with its traceback.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
 from io import StringIO
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from absl import app, flags, logging
@@ -23,25 +23,26 @@ from absl import app, flags, logging
 import configs
 from configs.errors import RequestError
 
-MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a part has one kind; booleans are given as True or False
+MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a field has one type; booleans are given as True or False
+NO_CONFIGS = ("base", "errors", "kinds", "run")  # modules of configs/ that hold what the configurations share
 
 
 def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Runs a command as a process: never returns."""
+    """Runs a command as a process; it never returns."""
 
     def parse(argv: list[str]) -> list[str]:
         flags.FLAGS.mark_as_parsed()  # `execute` reads them
         return argv[1:]
 
     def body(argv: list[str]) -> int:
-        logging.set_verbosity(logging.WARNING)  # absl tells everything otherwise, and Orbax has something to tell about every file
+        logging.set_verbosity(logging.WARNING)  # absl's default is INFO, at which Orbax logs every file
         return execute(main, flag_values, argv)
 
     app.run(body, flags_parser=parse)
 
 
 def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequence[str]) -> int:
-    """Runs a command in this process and returns its exit code; what is not a `RequestError` is raised."""
+    """Runs a command in this process and returns its exit code; errors other than `RequestError` are raised."""
     try:
         kind = _config_type(main)
         if kind is not None and "config" not in flag_values:
@@ -72,16 +73,18 @@ def load_config(name: str) -> Any:
 
 
 def _names() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name not in ("base", "errors", "run")]
+    return [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name not in NO_CONFIGS]
 
 
 def _config_type(main: Callable[..., None]) -> type | None:
+    """The configuration that a command takes, the first if it takes one of several; None if it takes none."""
     parameters = list(inspect.signature(main).parameters)
-    return get_type_hints(main)[parameters[0]] if parameters else None
+    hint = get_type_hints(main)[parameters[0]] if parameters else None
+    return next(iter(get_args(hint)), hint)
 
 
 def _parse_flags(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """Reads the command's own flags out of `argv` and returns what is left."""
+    """Reads the command's own flags from `argv` and returns the other arguments."""
     flag_values.unparse_flags()
     try:
         return flag_values(["", *argv], known_only=True)[1:]
@@ -91,26 +94,8 @@ def _parse_flags(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str
         raise RequestError(f"{', '.join(absent)}: not given, and this command needs it" if absent else str(error)) from None
 
 
-class _Field(NamedTuple):
-    hint: Any
-    value: Any
-
-
-def _fields(config: Any, prefix: str = "") -> dict[str, _Field]:
-    """Every field of a configuration by its dotted path."""
-    hints, found = get_type_hints(type(config)), {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            found |= _fields(value, f"{prefix}{field.name}.")
-        else:
-            found[prefix + field.name] = _Field(hints[field.name], value)
-    return found
-
-
 def _override(config: Any, args: Sequence[str], flag_values: flags.FlagValues) -> Any:
-    """`config` with the fields set that `args` name, as `--a.b=value` or `--a.b value`."""
-    known = {} if config is None else _fields(config)
+    """`config` with the fields set that `args` name, as `--a.b=value` or `--a.b value`; a command without one takes no fields."""
     options: list[list[str]] = []
     for arg in args:
         if arg.startswith("--"):
@@ -119,36 +104,30 @@ def _override(config: Any, args: Sequence[str], flag_values: flags.FlagValues) -
             options[-1].append(arg)
         else:
             raise RequestError(f"{arg}: not a flag; flags are given as --name=value")
-    for option, *_ in options:
-        name = option.removeprefix("--").partition("=")[0].replace("-", "_")
-        if name not in known:
-            what = "flag" if config is None else "flag or configuration field"
-            raise RequestError(f"--{name}: no such {what}{_nearest(name, [*flag_values, *known], '--')}; --help lists all")
-    if not options:
-        return config
-    try:
-        return _tyro(config, [word for option in options for word in option])
-    except SystemExit:
-        for option in options:
-            _require_value(config, option, known)
-        raise RequestError(f"{' '.join(args)}: not understood; --help lists all fields") from None
-
-
-def _tyro(config: Any, args: Sequence[str]) -> Any:
-    """`config` with the fields of `args`; tyro ends the process over a wrong one, after a page of explanation that nobody asked for."""
-    with redirect_stderr(StringIO()):
-        return tyro.cli(type(config), default=config, args=args, config=MARKERS)
-
-
-def _require_value(config: Any, option: list[str], known: dict[str, _Field]) -> None:
-    """A `RequestError` if tyro refuses this one option."""
-    try:
-        _tyro(config, option)
-    except SystemExit:
+    types = {} if config is None else _field_types(config)
+    for option in options:
         name, _, value = option[0].removeprefix("--").partition("=")
-        hint = known[name.replace("-", "_")].hint
-        values = " ".join([*([value] if value else []), *option[1:]])
-        raise RequestError(f"--{name}={values}: expected {_expected(hint)}") from None
+        if (name := name.replace("-", "_")) not in types:
+            what = "flag" if config is None else "flag or configuration field"
+            raise RequestError(f"--{name}: no such {what}{_nearest(name, [*flag_values, *types], '--')}; --help lists all")
+        try:
+            with redirect_stderr(
+                StringIO()
+            ):  # where a value has the wrong type, tyro 1.0.17 prints a page in spite of console_outputs=False
+                config = tyro.cli(type(config), default=config, args=option, config=MARKERS)
+        except SystemExit:
+            values = " ".join(filter(None, [value, *option[1:]]))
+            raise RequestError(f"--{name}={values}: expected {_expected(types[name])}") from None
+    return config
+
+
+def _field_types(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The type of every field of a configuration by its dotted name."""
+    hints, found = get_type_hints(type(config)), {}
+    for field in fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        found |= _field_types(value, f"{name}.") if is_dataclass(value) else {name: hints[field.name]}
+    return found
 
 
 def _expected(hint: Any) -> str:
@@ -161,7 +140,7 @@ def _expected(hint: Any) -> str:
 
 
 def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
-    """The name that was probably meant: the same last word elsewhere, else a similar spelling."""
+    """The end of a message that names what was probably meant: the same last word in another place, else a similar spelling."""
     same = [candidate for candidate in known if candidate.rpartition(".")[2] == name.rpartition(".")[2]]
     close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {dashes}{close[0]}?" if close else ""
@@ -172,7 +151,7 @@ def _print_help(main: Callable[..., None], flag_values: flags.FlagValues, kind: 
     module = sys.modules[main.__module__]
     print((module.__doc__ or "").strip())
     print("\nFlags:")
-    by_module = flag_values.flags_by_module_dict()  # absl calls the module that was started by its path
+    by_module = flag_values.flags_by_module_dict()  # absl knows the module that was started by its path
     for flag in (flag for name in (sys.argv[0], main.__module__, __name__) for flag in by_module.get(name, [])):
         default = "required" if flag.validators else f"default {flag.default}" if flag.default is not None else "optional"
         print(f"  --{flag.name}  {flag.help} ({default})")

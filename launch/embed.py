@@ -39,9 +39,9 @@ from world.scenes import WORDS
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
-VAE = flags.DEFINE_string("vae", "", "workdir of launch.train_vae", flag_values=FLAGS)
+VAE = flags.DEFINE_string("vae", "", "workdir of launch.train --config=vae:tiny", flag_values=FLAGS)
 BASE = flags.DEFINE_string("base", "", "workdir of a training of stage 0", flag_values=FLAGS)
-MLLM_RUN = flags.DEFINE_string("mllm", "", "workdir of launch.train_mllm", flag_values=FLAGS)
+MLLM_RUN = flags.DEFINE_string("mllm", "", "workdir of launch.train --config=mllm:tiny", flag_values=FLAGS)
 
 LIMIT = 24_000_000  # bytes; the folder is part of the package, and of its history
 MADE_FILE = "made.json"
@@ -130,7 +130,7 @@ def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]
     """The autoencoder of --vae, and its source. The configuration must have its latents' statistics: they are part of the model."""
     made = read_result("vae", VAE.value)
     trained = model_folder.configuration(VAEConfig, made.pop("vae"), VAE.value)
-    wrong = [f"{name} is {getattr(trained, name)}" for name, _ in model_folder.differences(trained, config.vae)]
+    wrong = [f"{name} is {value}" for name, value, _ in model_folder.differences(trained, config.vae)]
     require(not wrong, f"--vae={VAE.value}: another autoencoder than the configuration's: {'; '.join(wrong)}; put that in configs/wan.py")
     return load(VAE.value, "vae", shapes), made
 

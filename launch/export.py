@@ -10,7 +10,7 @@ python -m launch.export --config=wan --checkpoint=checkpoints/wan_i2v --layout=d
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 from safetensors.numpy import save_file
 
-from configs.errors import RequestError
+from configs.errors import require
 from configs.run import Config
 from launch import command
 from omnitransfer_jax import tasks
@@ -37,8 +37,8 @@ LAYOUT = flags.DEFINE_enum(
 )
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
 
-DIFFUSERS_VERSION = "0.42.1"  # whose classes read what is written here
-COMPONENTS = {  # what model_index.json calls each part
+DIFFUSERS_VERSION = "0.42.1"  # the version whose classes read what is written here
+COMPONENTS = {  # the name of each part in model_index.json, its library and its class
     "dit": ("transformer", "diffusers", "WanTransformer3DModel"),
     "vae": ("vae", "diffusers", "AutoencoderKLWan"),
     "text": ("text_encoder", "transformers", "UMT5EncoderModel"),
@@ -56,46 +56,50 @@ ALIGNMENT_README = """# What OmniTransfer adds to Wan2.1 from stage 2 on
 `queries` are the MetaQueries, one set a task, in the order {tasks}. A task's set is appended to the embedded prompt
 [first frame, reference video, template, prompt]; the last hidden states at their places, after the final norm, go through
 `connector.first`, GELU (tanh), `connector.second`, GELU (tanh), `connector.third`. The result takes the place of the UMT5 features
-in the cross-attention of the target (into: {into}); several tasks' results lie behind one another. References do not read it.
+in the cross-attention of the target (into: {into}); results of several tasks are concatenated. References do not read it.
 """
 
 
 def main(config: Config) -> None:
-    trained, out = epath.Path(CHECKPOINT.value), Path(OUT.value)
-    if is_run := run_folder.is_run(CHECKPOINT.value):
-        run_folder.require_same_model(trained, config)
-    source = epath.Path(run_folder.imported_weights(CHECKPOINT.value))
-    stored = (*(model_folder.require_model(source, config) if str(source) != "." else ()), *(["dit"] if is_run else []))
-    if out.exists() and any(out.iterdir()):
-        raise RequestError(f"{out}: not empty; give a new folder with --out, or empty this one")
-    parts = [part for part in PARTS if part.name in stored and (LAYOUT.value != "comfyui" or part.name == "dit")]
-    if LAYOUT.value == "comfyui" and not parts:
-        raise RequestError(f"{source}: this checkpoint has no dit, which is what ComfyUI's layout holds; take --layout=diffusers")
+    checkpoint, layout, out = CHECKPOINT.value, LAYOUT.value, Path(OUT.value)
+    run = epath.Path(checkpoint) if run_folder.is_run(checkpoint) else None
+    if run:
+        run_folder.require_same_model(run, config)
+    imported = run_folder.imported_weights(checkpoint)
+    stored = {*(model_folder.require_model(imported, config) if imported else ()), *(["dit"] if run else [])}
+    require(not out.exists() or not any(out.iterdir()), f"{out}: not empty; give a new folder with --out, or empty this one")
+    parts = [part for part in PARTS if part.name in stored and (layout != "comfyui" or part.name == "dit")]
+    require(
+        bool(parts) or layout != "comfyui",
+        f"{checkpoint}: this checkpoint has no dit, which is what ComfyUI's layout holds; take --layout=diffusers",
+    )
     for part in parts:
-        export_part(part, config, source, trained if is_run and part.name == "dit" else None, out)
-    if is_run and config.alignment.enabled and LAYOUT.value != "comfyui":
-        export_alignment(config, trained, out / "alignment")
-    if LAYOUT.value == "diffusers":
-        write_pipeline(config, [part.name for part in parts], source, out)
-        copy_tokenizer(source, out / TOKENIZERS["diffusers"])
-    elif LAYOUT.value == "original":
-        copy_tokenizer(source, out / TOKENIZERS["original"])
-
-
-def export_part(part: Part, config: Config, source: epath.Path, run: epath.Path | None, out: Path) -> None:
-    """Writes one part of the imported weights, or as a `run` trained it, leaf by leaf, and its config.json where the layout has one."""
-    start, model, layout = time.monotonic(), getattr(config, part.name), LAYOUT.value
+        export_part(part, config, imported, run if part.name == "dit" else None, out)
+    if layout == "comfyui":
+        return
+    if run and config.alignment.enabled:
+        export_alignment(config, run, out / "alignment")
+    has_vocabulary = bool(imported) and (epath.Path(imported) / TOKENIZERS["diffusers"]).exists()
+    if has_vocabulary:
+        copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / TOKENIZERS["original" if layout == "original" else "diffusers"])
     if layout == "diffusers":
-        folder, stem, prefix, shard_bytes = out / part.diffusers[0], part.diffusers[1], "", SHARD_BYTES
+        write_pipeline(config, [part.name for part in parts], has_vocabulary, out)
+
+
+def export_part(part: Part, config: Config, imported: str, run: epath.Path | None, out: Path) -> None:
+    """Writes one part leaf by leaf, from the run that trained it or else from the imported weights; and its config.json, if any."""
+    start, model, layout = time.monotonic(), getattr(config, part.name), LAYOUT.value
+    table, prefix, shard_bytes = part.entries(model, "diffusers" if layout == "diffusers" else "original"), "", SHARD_BYTES
+    if layout == "diffusers":
+        folder, stem = out / part.diffusers[0], part.diffusers[1]
     elif layout == "original":
-        folder, stem, prefix, shard_bytes = out, part.original, "", SHARD_BYTES if part.name == "dit" else math.inf
+        folder, stem, shard_bytes = out, part.original, SHARD_BYTES if part.name == "dit" else math.inf
     else:
-        name = str(FLAGS["config"].value).replace(":", "_")
-        folder, stem, prefix, shard_bytes = out / "diffusion_models", name, part.prefixes[0], math.inf
-    table = part.entries(model, "diffusers" if layout == "diffusers" else "original")
-    leaves = part.shapes(model) if run else model_folder.part_leaves(source, part.name)
-    arrays = trained_leaves(run, part.name, leaves) if run else model_folder.read_part(source, part.name)
-    written = convert.save(arrays, leaves, table, folder, stem, prefix=prefix, shard_bytes=shard_bytes)
+        folder, stem = out / "diffusion_models", str(FLAGS["config"].value).replace(":", "_")
+        prefix, shard_bytes = part.prefixes[0], math.inf
+    shapes = part.shapes(model) if run else model_folder.part_leaves(imported, part.name)
+    leaves = trained_leaves(run, part.name, shapes) if run else model_folder.read_part(imported, part.name)
+    written = convert.save(leaves, shapes, table, folder, stem, prefix=prefix, shard_bytes=shard_bytes)
     if layout == "diffusers":
         write_json(folder / "config.json", part.table.config_json(model))
     elif layout == "original" and part.name == "dit":
@@ -104,44 +108,47 @@ def export_part(part: Part, config: Config, source: epath.Path, run: epath.Path 
     print(f"{part.name}: {len(written)} files, {size / 1e9:.3g} GB, {time.monotonic() - start:.1f} s", flush=True)
 
 
-def trained_leaves(run: epath.Path, part: str, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves of a part as the run's latest checkpoint has them, one at a time."""
-    params = {f"{part}.{path}": leaf for path, leaf in leaves.items()}
-    for path in leaves:
-        yield path, np.asarray(run_folder.load_params(run, params, only={f"{part}.{path}"})[f"{part}.{path}"])
+def trained_leaves(run: epath.Path, part: str, shapes: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves of a part in the run's latest checkpoint, one at a time."""
+    params = {f"{part}.{path}": leaf for path, leaf in shapes.items()}
+    for path, name in zip(shapes, params, strict=True):
+        yield path, np.asarray(run_folder.load_params(run, params, only={name})[name])
 
 
 def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
-    """What stages 2 and 3 add to the transformer: the language model's adapters as PEFT reads them, queries and connector, and a README."""
+    """Writes what stages 2 and 3 add to the transformer: the language model's adapters for PEFT, queries and connector, and a README."""
     model = flat_params(abstract(lambda rngs: Alignment(config, rngs=rngs)))
-    added = {path: leaf for path, leaf in model.items() if not path.startswith("mllm.") or ".lora." in path}
     params = {f"alignment.{path}": leaf for path, leaf in model.items()}
-    loaded = run_folder.load_params(run, params, only={f"alignment.{path}" for path in added})
-    arrays = {path.removeprefix("alignment."): np.asarray(x) for path, x in loaded.items()}
-    adapters = {path.removeprefix("mllm."): x for path, x in arrays.items() if ".lora." in path}
-    table = lora.entries(qwen2_5_vl.entries(config.mllm, "original"), adapters, lora.PEFT_PREFIX)
-    (out / "mllm_lora").mkdir(parents=True)
-    tensors = {e.theirs: e.layout.to_theirs(adapters[e.ours] if e.layer is None else adapters[e.ours][e.layer]) for e in table}
-    save_file(
-        {name: np.ascontiguousarray(x) for name, x in tensors.items()}, out / "mllm_lora" / "adapter_model.safetensors", {"format": "pt"}
-    )
-    write_json(out / "mllm_lora" / "adapter_config.json", dict(lora.adapter_config(config.lora, table)))
-    rest = {path: x for path, x in arrays.items() if ".lora." not in path}
-    names = {path: path.replace(".kernel", ".weight") for path in rest}
-    save_file(
-        {names[p]: np.ascontiguousarray(x.T if p.endswith(".kernel") else x) for p, x in rest.items()},
-        out / "alignment.safetensors",
-        {"format": "pt"},
-    )
-    shapes = "\n".join(
-        f"| `{names[p]}` | {' x '.join(map(str, (x.T if p.endswith('.kernel') else x).shape))} |" for p, x in sorted(rest.items())
-    )
+    added = {f"alignment.{path}" for path in model if not path.startswith("mllm.") or ".lora." in path}
+    loaded = {path.removeprefix("alignment."): np.asarray(x) for path, x in run_folder.load_params(run, params, only=added).items()}
+    adapters = export_adapters(config, {path: x for path, x in loaded.items() if ".lora." in path}, out / "mllm_lora")
+    rest = {
+        path.replace(".kernel", ".weight"): np.ascontiguousarray(x.T if path.endswith(".kernel") else x)
+        for path, x in sorted(loaded.items())
+        if ".lora." not in path
+    }
+    save_file(rest, out / "alignment.safetensors", {"format": "pt"})
+    shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, x.shape))} |" for name, x in rest.items())
     (out / "README.md").write_text(ALIGNMENT_README.format(shapes=shapes, tasks=", ".join(tasks.NAMES), into=config.alignment.into))
-    print(f"alignment: {len(tensors)} adapter tensors, {len(rest)} of queries and connector", flush=True)
+    print(f"alignment: {adapters} adapter tensors, {len(rest)} of queries and connector", flush=True)
 
 
-def write_pipeline(config: Config, parts: list[str], source: epath.Path, out: Path) -> None:
-    """What makes a pipeline of the parts: model_index.json, the scheduler, and the image encoder's preprocessing."""
+def export_adapters(config: Config, loaded: Mapping[str, np.ndarray], out: Path) -> int:
+    """Writes the language model's adapters as a PEFT folder; returns the number of tensors."""
+    leaves = {path.removeprefix("mllm."): x for path, x in loaded.items()}
+    table = lora.entries(qwen2_5_vl.entries(config.mllm, "original"), leaves, lora.PEFT_PREFIX)
+    pieces = {
+        entry.theirs: entry.layout.to_theirs(leaves[entry.ours] if entry.layer is None else leaves[entry.ours][entry.layer])
+        for entry in table
+    }
+    out.mkdir(parents=True)
+    save_file({name: np.ascontiguousarray(x) for name, x in pieces.items()}, out / "adapter_model.safetensors", {"format": "pt"})
+    write_json(out / "adapter_config.json", dict(lora.adapter_config(config.lora, table)))
+    return len(table)
+
+
+def write_pipeline(config: Config, parts: Sequence[str], has_vocabulary: bool, out: Path) -> None:
+    """Writes what a diffusers pipeline needs beside its parts: model_index.json, the scheduler, and the image preprocessing."""
     is_i2v = config.dit.image_dim is not None
     index: dict[str, Any] = {
         "_class_name": "WanImageToVideoPipeline" if is_i2v else "WanPipeline",
@@ -149,7 +156,7 @@ def write_pipeline(config: Config, parts: list[str], source: epath.Path, out: Pa
         "boundary_ratio": None,
         "expand_timesteps": False,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "tokenizer": ["transformers", "T5TokenizerFast"] if (source / "tokenizer").exists() else [None, None],
+        "tokenizer": ["transformers", "T5TokenizerFast"] if has_vocabulary else [None, None],
         "transformer_2": [None, None],
     }
     for name, (component, *kind) in COMPONENTS.items():
@@ -163,7 +170,7 @@ def write_pipeline(config: Config, parts: list[str], source: epath.Path, out: Pa
 
 
 def scheduler_json(shift: float) -> dict[str, Any]:
-    """UniPC as Wan2.1 sets it."""
+    """The UniPC scheduler with the settings of Wan2.1."""
     return {
         "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000,
         "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "solver_order": 2, "solver_type": "bh2",
@@ -172,7 +179,7 @@ def scheduler_json(shift: float) -> dict[str, Any]:
 
 
 def preprocessor_json(size: int) -> dict[str, Any]:
-    """CLIP's preprocessing as transformers has it, mean and deviation of CLIP's training images included."""
+    """CLIP's preprocessing as transformers stores it, with mean and deviation of CLIP's training images."""
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": size},
         "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
@@ -181,11 +188,10 @@ def preprocessor_json(size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def copy_tokenizer(source: epath.Path, target: Path) -> None:
-    if not (source / "tokenizer").exists():
-        return
+def copy_folder(source: epath.Path, target: Path) -> None:
+    """Copies the files of `source` into the new folder `target`."""
     target.mkdir(parents=True)
-    for file in (source / "tokenizer").iterdir():
+    for file in source.iterdir():
         file.copy(target / file.name)
 
 

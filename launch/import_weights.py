@@ -1,10 +1,10 @@
 """Wan2.1 weights into a checkpoint of ours: --source=DIR --out=DIR [--dtype=keep|float32|bfloat16].
 
 The source is a diffusers folder (transformer/, vae/, text_encoder/, image_encoder/, tokenizer/), the original's folder (its pickles
-converted to safetensors), or a single .safetensors file of the diffusion transformer, ComfyUI's included. Whatever parts are there
-are imported, one after the other, so memory holds a few leaves of one part. Nothing is written unless all of them are whole.
-The language model of stages 2 and 3 is a Qwen2.5-VL folder as published, as the source of a second call with the same --out, or as
-the folder mllm/ in the first one's source.
+converted to safetensors), or a single .safetensors file of the diffusion transformer, such as ComfyUI's. All parts that the source has
+are imported one after the other, so memory holds a few leaves of one part. Nothing is written unless all of them are complete.
+The language model of stages 2 and 3 is a published Qwen2.5-VL folder. It is imported by a second call with the same --out, or it is
+the folder mllm/ in the source.
 
 python -m launch.import_weights --source=Wan2.1-I2V-14B-480P-Diffusers --out=checkpoints/wan_i2v
 python -m launch.import_weights --source=Qwen2.5-VL-3B-Instruct --out=checkpoints/wan_i2v
@@ -39,13 +39,13 @@ DTYPE = flags.DEFINE_enum(
 
 
 class Found(NamedTuple):
-    """One part of the source, read as far as its headers."""
+    """One part of the source, known from the headers of its files."""
 
     part: Part
     config: Any
     layout: Layout
     tensors: Mapping[str, Tensor]
-    """Under the names of the table."""
+    """The tensors by the names that the table has for them."""
     problems: list[str]
 
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
-    """The parts in `source`, the files of each, and their layout where the folder tells it."""
+    """The parts in `source`, with their files, and their layout if it follows from the folder."""
     if source.is_file():
         yield PARTS[0], files.find(source), None
         return
@@ -90,7 +90,7 @@ def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
 
 
 def is_mllm(folder: Path) -> bool:
-    """Whether `folder` is a Qwen2.5-VL one, as its config.json says."""
+    """Whether `folder` holds Qwen2.5-VL, according to its config.json."""
     try:
         return json.loads((folder / "config.json").read_text()).get("model_type") == "qwen2_5_vl"
     except (OSError, json.JSONDecodeError):
@@ -98,12 +98,12 @@ def is_mllm(folder: Path) -> bool:
 
 
 def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtype | None) -> Found:
-    """What the headers say, read as the configuration beside the files or else as the published size that fits best."""
+    """The part that the headers describe: of the configuration beside the files, or else of the published size that fits best."""
     tensors, sizes = files.inspect(paths), candidates(part, paths[0].with_name("config.json"), layout)
     attempts = []
     for config, name in sizes:
-        table, shapes, ignored = part.entries(config, name), part.shapes(config), (*part.ignored, *part.ignored_of(config))
-        selected, expected = convert.select(tensors, table, part.prefixes, ignored), convert.specs(table, shapes)
+        table, shapes = part.entries(config, name), part.shapes(config)
+        selected, expected = convert.select(tensors, table, part.prefixes, part.ignored), convert.specs(table, shapes)
         misshaped = [key for key, spec in expected.items() if key in selected and selected[key].shape != spec.shape]
         distance = len(set(selected) ^ set(expected)) + len(misshaped)
         attempts.append((distance, Found(part, config, name, selected, convert.problems(selected, table, shapes, dtype))))
@@ -114,7 +114,7 @@ def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtyp
 
 
 def candidates(part: Part, config_file: Path, layout: Layout | None) -> list[tuple[Any, Layout]]:
-    """The configurations and layouts `part` may have: what its config.json says, or all of configs/wan.py."""
+    """The configurations and layouts that `part` may have: those of its config.json, or all in configs/wan.py."""
     if layout is not None and config_file.exists() and (layout == "diffusers" or part.name == "dit"):
         try:
             return [(part.table.config_from_json(json.loads(config_file.read_text())), layout)]
@@ -135,7 +135,7 @@ def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
             bar.update(item[1].size)
             return item
 
-        # map, for it holds no leaf it has passed on
+        # map keeps no reference to a leaf that it has yielded; a generator expression would
         model_folder.save_part(out, found.part.name, map(count, convert.leaves(found.tensors, table, shapes, dtype=dtype)))
     model_folder.write_model(out, {found.part.name: found.config})
     size = sum(tensor.nbytes for tensor in found.tensors.values())
@@ -160,7 +160,7 @@ def import_tokenizer(source: Path, out: epath.Path) -> None:
 
 
 def report(out: epath.Path) -> None:
-    """Says what the checkpoint still lacks, and what to type next."""
+    """Prints which parts the checkpoint lacks, and the next command."""
     stored = model_folder.read_model(out)
     for part in PARTS:
         if part.name not in stored:
@@ -168,14 +168,14 @@ def report(out: epath.Path) -> None:
     if not (out / "tokenizer").exists():
         print("tokenizer: not there; no prompt can be read")
     if MLLM.name in stored and not (out / MLLM_TOKENIZER).exists():
-        print(f"{MLLM_TOKENIZER}: not there; no prompt can be shown to the language model")
+        print(f"{MLLM_TOKENIZER}: not there; the language model can read no prompt")
     fits = [
         variant
         for variant, config in wan.VARIANTS.items()
         if not any(model_folder.differences(model, getattr(config, name)) for name, model in stored.items())
     ]
     if not fits:
-        print(f"No variant of configs/wan.py has these sizes; {out / model_folder.MODEL_FILE} tells them, for one of your own")
+        print(f"No variant of configs/wan.py has these sizes; {out / model_folder.MODEL_FILE} lists them, for a variant of your own")
         return
     name = f"wan:{fits[0]}" if fits[0] else "wan"
     first_frame = "" if "dit" in stored and stored["dit"].image_dim is None else "--first_frame=IMAGE "

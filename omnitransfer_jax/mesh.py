@@ -160,10 +160,16 @@ def per_device(
     def local(params: Mapping[str, jax.Array], *trees: Any) -> Any:
         params = {path: x if stack and path.startswith(stack) else unshard(x, specs[path]) for path, x in params.items()}
         result = function(params, *trees, shard)
-        return jax.lax.pmean(result, (DATA, CONTEXT)) if mean else result
+        return jax.tree.map(mean_of_devices, result) if mean else result
 
     def compute(params: Mapping[str, jax.Array], *trees: Any) -> Any:
         placement = dict(specs), *(rows for _ in trees)
         return jax.shard_map(local, mesh=mesh, in_specs=placement, out_specs=P() if mean else rows, check_vma=mean)(params, *trees)
 
     return compute
+
+
+def mean_of_devices(x: jax.Array) -> jax.Array:
+    """The mean over all devices, inside a `shard_map`; over an axis along which all devices computed the same there is nothing to do."""
+    axes = tuple(axis for axis in (DATA, CONTEXT) if axis in jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pmean(x, axes) if axes else x

@@ -1,12 +1,12 @@
-"""Our checkpoint of a model: a folder with one Orbax checkpoint a part, and the configuration that tells what they are.
+"""Our checkpoint of a model: a folder with one Orbax checkpoint for each part, and the configuration of each part.
 
     DIR/model.json              format version and the configuration of each part
-    DIR/{dit,vae,text,image,mllm}/   parameters by path, as `params.flat_params` names them
+    DIR/{dit,vae,text,image,mllm}/   parameters by path, as `flat_params` names them
     DIR/tokenizer/              the text encoder's vocabulary, as transformers stores it
     DIR/mllm_tokenizer/         the language model's
 
-Parts are read and written some leaves at a time, so neither needs a part twice in memory. A small part may be one file,
-DIR/dit.safetensors, with the same names: so are those of the folder that the package holds, whose name is `EMBEDDED`.
+Parts are read and written a group of leaves at a time, so that memory never holds a part twice. A small part may be one file,
+DIR/dit.safetensors, with the same names of parameters. Such are the parts of the model folder inside this package, named `EMBEDDED`.
 """
 
 import json
@@ -21,18 +21,18 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from configs.errors import RequestError
+from configs import kinds
+from configs.errors import RequestError, require
 from configs.run import Config
+from omnitransfer_jax.folders import atomic
 from omnitransfer_jax.weights import files
 
-EMBEDDED = "embedded"  # in the place of a folder: the one of this package, wherever it is installed
+EMBEDDED = "embedded"  # stands for the model folder inside this package, wherever that is installed
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded"
 FORMAT = 1
 MODEL_FILE = "model.json"
-GROUP_BYTES = 2**28  # leaves that go to or come from the disk together, unless one alone is larger
-CHUNK_BYTES = 2**26  # a process reads the chunks its shard of an array touches, so they are small, and cut along the widest axes
-# How a model runs, not which one it is.
-RUN_FIELDS = {"dtype", "attention", "references", "offsets", "remat", "text_len", "encode_frames", "decode_frames"}
+GROUP_BYTES = 2**28  # leaves are written and read in groups of about this size
+CHUNK_BYTES = 2**26  # a process reads every chunk that its shard of an array touches, so chunks are small
 Item = TypeVar("Item")
 IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
 
@@ -43,17 +43,17 @@ def resolve(folder: str) -> str:
 
 
 def save_file(folder: Path, name: str, leaves: Mapping[str, np.ndarray]) -> Path:
-    """Writes part `name` as one safetensors file, at once in place of an earlier one; for parts of some megabytes."""
+    """Writes part `name` as one safetensors file, in place of an earlier one; for parts of some megabytes."""
     specs = {path: files.Spec(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     return files.write(folder, name, specs, leaves.items(), math.inf)[0]
 
 
 def save_part(folder: epath.PathLike, name: str, leaves: Iterable[tuple[str, Any]]) -> None:
-    """Writes part `name` from its leaves, path and array; it appears under its name when the last of them is on the disk."""
+    """Writes part `name` from its leaves, pairs of path and array; the folder has its name when the last leaf is on the disk."""
     path = epath.Path(folder).absolute() / name
     if path.exists():
         raise RequestError(f"{path}: exists already; give another folder, or remove it")
-    unfinished = path.parent / f"{name}.partial_save"  # Orbax's name, here of an earlier attempt that was interrupted
+    unfinished = path.parent / f"{name}.partial_save"  # what Orbax leaves behind if an earlier attempt was interrupted
     if unfinished.exists():
         unfinished.rmtree()
     with _context():
@@ -72,8 +72,8 @@ def load_part(
 ) -> dict[str, jax.Array]:
     """Part `name` as arrays by path, for a model whose leaves have the shapes of `params`.
 
-    `sharding` is one for all leaves or one a path; None puts everything on the first device. `dtype` None keeps what is stored.
-    Another model's part is a `RequestError`.
+    `sharding` is one sharding for all leaves or one for each path; None puts everything on the first device. `dtype` None keeps the
+    stored types. A part whose leaves have other names or shapes is a `RequestError`.
     """
     stored = part_leaves(folder, name)
     misshaped = [path for path in stored if path in params and stored[path].shape != params[path].shape]
@@ -95,8 +95,8 @@ def load_part(
 
 
 def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Part `name` leaf by leaf, path and array in host memory, in the order of `part_leaves`."""
-    # A numpy array asks for numpy arrays; only its dtype is looked at, so it needs no memory.
+    """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`."""
+    # For a numpy target Orbax returns a numpy array. It reads only the target's dtype and shape, so the targets take no memory.
     leaves = part_leaves(folder, name).items()
     return _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves})
 
@@ -115,14 +115,11 @@ def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeSt
 
 
 def write_model(folder: epath.PathLike, parts: Mapping[str, Any]) -> None:
-    """Says in model.json which parts `folder` holds and of which configuration each is; parts it already told of stay."""
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    known = read_model(folder) if (folder / MODEL_FILE).exists() else {}
-    text = json.dumps({"format": FORMAT, "parts": {name: asdict(config) for name, config in {**known, **parts}.items()}}, indent=2)
-    partial = folder / f".{MODEL_FILE}.partial"
-    partial.write_text(text)
-    partial.replace(folder / MODEL_FILE)
+    """Writes the configurations of `parts` to model.json, beside those of the parts it already has."""
+    path = epath.Path(folder) / MODEL_FILE
+    known = read_model(folder) if path.exists() else {}
+    content = {"format": FORMAT, "parts": {name: asdict(config) for name, config in {**known, **parts}.items()}}
+    atomic.write_whole(path, json.dumps(content, indent=2))
 
 
 def read_model(folder: epath.PathLike) -> dict[str, Any]:
@@ -133,53 +130,51 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
     content = json.loads(path.read_text())
     if content["format"] != FORMAT:
         raise RequestError(f"{path}: format {content['format']}, this version reads {FORMAT}; import again: {IMPORT}")
-    kinds, parts = get_type_hints(Config), {}
+    types, parts = get_type_hints(Config), {}
     for name, values in content["parts"].items():
-        if name not in kinds:
-            raise RequestError(f"{path}: {name} has {name}, unknown to this version; import again: {IMPORT}")
-        parts[name] = configuration(kinds[name], values, f"{path}: {name}")
+        require(name in types, f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
+        parts[name] = configuration(types[name], values, f"{path}: {name}")
     return parts
 
 
 def require_model(folder: epath.PathLike, config: Config) -> Sequence[str]:
-    """The names of the parts in `folder`; a `RequestError` for the first field in which `config` is another model."""
+    """The names of the parts in `folder`; a `RequestError` for the first model field in which `config` differs."""
     stored = read_model(folder)
     for name, part in stored.items():
-        for field, found in differences(part, getattr(config, name)):
+        for field, value, found in differences(part, getattr(config, name)):
             raise RequestError(
-                f"{folder}: made with {name}.{field}={getattr(part, field)!r}, the configuration has {found!r}; "
-                f"give the --config it was made for, or --{name}.{field}={getattr(part, field)!r}"
+                f"{folder}: made with {name}.{field}={value!r}, the configuration has {found!r}; "
+                f"give the --config it was made for, or --{name}.{field}={value!r}"
             )
     return tuple(stored)
 
 
-def differences(part: Any, other: Any) -> list[tuple[str, Any]]:
-    """The fields that make `other` another model than `part`, with its values; how a model runs is not looked at."""
-    names = [field.name for field in fields(part) if field.name not in RUN_FIELDS]
-    return [(name, getattr(other, name)) for name in names if getattr(other, name) != getattr(part, name)]
+def differences(part: Any, other: Any) -> list[tuple[str, Any, Any]]:
+    """The model fields in which `other` differs from `part`, each by its dotted name and with the values of `part` and `other`."""
+    values, others = (kinds.flat(kinds.select(config, ["model"])) for config in (part, other))
+    return [(name, value, others[name]) for name, value in values.items() if others[name] != value]
 
 
-def configuration(kind: Any, values: Mapping[str, Any], at: str) -> Any:
-    """A configuration of type `kind` from JSON; `at` begins the message about a field it does not know."""
-    unknown = sorted(set(values) - {field.name for field in fields(kind)})
-    if unknown:
-        raise RequestError(f"{at} has {', '.join(unknown)}, unknown to this version; import again: {IMPORT}")
-    hints, found = get_type_hints(kind), {}
+def configuration(of: Any, values: Mapping[str, Any], at: str, remedy: str = f"import again: {IMPORT}") -> Any:
+    """A configuration of type `of` from JSON; `at` and `remedy` begin and end the message about fields that it does not have."""
+    unknown = sorted(set(values) - {field.name for field in fields(of)})
+    require(not unknown, f"{at}: {', '.join(unknown)} of {of.__name__} is unknown to this version; {remedy}")
+    hints, found = get_type_hints(of), {}
     for name, value in values.items():
         if is_dataclass(hints[name]):
-            found[name] = configuration(hints[name], value, f"{at}.{name}")
+            found[name] = configuration(hints[name], value, at, remedy)
         else:
             found[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**found)
+    return of(**found)
 
 
 def _file(folder: epath.PathLike, name: str) -> Path:
-    """Where a part is that is one file."""
+    """Where part `name` lies if it is one file."""
     return Path(folder) / f"{name}.safetensors"
 
 
 def _context() -> ocp.Context:
-    """Orbax set up for weights: no copy before writing, for nothing changes them meanwhile; no compression, it gains 8% at best."""
+    """Orbax's settings for weights: no copy before writing, because the arrays do not change; no compression, which gains 8% at best."""
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
@@ -188,7 +183,7 @@ def _context() -> ocp.Context:
 
 
 def _read(folder: epath.PathLike, name: str, targets: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The leaves `targets` describe, read in groups: Orbax needs as much again for what it reads at once."""
+    """The leaves that `targets` describe, read in groups, because Orbax takes twice the memory of what it reads at once."""
     if (file := _file(folder, name)).is_file():
         tensors = files.inspect([file])
         for path, array in zip(targets, files.read(tensors[path] for path in targets), strict=True):
@@ -204,7 +199,7 @@ def _read(folder: epath.PathLike, name: str, targets: Mapping[str, Any]) -> Iter
 
 
 def _placed(array: np.ndarray, target: Any) -> Any:
-    """`array` as `target` says: a numpy array, or a JAX array of its type and sharding, of which each process has its shards."""
+    """`array` itself for a numpy target, else a JAX array of the target's type and sharding; each process holds its own shards."""
     if isinstance(target, np.ndarray):
         return array
     cast = array.astype(target.dtype)
@@ -212,7 +207,7 @@ def _placed(array: np.ndarray, target: Any) -> Any:
 
 
 def _groups(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """`items` in order, in lists that end with the item that brings them to `GROUP_BYTES`; whoever empties a list frees its items."""
+    """`items` in order, in lists that end when their sizes add up to `GROUP_BYTES`. A caller that empties a list frees its items."""
     group, total = [], 0
     for item in items:
         total += size(item)

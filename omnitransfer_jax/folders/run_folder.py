@@ -1,35 +1,37 @@
-"""What a training run leaves behind: its configuration, and checkpoints that it, another run and sampling start from.
+"""The folder of a training run: its configuration, and checkpoints that it, another run and sampling start from.
 
-    WORKDIR/config.json          the resolved configuration
+    WORKDIR/config.json          which training wrote it, and the whole configuration
     WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped) and data
 
-A checkpoint is whole or it is not there: Orbax writes it under another name first. `data` is the number of batches read, the same for
-all processes, so a run may go on with another number of them.
+A checkpoint is whole or absent: Orbax writes it under another name first. `data` is the number of batches read, the same for all
+processes, so a run may go on with another number of processes.
 """
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import grain
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from configs import kinds
 from configs.errors import RequestError, require
 from configs.run import CheckpointConfig, Config, RunConfig
-from omnitransfer_jax.folders import model_folder
-from omnitransfer_jax.train.step import TrainState
+from omnitransfer_jax.folders import atomic, model_folder
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
-# What may change when a run goes on. None of it decides what is learnt; the mesh and kernels change rounding.
-FREE = ("train.steps", "train.log_every", "checkpoint.", "mesh.", "sampler.", "data.threads", "dit.attention", "dit.remat")
 PARAMETERS = ("trainable", "frozen", "ema")
+# The name of a training: what it trains, and the configurations that name it.
+TRAININGS = {"transfer": ("transformer", "stage1, stage2 or stage3"), "vae": ("autoencoder", "vae"), "mllm": ("language model", "mllm")}
+Run = TypeVar("Run", bound=RunConfig)
+State = TypeVar("State", bound=tuple)  # a NamedTuple like `train.step.TrainState`
 
 
 def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> ocp.training.Checkpointer:
-    """The run's checkpoints; what interrupted saves left is removed. Closing it waits for the save under way."""
+    """The run's checkpoints, without what interrupted saves left behind. Closing it waits for a save that is still being written."""
     latest: Any = ocp.training.preservation_policies.LatestN(config.keep)
     return ocp.training.Checkpointer(
         epath.Path(workdir).absolute() / CHECKPOINTS,
@@ -38,18 +40,18 @@ def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> ocp.t
     )
 
 
-def save(checkpoints: ocp.training.Checkpointer, step: int, state: TrainState, data: grain.DatasetIterator) -> None:
-    """Starts to write state and data position; returns when both may change again."""
+def save(checkpoints: ocp.training.Checkpointer, step: int, state: tuple, data: grain.DatasetIterator) -> None:
+    """Starts to write the state and the position in the data; when it returns, both may change again."""
     checkpoints.save_checkpointables_async(step, _items(state) | {"data": data.get_state()}, force=True)
 
 
-def restore(checkpoints: ocp.training.Checkpointer, like: TrainState, data: grain.DatasetIterator) -> TrainState:
-    """The latest state, placed as `like`; `data` is moved to where it was."""
+def restore(checkpoints: ocp.training.Checkpointer, like: State, data: grain.DatasetIterator) -> State:
+    """The latest state, with the shapes and shardings of `like`; `data` goes on behind the last batch that was read."""
     items = checkpoints.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data.get_state()})
     data.set_state(items["data"])
-    step, moments, skipped = items["progress"]
-    trainable, frozen, ema = (items.get(name, {}) for name in PARAMETERS)
-    return TrainState(step, trainable, frozen, moments, ema, skipped)
+    fields: Any = like
+    rest = [name for name in fields._fields if name not in PARAMETERS]
+    return fields._replace(**{name: items.get(name, {}) for name in PARAMETERS}, **dict(zip(rest, items["progress"], strict=True)))
 
 
 def load_params(
@@ -59,34 +61,24 @@ def load_params(
     dtype: Any = None,
     only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
-    """Those of `params` that the run's latest checkpoint has, or `only` some paths, averaged if the run keeps an average.
+    """Those of `params` that the run's latest checkpoint has, or `only` some paths; their averages if the run keeps averages.
 
-    Arguments are as for `checkpoint.load_part`.
-    A part (`dit`, `alignment`) of another model is a `RequestError`. What the run kept frozen, in the narrower dtype it computed
-    in, is taken from the run before, where it was trained, as long as that is there.
+    `sharding` and `dtype` are as for `model_folder.load_part`. A part (`dit`, `alignment`) whose parameters have other names or shapes
+    is a `RequestError`. Frozen parameters are stored in the narrow dtype of the computation; if the run before, which trained them, is
+    still there, they are read from it.
     """
     folder, found = latest(workdir), {}
     names = [path.name for path in folder.iterdir()]
     for name in ("frozen", "ema" if "ema" in names else "trainable"):
         if name in names:
             found |= {path: (name, leaf) for path, leaf in ocp.metadata(folder, checkpointable_name=name).metadata.items()}
-    shared = {path.partition(".")[0] for path in found} & {path.partition(".")[0] for path in params}
-    wrong = sorted(
-        path
-        for path in {*params, *found}
-        if path.partition(".")[0] in shared and (path not in params or path not in found or params[path].shape != found[path][1].shape)
-    )
-    require(
-        not wrong,
-        f"{folder}: not the model of this configuration, {len(wrong)} of its parameters differ, {', '.join(wrong[:3])} among them; "
-        f"give the configuration in {epath.Path(workdir) / CONFIG_FILE}",
-    )
+    _require_same_shapes(folder, params, {path: leaf for path, (_, leaf) in found.items()})
     if not isinstance(sharding, Mapping):
         sharding = dict.fromkeys(found, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     wanted = {path for path in params if path in found and (only is None or path in only)}
-    before, frozen = read_config(workdir).train.init_from, {path for path in wanted if found[path][0] == "frozen"}
+    before, frozen = _origin(workdir), {path for path in wanted if found[path][0] == "frozen"}
     loaded = load_params(before, params, sharding, dtype, frozen) if is_run(before) and frozen else {}
-    for path in sorted(wanted - loaded.keys()):  # one by one: Orbax needs as much memory again for what it reads at once
+    for path in sorted(wanted - loaded.keys()):  # one by one, because Orbax takes twice the memory of what it reads at once
         name, leaf = found[path]
         target = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path])
         others = dict.fromkeys((p for p, (part, _) in found.items() if part == name), ocp.PLACEHOLDER)
@@ -99,11 +91,23 @@ def require_same_model(workdir: epath.PathLike, config: Config) -> None:
     stored = read_config(workdir)
     parts = ("dit", "mllm", "lora") if stored.alignment.enabled else ("dit",)
     for part in parts:
-        for name, found in model_folder.differences(getattr(stored, part), getattr(config, part)):
-            value = getattr(getattr(stored, part), name)
+        for name, value, found in model_folder.differences(getattr(stored, part), getattr(config, part)):
             raise RequestError(
                 f"--{part}.{name}={found!r}: the run in {workdir} has {value!r}; give its --config, or --{part}.{name}={value!r}"
             )
+
+
+def require_same_run(workdir: epath.PathLike, config: RunConfig) -> None:
+    """A `RequestError` for the first field that makes `config` another run than the one in `workdir`."""
+    before, now = read_config(workdir, type(config)), kinds.flat(kinds.select(config, kinds.FIXED))
+    if config.optimizer.schedule == "cosine":  # the rate falls to 0 at the last step, so all rates depend on their number
+        now["train.steps"] = config.train.steps
+    stored = kinds.flat(asdict(before))
+    for name, value in now.items():
+        require(
+            stored[name] == value,
+            f"--{name}={value!r}: the run in {workdir} was started with {stored[name]!r}; give that, or another --workdir",
+        )
 
 
 def is_run(folder: str) -> bool:
@@ -111,13 +115,16 @@ def is_run(folder: str) -> bool:
     return bool(folder) and (epath.Path(model_folder.resolve(folder)) / CONFIG_FILE).exists()
 
 
-def imported_weights(folder: str) -> str:
-    """The folder of launch.import_weights that a run started from, directly or by way of other runs; empty if from random weights.
+def imported_weights(folder: str, of: type[RunConfig] = Config) -> str:
+    """The model folder that a run started from, directly or by way of other runs of any training; empty if from random weights.
 
-    That is where the parts are that a run does not train: autoencoder, encoders, tokenizer. `checkpoint.EMBEDDED` is resolved.
+    It holds the parts that the runs do not train: autoencoder, encoders, tokenizer. `model_folder.EMBEDDED` becomes its path. A run of
+    one of the `TRAININGS` other than `of.training` is a `RequestError`: an autoencoder's run is not where a transformer's parts are.
     """
+    if is_run(folder) and (training := _content(folder)["training"]) in TRAININGS:
+        _require_training(folder, training, of)
     while is_run(folder):
-        folder = read_config(folder).train.init_from
+        folder = _origin(folder)
     return model_folder.resolve(folder)
 
 
@@ -131,51 +138,56 @@ def latest(workdir: epath.PathLike) -> epath.Path:
 
 
 def write_config(workdir: epath.PathLike, config: RunConfig) -> None:
-    """Puts the configuration in place at once, so that a kill leaves the old one or the new."""
-    folder = epath.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(asdict(config), indent=2) + "\n")
-    partial.replace(folder / CONFIG_FILE)
+    """Writes the configuration and the name of its training."""
+    content = {"training": config.training} | asdict(config)
+    atomic.write_whole(epath.Path(workdir) / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
-def read_config(workdir: epath.PathLike) -> Config:
-    """The configuration a run was started with; a field this version does not know is a `RequestError`."""
+def read_config(workdir: epath.PathLike, of: type[Run] = Config) -> Run:
+    """The configuration that a run was started with; a run of another training than `of.training` is a `RequestError`."""
+    content = _content(workdir)
+    _require_training(workdir, content.pop("training"), of)
+    return model_folder.configuration(of, content, str(epath.Path(workdir) / CONFIG_FILE), "use the one that wrote it")
+
+
+def _content(workdir: epath.PathLike) -> dict[str, Any]:
+    """config.json as it is. Earlier versions wrote no name of the training; it follows from the fields."""
     path = epath.Path(workdir) / CONFIG_FILE
     require(path.exists(), f"{workdir}: no training run, {CONFIG_FILE} is absent; give another folder")
-    return _parse(Config, json.loads(path.read_text()), str(path))
+    content = json.loads(path.read_text())
+    return {"training": "transfer" if "dit" in content else "mllm" if "model" in content else "vae"} | content
 
 
-def require_same_run(workdir: epath.PathLike, config: RunConfig) -> None:
-    """A `RequestError` for the first field in which `config` would make another run of the one in `workdir`."""
-    before = flat_fields(read_config(workdir))
-    for name, value in flat_fields(config).items():
-        require(
-            before[name] == value or name.startswith(FREE),
-            f"--{name}={value!r}: the run in {workdir} was started with {before[name]!r}; give that, or another --workdir",
-        )
+def _origin(workdir: epath.PathLike) -> str:
+    """The folder that the run started from; empty if from random weights."""
+    return _content(workdir).get("train", {}).get("init_from", "")
 
 
-def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value of a configuration by its dotted name."""
-    found = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        found |= flat_fields(value, f"{prefix}{field.name}.") if is_dataclass(value) else {prefix + field.name: value}
-    return found
+def _require_training(workdir: epath.PathLike, found: str, wanted: type[RunConfig]) -> None:
+    """A `RequestError` unless `found` is the name of the wanted training."""
+    (trained, _), (needed, names) = (TRAININGS.get(name, (name, name)) for name in (found, wanted.training))
+    require(
+        found == wanted.training, f"{workdir}: a run of the {trained}'s training; give one of the {needed}'s, made with --config={names}"
+    )
 
 
-def _parse(kind: Any, value: Any, path: str) -> Any:
-    """`value` of a JSON file as a configuration of type `kind`, or as a plain value."""
-    make: Any = kind
-    if not is_dataclass(kind):
-        return tuple(value) if isinstance(value, list) else value
-    hints, unknown = get_type_hints(kind), sorted(set(value) - {field.name for field in fields(kind)})
-    require(not unknown, f"{path}: {', '.join(unknown)} of {make.__name__} is unknown to this version; use the one that wrote it")
-    return make(**{name: _parse(hints[name], inner, path) for name, inner in value.items()})
+def _require_same_shapes(folder: epath.Path, params: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """A `RequestError` unless the parts that `params` and `found` share have the same parameters, of the same shapes."""
+    shared = {path.partition(".")[0] for path in found} & {path.partition(".")[0] for path in params}
+    wrong = sorted(
+        path
+        for path in {*params, *found}
+        if path.partition(".")[0] in shared and (path not in params or path not in found or params[path].shape != found[path].shape)
+    )
+    require(
+        not wrong,
+        f"{folder}: not the model of this configuration, {len(wrong)} of its parameters differ, {', '.join(wrong[:3])} among them; "
+        f"give the configuration in {folder.parents[1] / CONFIG_FILE}",
+    )
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def _items(state: Any) -> dict[str, Any]:
     """The state as what a checkpoint consists of; Orbax takes no empty dictionaries."""
-    items = {name: getattr(state, name) for name in PARAMETERS if getattr(state, name)}
-    return items | {"progress": (state.step, state.moments, state.skipped)}
+    values = state._asdict()
+    items = {name: params for name in PARAMETERS if (params := values.pop(name))}
+    return items | {"progress": tuple(values.values())}

@@ -47,10 +47,10 @@ def train(
     data: grain.DatasetIterator[Any],
     evaluate: Evaluate | None = None,
 ) -> Params | None:
-    """The trained parameters after `config.train.steps`; None if the run was told to stop before.
+    """All parameters after `config.train.steps`; None if a signal stopped the run before.
 
-    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays. `evaluate` measures the trained
-    parameters on held-out data every `train.evaluate_every` steps; what it returns is logged.
+    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays. `evaluate` takes all parameters and
+    measures them on held-out data every `train.evaluate_every` steps; what it returns is logged.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -58,9 +58,11 @@ def train(
     like = placed_state(objective, config, optimizer, mesh, spec)
     with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
         done, steps = checkpoints.latest.step if checkpoints.latest else 0, config.train.steps
+        if done:
+            run_folder.require_same_run(workdir, config)
         if done >= steps:
             print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
-            return run_folder.restore(checkpoints, like, data).trainable if done == steps and evaluate else None
+            return run_folder.restore(checkpoints, like, data).params if done == steps and evaluate else None
         state = start(objective, config, workdir, checkpoints, like, optimizer, data)
         if jax.process_index() == 0:
             run_folder.write_config(workdir, config)
@@ -73,7 +75,7 @@ def train(
                 """Waits for step `n` and logs it."""
                 values = {name: value.item() for name, value in jax.device_get(metrics).items()}
                 if evaluate is not None and evaluates(config, n):
-                    measured = evaluate(state.trainable)
+                    measured = evaluate(state.params)
                     print(f"step {n}  " + "  ".join(f"{name} {value:.4g}" for name, value in measured.items()), flush=True)
                     values |= measured
                 log.write(n, values)
@@ -96,7 +98,7 @@ def train(
                 if stop and n < steps:
                     print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)
                     return None
-    return state.trainable
+    return state.params
 
 
 def evaluates(config: RunConfig, n: int) -> bool:
@@ -116,7 +118,6 @@ def start(
     """The state to go on from, placed as `like`; `data` moves to where it was."""
     params, origin = like.trainable | like.frozen, config.train.init_from
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
-        run_folder.require_same_run(workdir, config)
         print(f"{workdir}: going on after step {checkpoints.latest.step}", flush=True)
         return run_folder.restore(checkpoints, like, data)
     place = {path: leaf.sharding for path, leaf in params.items()}

@@ -35,6 +35,11 @@ class TrainState(NamedTuple):
     skipped: Int32[Array, ""]
     """Updates left out because they were not finite."""
 
+    @property
+    def params(self) -> Params:
+        """All parameters by path."""
+        return self.trainable | self.frozen
+
 
 def split_trainable(params: Mapping[str, Any], objective: Objective) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen); an expression of `objective.trainable` that names no parameter is a `RequestError`."""

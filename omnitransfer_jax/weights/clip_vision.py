@@ -10,7 +10,7 @@ IGNORED = (
     "vision_model.embeddings.position_ids", "visual_projection.weight",
     "visual.head", "textual.*", "log_scale",
 )  # fmt: skip
-"""fnmatch patterns of what a checkpoint may hold beside the table: first transformers', then the rest of the original's whole CLIP."""
+"""fnmatch patterns of what a checkpoint may hold beside the table: first line transformers', then the rest of CLIP in the original's."""
 
 OPTIONAL_PREFIXES = ("vision_model.",)
 """Prefixes a checkpoint may leave off: published files and transformers 4 have this one, files saved by transformers 5 do not."""
@@ -36,7 +36,7 @@ ORIGINAL_OUTSIDE = (
     ("post_norm.scale", "post_norm.weight", SAME),
     ("post_norm.bias", "post_norm.bias", SAME),
 )
-LAYER = (  # ours, transformers', Wan's and which part of it; each has a weight and a bias
+LAYER = (  # ours, transformers', the original's, which part of the original's; each has a weight and a bias
     ("norm1", "layer_norm1", "norm1", (0, 1)),
     ("attention.query", "self_attn.q_proj", "attn.to_qkv", (0, 3)),
     ("attention.key", "self_attn.k_proj", "attn.to_qkv", (1, 3)),
@@ -47,7 +47,7 @@ LAYER = (  # ours, transformers', Wan's and which part of it; each has a weight 
     ("mlp.down", "mlp.fc2", "mlp.2", (0, 1)),
 )
 
-FIXED = {"model_type": "clip_vision_model", "hidden_act": "gelu", "num_channels": 3}  # what models/clip_vision.py computes
+FIXED = {"model_type": "clip_vision_model", "hidden_act": "gelu", "num_channels": 3}  # the only variant that models/clip_vision.py computes
 FIELDS = {  # transformers' name of each field
     "dim": "hidden_size",
     "ffn_dim": "intermediate_size",
@@ -60,7 +60,7 @@ FIELDS = {  # transformers' name of each field
 
 
 def entries(config: CLIPVisionConfig, layout: Literal["diffusers", "original"]) -> list[Entry]:
-    """Every tensor of the tower, by its name in `layout`; the original fuses query, key and value."""
+    """The table of a tower of this configuration, with the names of `layout`; the original fuses query, key and value."""
     if layout == "diffusers":
         prefix, layers, outside = "vision_model", "encoder.layers", DIFFUSERS_OUTSIDE
     else:
@@ -88,7 +88,7 @@ def config_json(config: CLIPVisionConfig) -> dict[str, Any]:
 
 
 def config_from_json(json: dict[str, Any]) -> CLIPVisionConfig:
-    """The tower a config.json describes; `dtype`, which is how we compute, stays at its default.
+    """The tower that a config.json describes; `dtype` stays at its default.
 
     Raises `RequestError` for another kind of model or an absent value.
     """

@@ -1,7 +1,7 @@
 """Weights by a table, both ways: a checkpoint's tensors to the leaves of a model, and leaves to tensors.
 
-Strict: every tensor of the checkpoint is used, every leaf is filled, all shapes and types are right, or nothing happens and one
-message says all that is wrong. Streaming: one leaf is in memory at a time, plus one tensor.
+Loading is strict: every tensor of the checkpoint is used, every leaf is filled, and all shapes and types are right, or one message names
+everything that is wrong. Loading and saving stream: memory holds one leaf and one tensor at a time.
 """
 
 from collections import defaultdict
@@ -18,13 +18,16 @@ from omnitransfer_jax.weights.files import DTYPES, SHARD_BYTES, Spec, Tensor
 from omnitransfer_jax.weights.table import Entry
 
 Abstract = Mapping[str, Any]  # path -> anything with a shape and a dtype
-NAMED = 6  # tensors that one kind of problem names before it counts
+NAMED = 6  # how many tensors a message names; it counts the others
 
 
 def select(
     tensors: Mapping[str, Tensor], table: Sequence[Entry], prefixes: Sequence[str] = (), ignored: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """`tensors` under the names `table` has, whichever side carries one of `prefixes`; without what a pattern of `ignored` matches."""
+    """`tensors` by the names that `table` has for them, without those that it has no name for and a pattern of `ignored` matches.
+
+    A name in the checkpoint, in the table or in a pattern may have one of `prefixes` or leave it off.
+    """
 
     def bare(name: str) -> str:
         return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
@@ -32,10 +35,9 @@ def select(
     names = {bare(entry.theirs): entry.theirs for entry in table}
     selected: dict[str, Tensor] = {}
     for stored, tensor in tensors.items():
-        spellings = (bare(stored), *(prefix + bare(stored) for prefix in prefixes))
-        if any(fnmatch(spelling, pattern) for spelling in spellings for pattern in ignored):
+        name, spellings = names.get(bare(stored), stored), (bare(stored), *(prefix + bare(stored) for prefix in prefixes))
+        if bare(stored) not in names and any(fnmatch(spelling, pattern) for spelling in spellings for pattern in ignored):
             continue
-        name = names.get(bare(stored), stored)
         if name in selected:
             raise RequestError(f"{tensor.file}: {selected[name].name} and {stored} are the same tensor; remove one of them")
         selected[name] = tensor
@@ -43,9 +45,9 @@ def select(
 
 
 def problems(tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abstract, dtype: np.dtype | None = None) -> list[str]:
-    """What keeps `tensors` from filling `params`, one line a kind; empty if nothing does. Reads no data.
+    """Everything because of which `tensors` cannot fill `params`, one line for each kind of problem. Reads no data.
 
-    Shapes are the checkpoint's own. Without a `dtype` to convert to, all tensors of one leaf must have the same.
+    Shapes in messages are the checkpoint's. Without a `dtype` to convert to, all tensors of one leaf must have the same type.
     """
     expected = specs(table, params)
     known = {name: tensor for name, tensor in tensors.items() if name in expected}
@@ -69,7 +71,7 @@ def problems(tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abst
 def load(
     tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abstract, *, dtype: np.dtype | None = None
 ) -> dict[str, np.ndarray]:
-    """All leaves at once, by path; a `RequestError` with every problem if there is one. `dtype` None keeps the checkpoint's types."""
+    """All leaves by path; if there are problems, a `RequestError` names them all. `dtype` None keeps the checkpoint's types."""
     found = problems(tensors, table, params, dtype)
     if found:
         raise RequestError("; ".join(found))
@@ -79,7 +81,7 @@ def load(
 def leaves(
     tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abstract, *, dtype: np.dtype | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves one after the other, as path and array, of tensors in which there are no `problems`."""
+    """The leaves one after the other, as path and array; `tensors` must have no `problems`."""
     for path, entries in _rows(table).items():
         entries = sorted(entries, key=lambda entry: tensors[entry.theirs].file)
         sources = [tensors[entry.theirs] for entry in entries]
@@ -94,7 +96,7 @@ def leaves(
 def specs(table: Sequence[Entry], params: Abstract) -> dict[str, Spec]:
     """Shape and type of every tensor that `table` makes of `params`, in the order of the table.
 
-    No memory: the layouts run on arrays without strides. A table that does not cover the model exactly is a `ValueError`.
+    It needs no memory, because the layouts change broadcast views. A table that does not cover the model exactly is a `ValueError`.
     """
     _require_cover(table, params)
     found: dict[str, Spec] = {}
@@ -120,14 +122,14 @@ def save(
     prefix: str = "",
     shard_bytes: int | float = SHARD_BYTES,
 ) -> list[Path]:
-    """Writes `leaves` (path and array, in any order, as `params` announces them) as safetensors files; returns these."""
+    """Writes `leaves`, pairs of path and array in any order, as safetensors files and returns their paths; `params` has their shapes."""
     announced = {prefix + name: spec for name, spec in specs(table, params).items()}
     values = ((prefix + name, array) for name, array in _tensors(leaves, table))
     return files.write(folder, stem, announced, values, shard_bytes)
 
 
 def _tensors(leaves: Iterable[tuple[str, Any]], table: Sequence[Entry]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of each leaf as it comes; one that is fused of several leaves follows the last of them."""
+    """The tensors of each leaf in turn; a tensor that several leaves are fused into comes after the last of them."""
     rows = _rows(table)
     waiting: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for path, leaf in leaves:
@@ -142,7 +144,7 @@ def _tensors(leaves: Iterable[tuple[str, Any]], table: Sequence[Entry]) -> Itera
 
 
 def _rows(table: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """The entries of each leaf."""
+    """The entries of each leaf, by its path."""
     rows: dict[str, list[Entry]] = defaultdict(list)
     for entry in table:
         rows[entry.ours].append(entry)
@@ -150,7 +152,7 @@ def _rows(table: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def _require_cover(table: Sequence[Entry], params: Abstract) -> None:
-    """Every leaf, every layer of a stack and every part of a tensor exactly once; anything else is a mistake in the table."""
+    """A `ValueError` unless the table has every leaf, every layer of a stack and every part of a fused tensor exactly once."""
     rows = _rows(table)
     if set(rows) != set(params):
         raise ValueError(f"table and model differ in {sorted(set(rows) ^ set(params))}")

@@ -1,7 +1,6 @@
-"""safetensors files: what is in them without reading it, one tensor at a time out of them, and new ones that are whole or absent."""
+"""safetensors files: their headers, their tensors one at a time, and new files that are whole or absent."""
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,8 +13,13 @@ import numpy as np
 from safetensors import safe_open
 
 from configs.errors import RequestError
+from omnitransfer_jax.folders import atomic
 
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}  # as the library orders them
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}  # in the order in which the library writes them
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 SHARD_BYTES = 5 * 10**9  # the size of the published shards
@@ -23,7 +27,7 @@ LARGEST_HEADER = 100_000_000  # the library's own limit
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies and what it is, as its file's header says."""
+    """Where a tensor lies, its type and its shape, as the header of its file says."""
 
     file: Path
     name: str
@@ -37,7 +41,7 @@ class Tensor(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a tensor that is to be written will be."""
+    """Shape and type of a tensor that will be written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -48,9 +52,9 @@ class Spec(NamedTuple):
 
 
 def find(source: Path, pattern: str = "*.safetensors") -> list[Path]:
-    """The safetensors files of `source`: itself, or those in the folder that its index names, or that match `pattern`.
+    """The safetensors files of `source`: the file itself, or the folder's files that its index names or `pattern` matches.
 
-    A pickle is refused, for reading one runs whatever code it holds.
+    A pickle is refused, because reading one runs the code that it holds.
     """
     if source.is_file():
         refuse_pickles([source])
@@ -72,7 +76,7 @@ def find(source: Path, pattern: str = "*.safetensors") -> list[Path]:
 
 
 def refuse_pickles(paths: Sequence[Path]) -> None:
-    """A `RequestError` with the command that converts them, if any of `paths` is a PyTorch pickle."""
+    """A `RequestError` with the command that converts it, if any of `paths` is a PyTorch pickle."""
     pickles = [path for path in paths if path.suffix in PICKLES]
     if pickles:
         raise RequestError(
@@ -86,8 +90,8 @@ def refuse_pickles(paths: Sequence[Path]) -> None:
 def inspect(files: Iterable[Path]) -> dict[str, Tensor]:
     """The tensors of all `files` by name, from their headers alone.
 
-    Files that are no safetensors files, and a name that two files have, are a `RequestError` that names them all; a tensor whose
-    bytes are cut off is marked.
+    A `RequestError` names all files that are no safetensors files, and names that two files have. Tensors that the end of a file cuts
+    off are marked as `truncated`.
     """
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -115,7 +119,7 @@ def inspect(files: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def _header(file: Path) -> tuple[dict, int]:
-    """The tensors a file claims to hold, and where its data starts. The library opens no damaged file, so it cannot say this."""
+    """The header of a file, and where its data starts; read here, because the library opens no damaged file."""
     with open(file, "rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else LARGEST_HEADER + 1
@@ -128,9 +132,9 @@ def _header(file: Path) -> tuple[dict, int]:
 
 
 def read(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """The values of `tensors` in the order given, one at a time; a file is open only while its own are being read.
+    """The values of `tensors` in the order given, one at a time; a file is open only while its tensors are read.
 
-    `pread` instead of a memory map: mapped pages stay resident until the file is closed, up to a whole shard of them.
+    It reads with `pread`, because the pages of a memory map stay in memory until the file is closed: up to a whole shard.
     """
     for file, group in groupby(tensors, key=lambda tensor: tensor.file):
         with safe_open(file, "np", backend="pread") as stream:
@@ -141,11 +145,11 @@ def read(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
 def write(
     folder: Path, stem: str, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]], shard_bytes: int | float = SHARD_BYTES
 ) -> list[Path]:
-    """Writes the tensors of `specs`, whose values `arrays` brings in any order, in as many files as `shard_bytes` asks for.
+    """Writes the tensors of `specs`, whose values `arrays` yields in any order, in files of at most `shard_bytes`.
 
-    The names are those of diffusers and transformers: `stem.safetensors`, or numbered shards and an index. Everything lies under
-    other names until the last byte is there. Bytes are the library's, which however wants a whole file in memory at once: here
-    the headers, which the specs determine, come first and each array goes straight to its place.
+    The names are those of diffusers and transformers: `stem.safetensors`, or numbered shards and an index. No file has its name before
+    all are complete. The bytes are those that the library writes, but it needs a whole file in memory: here the headers, which follow
+    from the specs, come first, and each array is written to its place.
     """
     shards = _shards(specs, shard_bytes)
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -166,9 +170,9 @@ def write(
                 stream.seek(offset)
                 stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             if places:
-                raise ValueError(f"no values came for {sorted(places)}")
+                raise ValueError(f"no values for {sorted(places)}")
         for path, name in zip(partial, names, strict=True):
-            os.replace(path, folder / name)
+            atomic.place(path, folder / name)
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
@@ -191,7 +195,7 @@ def _shards(specs: Mapping[str, Spec], shard_bytes: int | float) -> list[dict[st
 
 
 def _write_header(stream: IO[bytes], shard: Mapping[str, Spec]) -> dict[str, int]:
-    """Writes the header of a file and returns where each tensor's bytes go: widest types first, then by name."""
+    """Writes the header of a file and returns the offset of each tensor; the widest types come first, then the order is by name."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in sorted(shard.items(), key=lambda item: (list(CODES).index(item[1].dtype), item[0])):
@@ -210,6 +214,4 @@ def _write_index(path: Path, shards: Mapping[str, Mapping[str, Spec]]) -> None:
         "metadata": {"total_size": sum(spec.nbytes for shard in shards.values() for spec in shard.values())},
         "weight_map": {name: file for file, shard in shards.items() for name in shard},
     }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(index, indent=2))
-    os.replace(partial, path)
+    atomic.write_whole(path, json.dumps(index, indent=2))

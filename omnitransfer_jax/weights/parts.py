@@ -1,6 +1,6 @@
-"""The parts of a Wan model: what each is called here, in a diffusers folder and in the original's, and which table carries it over.
+"""The parts of a Wan model: the name of each here, in a diffusers folder and in the original's folder, and its table of tensors.
 
-Beside them stands the language model of the alignment, which is published by itself.
+The language model of the alignment is one more part, which is published by itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ from omnitransfer_jax.weights import clip_vision, qwen2_5_vl, umt5, wan_dit, wan
 from omnitransfer_jax.weights.table import Entry
 
 Layout = Literal["diffusers", "original"]
-TOKENIZERS: dict[Layout, str] = {"diffusers": "tokenizer", "original": "google/umt5-xxl"}  # where each layout keeps the vocabulary
-MLLM_TOKENIZER = "mllm_tokenizer"  # the language model's, in our checkpoint
-MLLM_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")  # and where it is published
+TOKENIZERS: dict[Layout, str] = {"diffusers": "tokenizer", "original": "google/umt5-xxl"}  # the text encoder's vocabulary in each layout
+MLLM_TOKENIZER = "mllm_tokenizer"  # the language model's vocabulary in our checkpoint
+MLLM_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")  # and in the folder that is published
 
 
 class Part(NamedTuple):
@@ -32,48 +32,76 @@ class Part(NamedTuple):
     """Its field in `Config` and its folder in our checkpoints."""
     model: Callable[..., nnx.Module]
     table: ModuleType
-    """Its table of tensors, a module of this package."""
+    """The module of this package that holds its table of tensors."""
     diffusers: tuple[str, str]
     """Folder and file stem in the diffusers layout."""
     original: str
-    """File stem in the original's folder; its own files may go on after the part before the first hyphen or dot."""
+    """File stem in the original's folder; a file is recognised by what stands before the first hyphen."""
     absent: str
-    """What a checkpoint without it cannot do."""
+    """What a checkpoint without this part cannot do."""
     prefixes: Sequence[str] = ()
+    """Prefixes of tensor names that a file may have or leave off."""
     ignored: Sequence[str] = ()
-    ignored_of: Callable[[Any], Sequence[str]] = lambda config: ()
-    """What else is ignored for this configuration."""
+    """fnmatch patterns of tensors that a file may hold and the table does not."""
 
     def shapes(self, config: Any) -> Mapping[str, Any]:
         """The leaves of the model of this configuration, as shapes."""
         return _shapes(self.model, config)
 
     def entries(self, config: Any, layout: Layout) -> list[Entry]:
+        """The table of the model of this configuration."""
         return self.table.entries(config, layout)
 
 
 PARTS = (
     Part(
-        "dit", WanDiT, wan_dit, ("transformer", "diffusion_pytorch_model"), "diffusion_pytorch_model",
-        "nothing can be sampled or trained", wan_dit.OPTIONAL_PREFIXES, wan_dit.IGNORED,
+        name="dit",
+        model=WanDiT,
+        table=wan_dit,
+        diffusers=("transformer", "diffusion_pytorch_model"),
+        original="diffusion_pytorch_model",
+        absent="nothing can be sampled or trained",
+        prefixes=wan_dit.OPTIONAL_PREFIXES,
+        ignored=wan_dit.IGNORED,
     ),
     Part(
-        "vae", WanVAE, wan_vae, ("vae", "diffusion_pytorch_model"), "Wan2.1_VAE",
-        "no video can be encoded or decoded",
+        name="vae",
+        model=WanVAE,
+        table=wan_vae,
+        diffusers=("vae", "diffusion_pytorch_model"),
+        original="Wan2.1_VAE",
+        absent="no video can be encoded or decoded",
     ),
     Part(
-        "text", UMT5Encoder, umt5, ("text_encoder", "model"), "models_t5_umt5-xxl-enc-bf16",
-        "no prompt can be encoded", (), umt5.IGNORED,
+        name="text",
+        model=UMT5Encoder,
+        table=umt5,
+        diffusers=("text_encoder", "model"),
+        original="models_t5_umt5-xxl-enc-bf16",
+        absent="no prompt can be encoded",
+        ignored=umt5.IGNORED,
     ),
     Part(
-        "image", CLIPVision, clip_vision, ("image_encoder", "model"), "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
-        "no first frame can be encoded; text-to-video needs none", clip_vision.OPTIONAL_PREFIXES, clip_vision.IGNORED,
+        name="image",
+        model=CLIPVision,
+        table=clip_vision,
+        diffusers=("image_encoder", "model"),
+        original="models_clip_open-clip-xlm-roberta-large-vit-huge-14",
+        absent="no first frame can be encoded; text-to-video needs none",
+        prefixes=clip_vision.OPTIONAL_PREFIXES,
+        ignored=clip_vision.IGNORED,
     ),
-)  # fmt: skip
+)
 MLLM = Part(
-    "mllm", Qwen2_5VL, qwen2_5_vl, ("mllm", "model"), "model", "no alignment, which stages 2 and 3 need",
-    qwen2_5_vl.OPTIONAL_PREFIXES, (), qwen2_5_vl.ignored,
-)  # fmt: skip
+    name="mllm",
+    model=Qwen2_5VL,
+    table=qwen2_5_vl,
+    diffusers=("mllm", "model"),
+    original="model",
+    absent="no alignment, which stages 2 and 3 need",
+    prefixes=qwen2_5_vl.OPTIONAL_PREFIXES,
+    ignored=qwen2_5_vl.IGNORED,
+)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's tensors as published ("diffusers") and as a live transformers model calls them ("original"), and its config.json."""
+"""Qwen2.5-VL's tensors as published ("diffusers") and as transformers names them in memory ("original"), and its config.json."""
 
 from typing import Any, Literal
 
@@ -8,6 +8,9 @@ from omnitransfer_jax.weights.table import LINEAR, SAME, Entry, Layout
 
 OPTIONAL_PREFIXES = ("model.language_model.", "model.")
 """Prefixes a checkpoint may leave off; with both, a table of either layout reads a file of either."""
+
+IGNORED = ("lm_head.weight",)
+"""fnmatch patterns of what a checkpoint may hold beside the table: some tools save a tied embedding a second time."""
 
 PREFIXES = {"diffusers": ("model", "visual"), "original": ("model.language_model", "model.visual")}  # language model, vision tower
 LAYER = (  # ours, theirs, whether there is a bias
@@ -52,13 +55,8 @@ VISION_FIELDS = {
 }
 
 
-def ignored(config: QwenConfig) -> tuple[str, ...]:
-    """fnmatch patterns of what a checkpoint may hold beside the table: a tied embedding once more, as some tools save it."""
-    return ("lm_head.weight",) if config.tied else ()
-
-
 def entries(config: QwenConfig, layout: Literal["diffusers", "original"]) -> list[Entry]:
-    """Every tensor, by its name in `layout`."""
+    """The table of a model of this configuration, with the names of `layout`."""
     language, visual = PREFIXES[layout]
     table = [
         Entry(f"{language}.embed_tokens.weight", "token_embedding"),
@@ -76,7 +74,9 @@ def entries(config: QwenConfig, layout: Literal["diffusers", "original"]) -> lis
 
 def _vision_entries(config: QwenVisionConfig, visual: str) -> list[Entry]:
     window = (3, config.temporal_patch, config.patch, config.patch)
-    flat = Layout(lambda x: x.reshape(len(x), -1).T, lambda x: x.T.reshape(-1, *window))  # a convolution over whole patches is a matrix
+    flat = Layout(
+        lambda x: x.reshape(len(x), -1).T, lambda x: x.T.reshape(-1, *window)
+    )  # a convolution with the stride of its window is a matrix product
     table = [
         Entry(f"{visual}.patch_embed.proj.weight", "vision.patch_embedding.kernel", flat),
         Entry(f"{visual}.merger.ln_q.weight", "vision.merger.norm.scale"),
@@ -102,7 +102,7 @@ def _projection(theirs: str, ours: str, *, layer: int | None = None, part: tuple
 def config_json(config: QwenConfig) -> dict[str, Any]:
     """The config.json with which `Qwen2_5_VLForConditionalGeneration.from_pretrained` builds this model, laid out as published.
 
-    Nothing is left to transformers' defaults, which describe a model of another size.
+    Every value is written, because transformers' defaults describe a model of another size.
     """
     eps = QwenVisionConfig.eps
     require(config.vision.eps == eps, f"mllm.vision.eps={config.vision.eps}: transformers has {eps} and no field for it")
@@ -132,17 +132,19 @@ def config_json(config: QwenConfig) -> dict[str, Any]:
 
 
 def config_from_json(json: dict[str, Any]) -> QwenConfig:
-    """The model a config.json describes; `dtype`, which is how we compute, stays at its default.
+    """The model that a config.json describes; `dtype` stays at its default.
 
-    The published files hold the language model's fields beside the others; those of newer transformers hold them under
-    `text_config`, where older copies beside it may be stale. Raises `RequestError` for another kind of model or an absent value.
+    The published files hold the language model's fields at the top level; newer transformers write them under `text_config`, and
+    leave older copies at the top level, which may be stale. Raises `RequestError` for another kind of model or an absent value.
     """
     kind = json.get("model_type")
     require(kind == "qwen2_5_vl", f"config.json: model_type={kind!r}: the language model is 'qwen2_5_vl'; take a Qwen2.5-VL checkpoint")
     text, vision = json | json.get("text_config", {}), json.get("vision_config", {})
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     text = {"rope_theta": rope.get("rope_theta"), **text, "mrope_section": rope.get("mrope_section")}
-    text["tie_word_embeddings"] = json.get("tie_word_embeddings") or text.get("tie_word_embeddings")  # either place, as transformers
+    text["tie_word_embeddings"] = json.get("tie_word_embeddings") or text.get(
+        "tie_word_embeddings"
+    )  # in either place, as transformers reads it
     found = {
         "hidden_act": (text.get("hidden_act"), ("silu",)),
         "use_sliding_window": (text.get("use_sliding_window"), (False, None)),

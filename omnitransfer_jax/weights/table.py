@@ -1,7 +1,7 @@
-"""What a weight table is made of: which tensor of a checkpoint is which leaf of ours, and how its layout differs.
+"""What a weight table consists of: which tensor of a checkpoint is which leaf of our model, and how their layouts differ.
 
-A table is a list of entries, spelled out for every tensor of one model, so it reads the same way in both directions:
-`files.py` loads by it and saves by it. Each model's table lives beside this file under the model's own name.
+A table is a list of entries, one for every tensor of a model. `convert.py` loads and saves by the same table. The table of a model is in
+the file of this package that has the model's name.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ CONV = Layout(  # torch (out, in, *window) <-> (*window, in, out)
 
 
 class Entry(NamedTuple):
-    """One tensor of a checkpoint and the place it has here."""
+    """One tensor of a checkpoint and the leaf of our model that it fills."""
 
     theirs: str
     """Name in the checkpoint."""
@@ -34,6 +34,6 @@ class Entry(NamedTuple):
     """Path of the leaf, as in `blocks.self_attention.query.kernel`."""
     layout: Layout = SAME
     layer: int | None = None
-    """Row of the leaf's leading axis, for layers that are stacked and scanned here."""
+    """Index on the leaf's first axis, for layers that are stacked and scanned here."""
     part: tuple[int, int] = (0, 1)
     """(i, n): the leaf is the i-th of n equal parts of their tensor's first axis (fused projections)."""

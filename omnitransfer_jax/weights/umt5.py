@@ -26,7 +26,7 @@ BLOCK = (
     ("ffn.down.kernel", "layer.1.DenseReluDense.wo", "ffn.fc2", LINEAR),
 )
 
-FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu"}  # what models/umt5.py computes; nothing else is supported
+FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu"}  # the only variant that models/umt5.py computes
 FIELDS = {  # transformers' name of each field
     "vocab_size": "vocab_size",
     "dim": "d_model",
@@ -41,7 +41,7 @@ FIELDS = {  # transformers' name of each field
 
 
 def entries(config: UMT5Config, layout: Literal["diffusers", "original"]) -> list[Entry]:
-    """Every tensor of the encoder, by its name in `layout`."""
+    """The table of an encoder of this configuration, with the names of `layout`."""
     column, blocks = (1, "encoder.block") if layout == "diffusers" else (2, "blocks")
     table = [Entry(f"{row[column]}.weight", row[0]) for row in OUTSIDE]
     return table + [
@@ -64,7 +64,7 @@ def config_json(config: UMT5Config) -> dict[str, Any]:
 
 
 def config_from_json(json: dict[str, Any]) -> UMT5Config:
-    """The encoder a config.json describes; `dtype`, which is how we compute, stays at its default.
+    """The encoder that a config.json describes; `dtype` stays at its default.
 
     Raises `RequestError` for another kind of model or an absent value.
     """

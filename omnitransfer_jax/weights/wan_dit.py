@@ -6,14 +6,14 @@ from configs.base import DiTConfig
 from configs.errors import require
 from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry, Layout
 
-OPTIONAL_PREFIXES = ("model.diffusion_model.",)  # ComfyUI's files: the original's names behind this
-IGNORED = ("*.norm_added_q.weight",)  # some published files carry it; no code reads it
+OPTIONAL_PREFIXES = ("model.diffusion_model.",)  # ComfyUI's files have the original's names behind this prefix
+IGNORED = ("*.norm_added_q.weight",)  # some published files hold it; no model reads it
 
 Row = tuple[str, str, str, Layout]
 
 UNIT = Layout(lambda x: x[0], lambda x: x[None])  # (1, ...) <-> (...)
 
-# ours, diffusers, original. A linear layer stands for its kernel and its bias.
+# Ours, diffusers', the original's. A row of a linear layer covers its kernel and its bias.
 LINEARS = [
     ("text_embedder.up", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     ("text_embedder.down", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
@@ -35,7 +35,7 @@ TENSORS: list[Row] = [
     ("patch_bias", "patch_embedding.bias", "patch_embedding.bias", SAME),
     ("head_modulation", "scale_shift_table", "head.modulation", UNIT),
 ]
-# Within blocks.N. The affine norm before the cross-attention is diffusers' norm2 and the original's norm3.
+# Inside blocks.N. The affine norm before the cross-attention is called norm2 in diffusers and norm3 in the original.
 BLOCK_LINEARS = [
     *[
         (f"{ours}.{name}", f"{diffusers}.{to}", f"{original}.{letter}")

@@ -25,7 +25,7 @@ class Name(NamedTuple):
     original: str
 
     def __truediv__(self, inner: tuple[str, str, str]) -> "Name":
-        """The name of what the code bases call `inner` within this module."""
+        """The name of a submodule, or of a tensor, that the code bases call `inner`."""
         return Name(*(f"{outer}.{name}" for outer, name in zip(self, inner, strict=True)))
 
 
@@ -44,7 +44,7 @@ def entries(config: VAEConfig, layout: Literal["diffusers", "original"]) -> list
 
 
 def _encoder(config: VAEConfig) -> list[Row]:
-    """The others count the blocks and the steps down of all resolutions in one list."""
+    """Both other code bases number the residual blocks and downsamplers of all resolutions in one list."""
     rows, index = _ends("encoder"), 0
 
     def next_place(ours: str) -> Name:
@@ -61,7 +61,7 @@ def _encoder(config: VAEConfig) -> list[Row]:
 
 
 def _decoder(config: VAEConfig) -> list[Row]:
-    """Here only the original counts in one list."""
+    """Only the original numbers the modules of all resolutions in one list."""
     rows, steps = _ends("decoder"), config.temporal_downsample[::-1]
     blocks = config.num_res_blocks + 1
     for level, (inputs, outputs) in enumerate(decoder_widths(config)):
@@ -76,7 +76,7 @@ def _decoder(config: VAEConfig) -> list[Row]:
 
 
 def _ends(half: str) -> list[Row]:
-    """What encoder and decoder both have: first convolution, middle, last norm and convolution."""
+    """The modules that encoder and decoder both have: first convolution, middle blocks, last norm and convolution."""
     name = Name(half, half, half)
     attention = name / ("middle.attention", "mid_block.attentions.0", "middle.1")
     return [
@@ -109,7 +109,7 @@ def _resample(name: Name, in_time: bool) -> list[Row]:
 
 
 def _layer(name: Name, layout: Layout) -> list[Row]:
-    """A convolution: its kernel and its bias."""
+    """Kernel and bias of a convolution."""
     return [(name / ("kernel", "weight", "weight"), layout), (name / ("bias", "bias", "bias"), SAME)]
 
 
@@ -123,7 +123,7 @@ FIELDS = [
     ("latents_mean", "latents_mean"),
     ("latents_std", "latents_std"),
 ]
-# What diffusers can vary and Wan2.1 does not.
+# Options of diffusers that Wan2.1 leaves at these values.
 FIXED = {
     "decoder_base_dim": None, "attn_scales": [], "dropout": 0.0, "is_residual": False,
     "in_channels": 3, "out_channels": 3, "patch_size": None,
@@ -143,7 +143,7 @@ def config_json(config: VAEConfig) -> dict[str, Any]:
 
 
 def config_from_json(json: dict[str, Any]) -> VAEConfig:
-    """The configuration a config.json of diffusers describes; what it leaves out is diffusers' default, which is also ours.
+    """The configuration that a config.json of diffusers describes; absent fields have diffusers' defaults, which are also ours.
 
     An unsupported value is a `RequestError`. The scale factors are not read: they follow from `temperal_downsample`.
     """

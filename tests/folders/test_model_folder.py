@@ -159,8 +159,8 @@ def test_the_configuration_of_each_part_comes_back(tmp_path):
     ("change", "message"),
     [
         (lambda content: content.update(format=99), "format 99, this version reads 1"),
-        (lambda content: content["parts"]["dit"].update(novelty=1), "dit has novelty, unknown to this version"),
-        (lambda content: content["parts"].update(other={}), "other has other, unknown to this version"),
+        (lambda content: content["parts"]["dit"].update(novelty=1), "dit: novelty of DiTConfig is unknown to this version"),
+        (lambda content: content["parts"].update(other={}), "part other is unknown to this version"),
     ],
 )
 def test_a_model_file_of_another_version(tmp_path, change, message):

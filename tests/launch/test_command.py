@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from absl import flags
 
-from configs import wan
+from configs import vae, wan
 from configs.errors import RequestError
 from configs.run import Config
+from configs.vae import VAETraining
 from launch import command
 
 FLAGS = flags.FlagValues()
@@ -83,7 +84,7 @@ GIVEN = ["--config=wan:smoke", "--out=x"]
         (["--config=wan:tin", "--out=x"], "variant 'tin': not one of i2v_720p, smoke, t2v_14b, t2v_1_3b, tiny"),
         ([*GIVEN, "--outt=y"], "--outt: no such flag or configuration field, did you mean --out?; --help lists all"),
         ([*GIVEN, "--sampler.step=3"], "--sampler.step: no such flag or configuration field, did you mean --sampler.steps?"),
-        ([*GIVEN, "--steps=3"], "--steps: no such flag or configuration field, did you mean --sampler.steps?"),
+        ([*GIVEN, "--steps=3"], "--steps: no such flag or configuration field, did you mean --train.steps?"),
         ([*GIVEN, "--zzzzzz=3"], "--zzzzzz: no such flag or configuration field; --help lists all"),
         ([*GIVEN, "--sampler.steps=abc"], "--sampler.steps=abc: expected int"),
         ([*GIVEN, "--sampler.shift"], "--sampler.shift=: expected float"),
@@ -133,6 +134,17 @@ def test_help_shows_flags_fields_and_what_they_mean(capfd):
     assert "--sampler.shift FLOAT" in text
     assert "Bends the time grid towards noise: 3 at 480p, 5 at 720p." in text
     assert not seen
+
+
+def test_a_command_may_take_one_of_several_configurations(capfd):
+    def either(config: Config | VAETraining) -> None:
+        seen.append(config)
+
+    values = flags.FlagValues()
+    assert command.execute(either, values, ["--config=vae:tiny", "--kl_weight=0.5"]) == 0
+    assert seen == [replace(vae.TINY, kl_weight=0.5)]
+    assert command.execute(either, values, ["--help"]) == 0
+    assert "--sampler.shift FLOAT" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

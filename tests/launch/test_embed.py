@@ -38,7 +38,7 @@ def assert_same(one, other):
 
 
 def trained_vae(folder, psnr=30.5, **fields):
-    """A workdir as launch.train_vae leaves it, and its parameters."""
+    """A workdir as a training of the autoencoder leaves it, and its parameters."""
     folder.mkdir()
     leaves = drawn("vae", 1)
     save_file(leaves, folder / "vae.safetensors")
@@ -127,9 +127,9 @@ def test_wrong_requests(tmp_path, capsys):
     (tmp_path / "other" / "mllm.json").write_text("{}")
     for args, words in (
         ([f"--vae={tmp_path / 'vae'}"], "another autoencoder than the configuration's: latents_mean is (0.5, 0.5,"),
-        ([f"--vae={tmp_path}"], "no vae.json; train one to its end: python -m launch.train_vae"),
+        ([f"--vae={tmp_path}"], "no vae.json; train one to its end: python -m launch.train --config=vae:tiny"),
         ([f"--base={tmp_path}"], "no training run"),
-        ([f"--mllm={tmp_path}"], "no mllm.json; train one to its end: python -m launch.train_mllm"),
+        ([f"--mllm={tmp_path}"], "no mllm.json; train one to its end: python -m launch.train --config=mllm:tiny"),
         ([f"--mllm={tmp_path / 'other'}"], "not the mllm of this configuration"),
         ([f"--out={tmp_path}"], "not empty"),
         (["--text.vocab_size=100"], "the configuration's vocab_size has room for 100"),

@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from configs import wan
+from configs import kinds, wan
 from launch import command, export, import_weights
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.weights import files
@@ -115,12 +115,9 @@ def test_import_says_what_it_did_and_what_comes_next(source, tmp_path, capfd):
     sample = f'--config=wan:smoke --checkpoint={tmp_path / "ours"} --first_frame=IMAGE --prompt="..." --out=out.mp4'
     assert lines[-1] == f"Next: python -m launch.sample {sample}"
     stored = model_folder.read_model(tmp_path / "ours")
-    assert stored == {name: replace(part, **run_fields(part)) for name, part in ((p.name, getattr(SMOKE, p.name)) for p in PARTS)}
-
-
-def run_fields(part):
-    """What a config.json does not tell is at its default."""
-    return {name: getattr(type(part)(), name) for name in model_folder.RUN_FIELDS if hasattr(part, name)}
+    assert set(stored) == {part.name for part in PARTS}
+    for name, part in stored.items():
+        assert part == replace(type(part)(), **kinds.select(getattr(SMOKE, name), ["model"])), "a config.json tells model fields alone"
 
 
 def test_diffusers_to_ours_to_diffusers_is_bit_identical(source_and_export):

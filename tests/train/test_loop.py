@@ -18,11 +18,12 @@ from configs import stage1, stage3
 from configs.errors import RequestError
 from configs.run import MeshConfig, OptimizerConfig
 from omnitransfer_jax.folders import model_folder, run_folder
-from omnitransfer_jax.mesh import make_mesh, specs
+from omnitransfer_jax.mesh import make_mesh, specs, to_mesh
+from omnitransfer_jax.methods.omnitransfer import objective
 from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.optimizer import make_optimizer
-from omnitransfer_jax.train.step import abstract_params, abstract_state, init_state
+from omnitransfer_jax.train.step import init_state, placed_state
 from tests.devices import xla_flags
 from tests.train.tiny_run import EMPTY_TEXT, TINY, batches, sample, train
 
@@ -66,8 +67,9 @@ def saved_steps(workdir):
 
 def parts_of_a_run(config):
     """Mesh, optimizer and abstract state."""
-    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer)
-    return mesh, optimizer, abstract_state(config, mesh, specs(abstract_params(config), SHARDING, config.mesh.data), optimizer)
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, config.train.steps)
+    spec = specs(objective(config).params, SHARDING, config.mesh)
+    return mesh, optimizer, placed_state(objective(config), config, optimizer, mesh, spec)
 
 
 def left_by(workdir, config=TINY) -> dict[str, np.ndarray]:
@@ -80,7 +82,7 @@ def left_by(workdir, config=TINY) -> dict[str, np.ndarray]:
     metrics = {
         name: np.array([line[name] for line in lines(workdir)]) for name in ("step", "loss", "grad_norm", "learning_rate", "skipped")
     }
-    return leaves | metrics | {"next": next(data)["target"]}
+    return leaves | metrics | {"next": next(data).target}
 
 
 def assert_same(workdir, other, config=TINY):
@@ -190,16 +192,17 @@ def test_a_second_signal_is_not_caught(number):
 def test_every_step_draws_anew():
     mesh, optimizer, like = parts_of_a_run(TINY)
     spec = {path: leaf.sharding.spec for path, leaf in like.trainable.items()}
-    step = loop.compile_step(TINY, mesh, spec, like, optimizer)
+    trained = objective(TINY, EMPTY_TEXT)
+    step = jax.jit(loop.make_step(trained, TINY, optimizer, mesh, spec))
     params = {path: np.full(leaf.shape, 0.1, np.float32) for path, leaf in like.trainable.items()}
-    batch, key, empty = loop.to_mesh(next(batches(TINY)), mesh), jax.random.key(1), jax.numpy.asarray(EMPTY_TEXT)
+    batch = to_mesh(next(batches(TINY)), mesh)
 
     def loss(number, key):
-        state = init_state(jax.tree.map(jax.numpy.asarray, params), TINY, optimizer)._replace(step=jax.numpy.int32(number))
-        return float(step(state, batch, key, empty)[1]["loss"])
+        state = init_state(jax.tree.map(jax.numpy.asarray, params), trained, TINY, optimizer)._replace(step=jax.numpy.int32(number))
+        return float(step(state, batch, jax.random.key(key))[1]["loss"])
 
-    assert loss(0, key) == loss(0, key)
-    assert len({loss(0, key), loss(1, key), loss(0, jax.random.key(2))}) == 3
+    assert loss(0, 1) == loss(0, 1)
+    assert len({loss(0, 1), loss(1, 1), loss(0, 2)}) == 3
 
 
 def test_a_finished_run_does_nothing(whole, capsys):
@@ -246,7 +249,7 @@ def started(config, workdir):
     """The state a run with this configuration starts from."""
     _, optimizer, like = parts_of_a_run(config)
     with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints:
-        return loop.start(config, workdir, checkpoints, like, optimizer, batches(config))
+        return loop.start(objective(config), config, workdir, checkpoints, like, optimizer, batches(config))
 
 
 def test_starts_from_random_weights_of_the_seed(tmp_path):
@@ -270,7 +273,7 @@ def test_starts_from_another_run(whole, tmp_path):
 
 def test_starts_from_imported_weights(tmp_path):
     folder = tmp_path / "imported"
-    params = {path: np.full(leaf.shape, i, np.float16) for i, (path, leaf) in enumerate(abstract_params(TINY).items())}
+    params = {path: np.full(leaf.shape, i, np.float16) for i, (path, leaf) in enumerate(objective(TINY).params.items())}
     model_folder.save_part(folder, "dit", ((path.removeprefix("dit."), leaf) for path, leaf in params.items()))
     model_folder.write_model(folder, {"dit": TINY.dit})
     state = started(replace(TINY, train=replace(TINY.train, init_from=str(folder))), tmp_path / "run")
@@ -279,12 +282,12 @@ def test_starts_from_imported_weights(tmp_path):
 
 def test_the_full_size_does_not_start_from_random_weights(tmp_path):
     with pytest.raises(RequestError, match=r"no weights for dit \(16.4 billion .* python -m launch.import_weights"):
-        loop.require_weights(stage1.get_config())
+        loop.require_weights(objective(stage1.get_config()), stage1.get_config())
     with pytest.raises(RequestError, match=r"no weights for dit \(16.4 .* and mllm \(3.1 billion .* python -m launch.import_weights"):
-        loop.require_weights(stage3.get_config())
+        loop.require_weights(objective(stage3.get_config()), stage3.get_config())
     absent = replace(stage3.get_config(), train=replace(TINY.train, init_from=str(tmp_path)))
     with pytest.raises(RequestError, match="neither imported weights nor a run; import them"):
-        loop.require_weights(absent)
+        loop.require_weights(objective(absent), absent)
 
 
 def test_another_network_is_no_start(whole, tmp_path):
@@ -294,7 +297,7 @@ def test_another_network_is_no_start(whole, tmp_path):
 
 
 def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
-    params = abstract_params(TINY)
+    params = objective(TINY).params
     saved = left_by(whole)
     average = run_folder.load_params(whole, params, dtype="bfloat16")
     assert average.keys() == params.keys()
@@ -312,10 +315,10 @@ def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
 def test_sampling_refuses_another_network(whole, tmp_path):
     smaller = replace(TINY, dit=replace(TINY.dit, ffn_dim=16))
     with pytest.raises(RequestError, match=r"not the model of this configuration, 3 of its parameters differ, dit\.blocks\.ffn"):
-        run_folder.load_params(whole, abstract_params(smaller))
+        run_folder.load_params(whole, objective(smaller).params)
     run_folder.write_config(tmp_path, TINY)
     with pytest.raises(RequestError, match=r"this run has no checkpoint yet"):
-        run_folder.load_params(tmp_path, abstract_params(TINY))
+        run_folder.load_params(tmp_path, objective(TINY).params)
 
 
 def test_the_other_parts_are_where_the_first_run_started(tmp_path):

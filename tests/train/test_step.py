@@ -10,37 +10,23 @@ import pytest
 
 from configs import stage1
 from configs.errors import RequestError
+from configs.run import MeshConfig
+from omnitransfer_jax.batch import batch_spec
 from omnitransfer_jax.flow import draw_time
-from omnitransfer_jax.mesh import make_mesh, specs
-from omnitransfer_jax.models.flat_params import abstract, with_params
-from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
-from omnitransfer_jax.models.wan_dit import ALONE
+from omnitransfer_jax.mesh import UNSHARDED, make_mesh, specs
+from omnitransfer_jax.methods.omnitransfer import Drawn, draw, objective
+from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.train.optimizer import make_optimizer
-from omnitransfer_jax.train.step import (
-    Batch,
-    Corruption,
-    abstract_batch,
-    abstract_params,
-    abstract_state,
-    corrupt,
-    init_state,
-    losses,
-    make_train_step,
-    split_trainable,
-)
-from tests.train.tiny_run import EMPTY_TEXT, TINY, batches, sample
+from omnitransfer_jax.train.step import init_state, make_train_step, placed_state, split_trainable
+from tests.train.tiny_run import EMPTY_TEXT, TINY, batch_of, batches, sample
 
 PARTLY = replace(TINY, train=replace(TINY.train, trainable=(r"dit/blocks\..*attention.*", "dit/head.*"), ema=0.2))
+PARAMS = objective(TINY).params
 
 
-def batch_of(*numbers, **fields):
-    stacked = {name: np.stack([sample(i)[name] for i in numbers]) for name in sample(0)}
-    return Batch(**{name: jnp.asarray(x) for name, x in (stacked | fields).items()})
-
-
-def draw_params(config):
-    draw = np.random.default_rng(0).standard_normal
-    params = {path: 0.2 * draw(leaf.shape) for path, leaf in abstract_params(config).items()}
+def draw_params():
+    normal = np.random.default_rng(0).standard_normal
+    params = {path: 0.2 * normal(leaf.shape) for path, leaf in PARAMS.items()}
     return {path: jnp.asarray(path.endswith("scale") + x, jnp.float32) for path, x in params.items()}
 
 
@@ -48,14 +34,14 @@ class Stepper:
     """The step of a configuration, compiled when first called, and a state to begin with."""
 
     def __init__(self, config):
-        mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer)
-        spec = specs(abstract_params(config), SHARDING, 1)
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, spec, optimizer))
-        self.state = jax.device_put(init_state(draw_params(config), config, optimizer), places)
-        self.jitted = jax.jit(make_train_step(config, mesh, spec, optimizer), out_shardings=(places, None))
+        trained, mesh = objective(config, EMPTY_TEXT), make_mesh(config.mesh)
+        optimizer, spec = make_optimizer(config.optimizer, config.train.steps), specs(PARAMS, SHARDING, config.mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, placed_state(trained, config, optimizer, mesh, spec))
+        self.state = jax.device_put(init_state(draw_params(), trained, config, optimizer), places)
+        self.jitted = jax.jit(make_train_step(trained, config, optimizer, mesh, spec), out_shardings=(places, None))
 
     def __call__(self, state, batch, key=0):
-        return self.jitted(state, batch, jax.random.key(key), jnp.asarray(EMPTY_TEXT))
+        return self.jitted(state, jax.tree.map(jnp.asarray, batch), jax.random.key(key))
 
     def compilations(self):
         return self.jitted._cache_size()
@@ -74,7 +60,7 @@ def test_one_program_for_every_mix_of_tasks(step):
 
 def test_only_the_chosen_parameters_move(step):
     after, _ = step(step.state, batch_of(0, 2))
-    assert 0 < len(after.trainable) < len(abstract_params(PARTLY))
+    assert 0 < len(after.trainable) < len(PARAMS)
     assert {path.split(".")[1] for path in after.frozen} >= {"patch_embedding", "text_embedder", "time_projection"}
     assert [path for path, x in after.frozen.items() if not np.array_equal(x, step.state.frozen[path])] == []
     assert [path for path, x in after.trainable.items() if np.array_equal(x, step.state.trainable[path])] == []
@@ -118,31 +104,30 @@ def test_losses_fall(step):
 
 @partial(jax.jit, static_argnums=3)
 def evaluate(params, batch, drawn, config=TINY):
-    dit = with_params(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), params)
-    return losses(dit, batch, drawn, jnp.asarray(EMPTY_TEXT), config.train, ALONE)
+    return objective(config, EMPTY_TEXT).loss(params, batch, drawn, UNSHARDED)[0]
 
 
 def test_the_loss_is_of_the_velocity_at_the_drawn_time():
     """Against the definition: a network that answers nothing loses the mean square of noise - target."""
-    params = draw_params(TINY) | {"dit.head.kernel": jnp.zeros((24, 64)), "dit.head.bias": jnp.zeros(64)}
+    params = draw_params() | {"dit.head.kernel": jnp.zeros((24, 64)), "dit.head.bias": jnp.zeros(64)}
     batch = batch_of(0, 2)
-    drawn = corrupt(jax.random.key(3), batch, TINY)
+    drawn = draw(TINY, jax.random.key(3), batch)
     np.testing.assert_allclose(evaluate(params, batch, drawn), np.square(drawn.noise - batch.target).mean((1, 2, 3, 4)), rtol=1e-6)
 
 
 def test_small_times_count_less_by_choice():
     """The squared error of the clean estimate, t^2 times the velocity's, over max(t, 0.5)^2."""
-    params, batch = draw_params(TINY), batch_of(0, 2)
-    noise, clean = corrupt(jax.random.key(3), batch, TINY).noise, replace(TINY, train=replace(TINY.train, weighting="clean"))
+    params, batch = draw_params(), batch_of(0, 2)
+    noise, clean = draw(TINY, jax.random.key(3), batch).noise, replace(TINY, train=replace(TINY.train, weighting="clean"))
     for times, weights in [((0.1, 0.25), (1 / 25, 1 / 4)), ((0.5, 0.75), (1, 1))]:
-        drawn = Corruption(jnp.array(times), noise, jnp.zeros(2))
+        drawn = Drawn(jnp.array(times), noise, jnp.zeros(2))
         plain, weighted = evaluate(params, batch, drawn), evaluate(params, batch, drawn, clean)
         np.testing.assert_allclose(weighted / plain, weights, rtol=1e-6)
 
 
 def test_references_are_left_out_by_choice():
     """Plain Wan, whose loss knows neither the reference nor the task; and where references stand is the configuration's choice."""
-    params, batch, drawn = draw_params(TINY), batch_of(0, 2), corrupt(jax.random.key(3), batch_of(0, 2), TINY)
+    params, batch, drawn = draw_params(), batch_of(0, 2), draw(TINY, jax.random.key(3), batch_of(0, 2))
     other = batch._replace(reference=batch.reference + 1, task=batch.task[::-1])
     without, moved = replace(TINY, train=replace(TINY.train, references=False)), replace(TINY, dit=replace(TINY.dit, offsets="frames"))
     plain = evaluate(params, batch, drawn, without)
@@ -153,9 +138,9 @@ def test_references_are_left_out_by_choice():
 
 
 def test_what_a_sample_reads():
-    params = draw_params(TINY)
+    params = draw_params()
     noise = jnp.asarray(np.stack([sample(8)["target"], sample(9)["target"]]))
-    plain = Corruption(jnp.array([0.3, 0.7]), noise, jnp.zeros(2))
+    plain = Drawn(jnp.array([0.3, 0.7]), noise, jnp.zeros(2))
     batch = batch_of(0, 2)  # id, an appearance task, and motion, a temporal one
     base = evaluate(params, batch, plain)
     image = evaluate(params, batch._replace(image=batch.image + jnp.arange(8.0)[None, None]), plain)
@@ -170,9 +155,9 @@ def test_what_a_sample_reads():
         assert (other != base).tolist() == [True, False], field
 
 
-def test_corruption_is_drawn_as_configured():
-    batch = jax.tree.map(lambda leaf: jnp.zeros((2000, *leaf.shape[1:]), leaf.dtype), abstract_batch(TINY))
-    drawn = corrupt(jax.random.key(0), batch, TINY)
+def test_random_numbers_are_drawn_as_configured():
+    batch = jax.tree.map(lambda leaf: jnp.zeros((2000, *leaf.shape[1:]), leaf.dtype), batch_spec(TINY))
+    drawn = draw(TINY, jax.random.key(0), batch)
     assert float(drawn.drop_text.mean()) == pytest.approx(TINY.data.text_drop, abs=0.03)
     assert float(drawn.noise.std()) == pytest.approx(1, abs=0.01)
     key_time, *_ = jax.random.split(jax.random.key(0), 3)
@@ -181,23 +166,25 @@ def test_corruption_is_drawn_as_configured():
 
 
 def test_batches_are_as_expected():
-    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_batch(TINY))
-    assert {name: (x.shape, x.dtype) for name, x in next(batches(TINY)).items()} | {"mllm_inputs": None} == expected._asdict()
+    def form(batch):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch)
+
+    assert form(next(batches(TINY))) == form(batch_spec(TINY))
 
 
 def test_parameters_are_chosen_by_path():
-    params = abstract_params(PARTLY)
-    trainable, frozen = split_trainable(params, PARTLY.train)
-    assert trainable.keys() | frozen.keys() == params.keys()
-    assert set(trainable) == {p for p in params if p.startswith("dit.head") or (p.startswith("dit.blocks.") and "attention" in p)}
+    trainable, frozen = split_trainable(PARAMS, objective(PARTLY))
+    assert trainable.keys() | frozen.keys() == PARAMS.keys()
+    assert set(trainable) == {p for p in PARAMS if p.startswith("dit.head") or (p.startswith("dit.blocks.") and "attention" in p)}
     with pytest.raises(RequestError, match=r"'dit/nothing' matches no parameter; they are named like dit/blocks\."):
-        abstract_params(replace(TINY, train=replace(TINY.train, trainable=("dit/head.*", "dit/nothing"))))
+        split_trainable(PARAMS, replace(objective(TINY), trainable=("dit/head.*", "dit/nothing")))
 
 
-def test_the_state_lies_as_the_parameters_do():
+def test_moments_have_the_sharding_of_their_parameter():
     config = stage1.get_config()
-    mesh, spec = make_mesh(config.mesh), specs(abstract_params(config), SHARDING, 1)
-    state = abstract_state(config, mesh, spec, make_optimizer(config.optimizer))
+    full, optimizer = objective(config), make_optimizer(config.optimizer, config.train.steps)
+    spec = specs(full.params, SHARDING, MeshConfig())
+    state = placed_state(full, config, optimizer, make_mesh(config.mesh), spec)
     path = "dit.blocks.ffn.up.kernel"
     _, adam, *_ = state.moments
     assert state.trainable[path].sharding == adam.mu[path].sharding == adam.nu[path].sharding

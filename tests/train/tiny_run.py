@@ -16,7 +16,9 @@ from configs import stage1
 from configs.base import DiTConfig
 from configs.run import CheckpointConfig, Config, DataConfig, MeshConfig, TransferTrainConfig, VideoConfig
 from omnitransfer_jax import tasks
-from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.batch import Batch
+from omnitransfer_jax.mesh import data_share, make_mesh
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 
 TINY = stage1.get_config("smoke")
@@ -56,18 +58,23 @@ def sample(i: int) -> dict[str, np.ndarray]:
     }
 
 
-def batches(config: Config, make=sample, share: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
-    """Endless batches of 7 samples in shuffled order, or one process's share of them."""
+def batch_of(*numbers: int, **fields: np.ndarray) -> Batch:
+    """A batch of these samples, with `fields` instead of theirs."""
+    stacked = {name: np.stack([sample(i)[name] for i in numbers]) for name in sample(0)}
+    return Batch(**stacked | fields)
+
+
+def batches(config: Config, make=sample, share: tuple[int, int] = (0, 1)) -> grain.DatasetIterator[Batch]:
+    """Endless batches of 7 samples in shuffled order, or one process's part of them."""
     samples = grain.MapDataset.range(7).seed(config.seed).shuffle().map(make).repeat()
-    index, parts = share
-    return iter(
-        samples.batch(config.train.batch_size // parts, drop_remainder=True)[index::parts].to_iter_dataset(grain.ReadOptions(num_threads=1))
-    )
+    index, count = share
+    parts = samples.batch(config.train.batch_size // count, drop_remainder=True)[index::count].map(lambda batch: Batch(**batch))
+    return iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=1)))
 
 
 def train(config: Config, workdir: Path, make=sample) -> None:
     mesh = make_mesh(config.mesh)
-    loop.train(config, workdir, mesh, batches(config, make=make, share=loop.data_share(mesh)), EMPTY_TEXT)
+    loop.train(omnitransfer.objective(config, EMPTY_TEXT), config, workdir, mesh, batches(config, make, data_share(mesh)))
 
 
 if __name__ == "__main__":

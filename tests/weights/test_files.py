@@ -125,7 +125,7 @@ def test_nothing_has_its_final_name_before_the_last_byte(tmp_path):
 
 def test_values_must_be_as_announced(tmp_path):
     specs = specs_of(ARRAYS)
-    with pytest.raises(ValueError, match="no values came for"):
+    with pytest.raises(ValueError, match="no values for"):
         files.write(tmp_path, "model", specs, list(ARRAYS.items())[1:])
     with pytest.raises(ValueError, match="announced as"):
         files.write(tmp_path, "model", specs, [("b.second", np.zeros((5, 3), np.float32))])

@@ -15,7 +15,7 @@ from omnitransfer_jax.models.flat_params import abstract, count, flat_params
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.weights.convert import load, save, select, specs
 from omnitransfer_jax.weights.files import find, inspect
-from omnitransfer_jax.weights.qwen2_5_vl import OPTIONAL_PREFIXES, config_from_json, config_json, entries, ignored
+from omnitransfer_jax.weights.qwen2_5_vl import IGNORED, OPTIONAL_PREFIXES, config_from_json, config_json, entries
 from tests.parity.bridge import randomise, tensors
 
 QWEN_3B = QwenConfig()
@@ -82,7 +82,7 @@ def test_either_spelling_is_read(config, tmp_path):
     save_file(theirs, tmp_path / "model.safetensors")
     params, stored = params_of(config), inspect(find(tmp_path))
     read = [
-        load(select(stored, table, OPTIONAL_PREFIXES, ignored(config)), table, params)
+        load(select(stored, table, OPTIONAL_PREFIXES, IGNORED), table, params)
         for table in (entries(config, "diffusers"), entries(config, "original"))
     ]
     assert same(*read)

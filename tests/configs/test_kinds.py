@@ -1,0 +1,65 @@
+"""Every configuration field is of one of four kinds, and what must agree follows from them."""
+
+import json
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+
+from configs import kinds, mllm, stage3, vae, wan
+from configs.run import Config, OptimizerConfig, record_fields
+
+RUN = {
+    "checkpoint.every", "checkpoint.keep", "data.threads", "dit.attention", "dit.remat", "mesh.context", "mesh.data", "sampler.guidance",
+    "sampler.negative_prompt", "sampler.reference_cache", "sampler.shift", "sampler.solver", "sampler.stack_references", "sampler.steps",
+    "train.evaluate_every", "train.log_every", "train.steps", "vae.decode_frames", "vae.encode_frames",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [Config(), vae.TINY, mllm.TINY])
+def test_every_field_is_of_one_kind(config):
+    everything = kinds.flat(kinds.select(config, get_args(kinds.Kind)))
+    of_one = [set(kinds.flat(kinds.select(config, [kind]))) for kind in get_args(kinds.Kind)]
+    assert set().union(*of_one) == set(everything)
+    assert sum(map(len, of_one)) == len(everything)
+    assert all(everything[name] is value for name, value in leaves(config).items())
+    assert len(everything) == len(leaves(config))
+
+
+def leaves(config, prefix=""):
+    """The fields by dotted name, found without `kinds`."""
+    found = {}
+    for name, value in vars(config).items():
+        found |= leaves(value, f"{prefix}{name}.") if hasattr(value, "__dataclass_fields__") else {prefix + name: value}
+    return found
+
+
+def test_a_training_that_goes_on_may_change_these_fields():
+    assert set(kinds.flat(kinds.select(Config(), ["run"]))) == RUN
+    own = {name for name in kinds.flat(kinds.select(vae.TINY, ["run"])) if "." not in name}
+    assert own == {"threads", "evaluate_clips", "statistics_clips"}
+    assert "train.steps" not in kinds.flat(kinds.select(vae.TINY, ["run"])), "whole clips come in a share of all steps"
+    assert not kinds.select(OptimizerConfig(), ["model", "data", "run"])
+
+
+def test_what_a_checkpoint_need_not_agree_in():
+    """Training may compute in another type, and read references in another way, with the same weights."""
+    other = set(kinds.flat(kinds.select(wan.I2V_480P.dit, ["data", "training", "run"])))
+    assert other == {"dtype", "attention", "references", "offsets", "remat", "text_len"}
+
+
+def test_records_depend_on_data_fields_and_encoders():
+    smoke = wan.VARIANTS["smoke"]
+    fields = record_fields(smoke)
+    assert set(fields) == {"video", "data", "dit", "vae", "text", "image"}
+    assert fields["data"] == {"reference": {"frames": 81, "height": 480, "width": 832, "fps": 16}}
+    assert fields["dit"] == {"text_len": 32}
+    assert "encode_frames" not in fields["vae"]
+    assert fields["text"]["dtype"] == "float32"
+    same = replace(smoke, vae=replace(smoke.vae, encode_frames=8), dit=replace(smoke.dit, dim=96), seed=3)
+    assert record_fields(same) == fields
+    assert record_fields(replace(smoke, text=replace(smoke.text, dtype="bfloat16"))) != fields
+    aligned = record_fields(stage3.get_config("smoke"))
+    assert set(aligned["alignment"]) == {"frames", "frame_pixels", "prompt_tokens"}
+    assert set(aligned) - set(fields) == {"alignment", "mllm"}
+    assert json.loads(json.dumps(aligned))["mllm"]["vision"]["patch"] == 14

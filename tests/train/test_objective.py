@@ -1,0 +1,142 @@
+"""A new objective is one function: a low-rank adapter on the transformer that learns one clip. It has all that every training has."""
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jaxtyping import Array, Float
+from orbax.checkpoint import v1 as ocp
+
+from configs.base import LoRAConfig
+from configs.run import CheckpointConfig, Config, OptimizerConfig, TransferTrainConfig
+from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
+from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.mesh import UNSHARDED, Shard, make_mesh
+from omnitransfer_jax.methods import omnitransfer
+from omnitransfer_jax.models import lora
+from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
+from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
+from omnitransfer_jax.train import loop
+from omnitransfer_jax.train.objective import Metrics, Objective, Params
+from tests.train import tiny_run
+from tests.train.test_loop import lines, with_steps
+from tests.train.tiny_run import TINY, sample
+
+CONFIG = replace(
+    TINY,
+    lora=LoRAConfig(rank=4, alpha=4.0, targets=(r"blocks\.self_attention\..*", r"blocks\.ffn\..*")),
+    train=TransferTrainConfig(steps=60, batch_size=8, evaluate_every=20, trainable=(r"dit/.*\.lora_clip\..*",)),
+    optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=2, weight_decay=0.0),
+    checkpoint=CheckpointConfig(every=100),
+)
+
+
+class Drawn(NamedTuple):
+    time: Float[Array, " B"]
+    noise: Float[Array, "B F H W C"]
+
+
+def clip_adapter(config: Config) -> Objective:
+    """Flow matching on the latents of one clip, without prompt or first frame; the adapter trains and the transformer is frozen."""
+
+    def make(rngs: nnx.Rngs) -> OmniTransfer:
+        model = OmniTransfer(config, rngs=rngs)
+        lora.add_lora(model.dit, config.lora, "lora_clip", rngs=rngs)
+        return model
+
+    def draw(key: Array, clips: Array) -> Drawn:
+        key_time, key_noise = jax.random.split(key)
+        return Drawn(draw_time(key_time, len(clips), config.train.shift), jax.random.normal(key_noise, clips.shape))
+
+    def loss(params: Params, clips: Array, drawn: Drawn, shard: Shard) -> tuple[Array, Metrics]:
+        x = interpolate(clips, drawn.noise, drawn.time)
+        condition = jnp.zeros((*x.shape[:-1], config.dit.in_channels - x.shape[-1]))
+        text = jnp.zeros((len(x), config.dit.text_len, config.dit.text_dim))
+        dit = with_params(model, params).dit
+        velocity = dit(jnp.concatenate([x, condition], axis=-1), TIMESTEPS * drawn.time, text, shard=shard)
+        return loss_per_example(velocity, clips, drawn.noise), {}
+
+    model = abstract(make)
+    return Objective(
+        params=flat_params(model),
+        sharding=[*SHARDING, *lora.sharding(r"dit\.blocks\.")],
+        trainable=config.train.trainable,
+        batch=jax.ShapeDtypeStruct((config.train.batch_size, *config.video.latent_shape(config.vae)), jnp.float32),
+        draw=draw,
+        loss=loss,
+        init=lambda: flat_params(make(nnx.Rngs(config.seed))),
+        root_key=lambda: jax.random.key(config.seed),
+        stack="dit.blocks.",
+        models=config,
+        imported={"dit.": "dit"},
+    )
+
+
+def clip(config: Config) -> grain.DatasetIterator[np.ndarray]:
+    """Endless batches of one clip's latents."""
+    return iter(grain.MapDataset.source([sample(0)["target"]]).repeat().batch(config.train.batch_size).to_iter_dataset())
+
+
+def train(config: Config, workdir: Path) -> Params | None:
+    return loop.train(clip_adapter(config), config, workdir, make_mesh(config.mesh), clip(config), fixed_loss(config))
+
+
+def fixed_loss(config: Config):
+    """evaluate(params): the mean loss of 32 times and noises that are always the same."""
+    objective, clips = clip_adapter(config), jnp.asarray(np.stack([sample(0)["target"]] * 32))
+    drawn = objective.draw(jax.random.key(7), clips)
+    loss = jax.jit(lambda params: objective.loss(params, clips, drawn, UNSHARDED)[0].mean())
+    return lambda params: {"fixed_loss": float(loss(params))}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run that nothing interrupted, and the parameters it returned."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train(CONFIG, workdir)
+
+
+def test_its_loss_falls(whole):
+    losses = [line["fixed_loss"] for line in lines(whole[0]) if "fixed_loss" in line]
+    assert len(losses) == 3
+    assert losses[0] < fixed_loss(CONFIG)(clip_adapter(CONFIG).init())["fixed_loss"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_adapter_trains_and_nothing_else(whole):
+    first, last = clip_adapter(CONFIG).init(), whole[1]
+    assert last.keys() == first.keys()
+    moved = {path for path, x in last.items() if not np.array_equal(x, first[path])}
+    assert moved == {path for path in first if ".lora_clip." in path}
+    checkpoint = run_folder.latest(whole[0])
+    stored = {name: set(ocp.metadata(checkpoint, checkpointable_name=name).metadata) for name in ("trainable", "frozen")}
+    assert stored == {"trainable": moved, "frozen": last.keys() - moved}
+
+
+def test_resumed_equals_uninterrupted(whole, tmp_path):
+    train(with_steps(7, CONFIG), tmp_path)
+    again = train(CONFIG, tmp_path)
+    assert [path for path, x in whole[1].items() if not np.array_equal(x, again[path])] == []
+    for name in ("loss", "grad_norm", "skipped"):
+        assert [line[name] for line in lines(tmp_path)] == [line[name] for line in lines(whole[0])]
+
+
+def test_it_starts_from_a_trained_transformer(tmp_path):
+    """The adapter, which no other run has, starts as it is drawn; the transformer is the one of the run it starts from."""
+    base = replace(TINY, train=replace(TINY.train, steps=1))
+    tiny_run.train(base, tmp_path / "base")
+    config = replace(CONFIG, train=replace(CONFIG.train, steps=1, init_from=str(tmp_path / "base")))
+    params = train(config, tmp_path / "run")
+    trained = run_folder.load_params(tmp_path / "base", omnitransfer.objective(TINY).params)
+    assert all(np.array_equal(x, params[path]) for path, x in trained.items())
+
+
+def test_it_stays_as_small_as_promised():
+    assert len(inspect.getsource(clip_adapter).splitlines()) <= 60
