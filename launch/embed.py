@@ -1,4 +1,4 @@
-"""Writes the folder of the small model that is part of this package: --config=stage0:tiny --out=DIR [--vae=DIR] [--mllm=DIR] [--base=WORKDIR].
+"""Writes the small model that is part of the package: --config=stage0:tiny --out=DIR [--vae=DIR] [--mllm=DIR] [--base=WORKDIR].
 
     python -m launch.embed --config=stage0:tiny --vae=out/vae --out=out/encoders
     python -m launch.embed --config=stage0:tiny --base=out/stage0 --mllm=out/mllm --out=omnitransfer_jax/embedded

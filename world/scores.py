@@ -1,4 +1,4 @@
-"""Scores of transfers in the procedural world, where the true clip is known (world/pairs.py). Higher is better unless the line says otherwise.
+"""Scores of transfers in the procedural world, where the true clip is known (world/pairs.py). Higher is better unless noted.
 
     retrieval   1 if, of the truth and 7 renders that differ from it in the transferred factor alone, the truth is nearest; chance .125
     psnr        of the clip against the truth, in dB, over 8-bit pixels
