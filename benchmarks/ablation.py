@@ -1,22 +1,22 @@
-"""What each part of the method adds, in the procedural world: the paper's Table 7, with scores in the place of votes.
+"""What each part of the method adds, in the procedural world: the paper's Table 7, with scores instead of votes.
 
     python -m benchmarks.ablation --out=out/ablation
-    python -m benchmarks.ablation --out=out/ablation --core=1     # at the same time, another process on another core
-    python -m benchmarks.ablation --out=out/ablation --report     # the table of what is done
+    python -m benchmarks.ablation --out=out/ablation --core=1     # a second process at the same time, on another core
+    python -m benchmarks.ablation --out=out/ablation --report     # the results of the jobs that are done
 
     none        no reference
-    joint       the reference as further frames of one longer video, plain Wan over all of it: the paper's baseline
-    bias        the same, standing where its task says: task-aware positional bias
+    joint       target and reference are one longer video under plain Wan: the paper's baseline
+    bias        joint, with the task's RoPE offset on the reference: task-aware positional bias
     decoupled   the reference attends to itself and the target to both: reference-decoupled causal learning
-    alignment   the same number of steps divided over the three stages; the language model tells the transformer what to do
+    alignment   decoupled, with the same steps divided over three stages; the context comes from the language model
 
-All rows start from the base that the package holds and take as many steps over the same batches. They are told the same prompts, without
-the factor that the reference shows, and sample the same held-out pairs from the same noise. Stages 2 and 3 of `alignment` go on with the
-batches where the one before stopped, but each has its own warm-up, and its steps draw times and noise from the start again.
+All rows start from the base in the package and take as many steps over the same batches. Their prompts are the same and leave out the
+factor that the reference transfers, and they sample the same held-out pairs from the same noise. Stages 2 and 3 of `alignment` continue
+with the batches where the stage before stopped; each has its own warm-up, and its steps draw times and noise from the start again.
 
-A row with a seed is a job. DIR/jobs/ROW-SEED.json has its scores, one number a pair; it is not made again. Several processes may work on
-one DIR, and a job that was killed goes on from its last checkpoint. The last process writes ablation.md, ablation.svg and ablation.json.
-Results: docs/ablation.md.
+A job is one row with one seed. DIR/jobs/ROW-SEED.json holds its scores, one number a pair; a job with that file is not run again.
+Several processes may work on one DIR, and a job that was killed resumes from its last checkpoint. The last process writes ablation.md,
+ablation.svg and ablation.json. Results: docs/ablation.md.
 """
 
 import os
@@ -26,9 +26,9 @@ from contextlib import contextmanager, suppress
 from absl import flags
 
 FLAGS = flags.FlagValues()
-CORE = flags.DEFINE_integer("core", None, "core to run on alone; all there are if not given", flag_values=FLAGS)
+CORE = flags.DEFINE_integer("core", None, "the one core to run on; all cores if not given", flag_values=FLAGS)
 if __name__ == "__main__":
-    with suppress(flags.Error):  # the command tells of it
+    with suppress(flags.Error):  # command.run reports it
         FLAGS(sys.argv, known_only=True)
         if CORE.value in os.sched_getaffinity(0):
             os.sched_setaffinity(0, {CORE.value})  # before any library counts the cores
@@ -47,8 +47,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from configs import stage1, stage2, stage3
 from configs.errors import require
@@ -56,13 +58,14 @@ from configs.run import CheckpointConfig, Config
 from data_pipelines import records
 from data_pipelines.batches import batches, empty_text
 from evaluation import transfer
-from evaluation.report.markup import Markup, element
+from evaluation.report.curve import SERIES, STYLE, svg
 from evaluation.transfer import BATCH, Networks, Transfer
 from launch import command, encode_world
 from launch.encode import sha256
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
 from world.pair_records import Encoder
@@ -94,22 +97,22 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "runs of every row", lower_bound=1, fla
 PAIRS = flags.DEFINE_integer("pairs", 3600, "pairs to train on", lower_bound=5, flag_values=FLAGS)
 SCORED = flags.DEFINE_integer("scored", 200, "held-out pairs of each task that are scored", lower_bound=2, flag_values=FLAGS)
 ROWS_FLAG = flags.DEFINE_list("rows", list(ROWS), "rows to run", flag_values=FLAGS)
-SHARES = flags.DEFINE_list("shares", ["0.6", "0.15", "0.25"], "shares of the steps that alignment's stages take", flag_values=FLAGS)
+SHARES = flags.DEFINE_list("shares", ["0.6", "0.15", "0.25"], "shares of the steps that the stages of alignment take", flag_values=FLAGS)
 SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 10, "denoising steps of the clips that are scored", lower_bound=1, flag_values=FLAGS)
-REPORT = flags.DEFINE_bool("report", False, "run nothing, write the results of the jobs that are done", flag_values=FLAGS)
+REPORT = flags.DEFINE_bool("report", False, "write the results of the jobs that are done, and run none", flag_values=FLAGS)
 DOCS = flags.DEFINE_string("docs", "", "folder of ablation.md and ablation.svg; that of --out if empty", flag_values=FLAGS)
 
 Scores = Float[np.ndarray, "K S N"]
 """Tasks, seeds, pairs."""
 Jobs = dict[tuple[str, int], dict[str, Any]]
-"""What DIR/jobs holds, by row and seed."""
+"""The contents of DIR/jobs by row and seed."""
 Estimate = tuple[float, float, float]
-"""A mean and the ends of its interval."""
+"""A mean and the two ends of its interval."""
 
-DRAWS = 4000
+DRAWS = 4000  # of the bootstrap
 CHANCE = 0.125  # of retrieval: one of eight
 SETTINGS_FILE = "settings.json"
-PROSE = ("<!-- prose -->", "<!-- end of prose -->")  # what stands between them in ablation.md is kept when it is written again
+PROSE = ("<!-- prose -->", "<!-- end of prose -->")  # the text between them in ablation.md is kept when the page is written again
 
 
 def main() -> None:
@@ -125,20 +128,20 @@ def main() -> None:
     else:
         asked = [(row, seed) for seed in range(SEEDS.value) for row in ROWS if row in ROWS_FLAG.value]
         require_settings(out, settings())
-        jax.config.update("jax_compilation_cache_dir", str(out / "programs"))  # the seeds of a row share theirs
+        jax.config.update("jax_compilation_cache_dir", str(out / "programs"))  # the seeds of a row share their programs
         with claimed(out / "records.lock", wait=True):
             encode_world.write(stage3.get_config("tiny"), out / "records", PAIRS.value, key=0)
         work(out, asked)
         left = [job for job in asked if not job_path(out, *job).exists()]
         if left:
             names = ", ".join(f"{row}-{seed}" for row, seed in left)
-            print(f"{names}: under way in other processes, the last of which writes the results; --report writes those there are")
+            print(f"{names}: other processes run these, and the last one writes the results; --report writes those that are done")
             return
     report(out, Path(DOCS.value or out))
 
 
 def settings() -> dict[str, Any]:
-    """What all jobs of a folder have in common, in words of JSON."""
+    """The settings that all jobs of a folder share, as JSON values."""
     weights = {path.name: sha256(path) for path in sorted(model_folder.EMBEDDED_FOLDER.glob("*.safetensors"))}
     return {
         "steps": STEPS.value,
@@ -152,7 +155,7 @@ def settings() -> dict[str, Any]:
 
 
 def require_settings(out: Path, asked: dict[str, Any]) -> None:
-    """Begins a folder of jobs; a `RequestError` if it was begun with other settings."""
+    """Writes the settings into a new folder; raises a `RequestError` if the folder has other settings."""
     path = out / SETTINGS_FILE
     if not path.exists():
         records.write_whole(path, json.dumps(asked, indent=2).encode())
@@ -163,7 +166,7 @@ def require_settings(out: Path, asked: dict[str, Any]) -> None:
 
 @contextmanager
 def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds the lock; the system takes it from a process that dies."""
+    """Takes a lock and yields whether this process has it. The system releases the lock of a process that dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         held = True
@@ -179,7 +182,7 @@ def job_path(out: Path, row: str, seed: int) -> Path:
 
 
 def work(out: Path, jobs: Sequence[tuple[str, int]]) -> None:
-    """Runs the jobs that no process did and none is at."""
+    """Runs the jobs that are not done and that no other process is running."""
 
     def count() -> int:
         return sum(job_path(out, *job).exists() for job in jobs)
@@ -194,14 +197,14 @@ def work(out: Path, jobs: Sequence[tuple[str, int]]) -> None:
             left = f", about {timedelta(seconds=round(spent / (done - before) * (len(jobs) - done)))} to go" if done > before else ""
             print(f"\n[job {done + 1} of {len(jobs)}] {row}, seed {seed}{left}", flush=True)
             records.write_whole(path, json.dumps(run_job(out, row, seed)).encode())
-            jax.clear_caches()  # every job has programs of its own
+            jax.clear_caches()  # no job uses the programs of another
 
 
 # One job
 
 
 def run_job(out: Path, row: str, seed: int) -> dict[str, Any]:
-    """Trains a row and scores it; DIR/runs/ROW-SEED keeps the weights."""
+    """Trains a row and scores it; the weights stay in DIR/runs/ROW-SEED."""
     folder, begun, seconds = out / "runs" / f"{row}-{seed}", 0, 0.0
     for stage, steps in zip(ROWS[row].stages, divided(STEPS.value, row), strict=True):
         config = stage_config(row, stage, seed, steps, out)
@@ -247,22 +250,22 @@ def stage_config(row: str, stage: str, seed: int, steps: int, out: Path) -> Conf
 
 
 def train(config: Config, workdir: Path, skip: int) -> float:
-    """Trains from batch `skip` on; returns the median seconds of a step. A run that was told to stop ends the process."""
+    """Trains from batch `skip` on; returns the median seconds of a step. Ends the process if a signal stopped the training."""
     data = batches(config, seed=config.seed)
     for _ in range(skip):
         next(data)
-    loop.train(config, workdir, make_mesh(config.mesh), data, empty_text(config))
+    loop.train(omnitransfer.objective(config, empty_text(config)), config, workdir, make_mesh(config.mesh), data)
     if int(run_folder.latest(workdir).name) < config.train.steps:
-        raise SystemExit("stopped; the same command goes on from there")
+        raise SystemExit("stopped; the same command resumes here")
     lines = [json.loads(line)["seconds"] for line in (workdir / METRICS_FILE).read_text().splitlines()]
     return statistics.median(lines[1:] or lines)
 
 
 def score(config: Config, folder: str, seed: int) -> tuple[dict[str, Any], float]:
-    """(task -> control -> score -> one number a pair, denoising seconds a clip); the first seed has controls as well."""
-    told = replace(config, train=replace(config.train, references=True))  # all rows are told the same, whatever they read
-    made, networks = Transfer(config, Encoder(told, folder)), transfer.load(config, folder)
-    pairs = {task: transfer.held_out(told, task, SCORED.value) for task in tasks.NAMES}
+    """The scores, as task -> control -> score -> one number a pair, and the denoising seconds a clip. The first seed has controls too."""
+    prompted = replace(config, train=replace(config.train, references=True))  # so that all rows have the prompts of rows with references
+    made, networks = Transfer(config, Encoder(prompted, folder)), transfer.load(config, folder)
+    pairs = {task: transfer.held_out(prompted, task, SCORED.value) for task in tasks.NAMES}
     controls = ("transfer", "swapped", "none") if seed == 0 and config.train.references else ("transfer",)
     results = transfer.measure(made, networks, pairs, controls)
     found = {
@@ -273,7 +276,7 @@ def score(config: Config, folder: str, seed: int) -> tuple[dict[str, Any], float
 
 
 def seconds_a_clip(made: Transfer, networks: Networks, pairs: Sequence[Example], rounds: int = 3) -> float:
-    """The median time of denoising a full batch, by the clip; conditions and decoding are not counted."""
+    """The median time of denoising a full batch, divided by its clips; without computing conditions and without decoding."""
     conditions, seconds = made.conditions(networks, (list(pairs) * BATCH)[:BATCH]), []
     for _ in range(rounds + 1):
         started = time.perf_counter()
@@ -282,7 +285,7 @@ def seconds_a_clip(made: Transfer, networks: Networks, pairs: Sequence[Example],
     return statistics.median(seconds[1:]) / BATCH
 
 
-# What came of the jobs
+# Results of the jobs
 
 
 class Column(NamedTuple):
@@ -293,7 +296,7 @@ class Column(NamedTuple):
     tasks: tuple[str, ...]
     control: str = "transfer"
     above_none: bool = False
-    """Whether the same pair's score in the row without a reference is subtracted."""
+    """Whether the score of the same pair in the row without a reference is subtracted."""
 
 
 APPEARANCE, TEMPORAL = (tuple(t.name for t in tasks.TASKS if t.family == family) for family in ("appearance", "temporal"))
@@ -316,8 +319,8 @@ STEP_BY_STEP = (*FAMILIES, Column("PSNR", "psnr", tasks.NAMES))
 def estimate(values: Scores) -> Estimate:
     """The mean over tasks, seeds and pairs, and its 95% bootstrap interval.
 
-    A draw takes as many seeds as there are, with replacement, and of each task as many pairs as there are, with replacement. The pairs
-    drawn are the same for all seeds, as the pairs themselves are: drawn for each seed alone they would make the interval too narrow.
+    Every draw takes seeds with replacement, and the pairs of each task with replacement. All seeds of a draw have the same pairs,
+    because all seeds are scored on the same pairs: pairs drawn for each seed alone would make the interval too narrow.
     """
     seeds, pairs = draws(*values.shape)
     means = np.einsum("ds,ksn,dkn->d", seeds, values, pairs, optimize=True) / len(values)
@@ -327,13 +330,13 @@ def estimate(values: Scores) -> Estimate:
 
 @cache
 def draws(k: int, s: int, n: int) -> tuple[Float[np.ndarray, "D S"], Float[np.ndarray, "D K N"]]:
-    """What each seed, and each pair of each task, counts for in every draw."""
+    """The weight of each seed, and of each pair of each task, in every draw."""
     random = np.random.default_rng(0)
     return random.multinomial(s, [1 / s] * s, DRAWS) / s, random.multinomial(n, [1 / n] * n, (DRAWS, k)) / n
 
 
 def values_of(jobs: Jobs, row: str, column: Column, minus: str | None = None) -> Scores | None:
-    """The scores of a column in a row, or what they are above those of row `minus`, over the seeds that have them; None if none has."""
+    """The scores of a column in a row, less those of row `minus` if given, for the seeds that have them; None if no seed does."""
 
     def read(row: str, seed: int, task: str) -> list[float]:
         return jobs[row, seed]["scores"][task][column.control][column.score]
@@ -372,7 +375,7 @@ def report(out: Path, docs: Path) -> None:
         require(all(text.count(mark) == 1 for mark in PROSE), f"{page}: {' and '.join(PROSE)} are not there once each; put them back")
         old = text.partition(PROSE[0])[2].partition(PROSE[1])[0].strip("\n")
     records.write_whole(page, document(made, jobs, written, old).encode())
-    records.write_whole(docs / "ablation.svg", figure(jobs).encode())
+    records.write_whole(docs / "ablation.svg", svg(figure(jobs), "Retrieval of each row, by task").encode())
     records.write_whole(out / "ablation.json", (json.dumps({"settings": made, "rows": numbers(jobs)}, indent=2) + "\n").encode())
     print(f"wrote {page}, {docs / 'ablation.svg'} and {out / 'ablation.json'}")
 
@@ -394,8 +397,8 @@ def numbers(jobs: Jobs) -> dict[str, Any]:
                     values = values_of(jobs, row, Column(name, name, (task,), control))
                     assert values is not None  # the first job has it
                     mean, *ends = estimate(values)
-                    told = {"mean": mean, "interval": ends, "seeds": values.shape[1], "pairs": values.shape[2]}
-                    found[row].setdefault("scores", {}).setdefault(task, {}).setdefault(control, {})[name] = told
+                    summary = {"mean": mean, "interval": ends, "seeds": values.shape[1], "pairs": values.shape[2]}
+                    found[row].setdefault("scores", {}).setdefault(task, {}).setdefault(control, {})[name] = summary
     return found
 
 
@@ -404,11 +407,11 @@ def tables(jobs: Jobs) -> str:
     rows = rows_of(jobs)
 
     def cells(row: str, columns: Sequence[Column], minus: str | None = None) -> list[str]:
-        told = []
+        texts = []
         for column in columns:
             values = values_of(jobs, row, column, minus)
-            told.append("" if values is None else written(column.score, estimate(values), signed=column.above_none or minus is not None))
-        return told
+            texts.append("" if values is None else written(column.score, estimate(values), signed=column.above_none or minus is not None))
+        return texts
 
     def seconds(row: str, name: str) -> str:
         return f"{statistics.median(job[name] for (of, _), job in jobs.items() if of == row):.3f}"
@@ -418,23 +421,23 @@ def tables(jobs: Jobs) -> str:
     changes = [[f"{ROWS[row].name}, from {ROWS[before].name}", *cells(row, STEP_BY_STEP, minus=before)] for before, row in pairwise(rows)]
     sections = [
         "## Retrieval",
-        f"How often, of the truth and 7 clips that differ from it in the transferred factor alone, the truth is the nearest; "
-        f"chance is {100 * CHANCE:.1f}%. `swapped reference`: the same over all tasks when the reference is another pair's, first seed.",
+        "The share of clips whose nearest candidate is the truth, among it and 7 clips that differ from it only in the transferred factor; "
+        f"chance is {100 * CHANCE:.1f}%. `swapped reference`: the share over all tasks with another pair's reference, first seed only.",
         table(["", *(column.name for column in RETRIEVAL)], retrieval),
         "## The rest",
-        "Errors in pixels of a picture 64 high, lower is better. Leak: clips nearer to the reference than to the truth. Seconds: the "
-        f"median over seeds; a clip is denoised in a batch of {BATCH}, with the reference cached where it can be; reading the conditions "
-        "and decoding are not counted.",
+        "Errors in pixels of a picture 64 high, lower is better. Leak: the share of clips nearer to the reference than to the truth. "
+        f"Seconds: the median over seeds; a clip is denoised in a batch of {BATCH}, with cached keys and values of the reference where "
+        "the row allows it; encoding the conditions and decoding are not counted.",
         table(["", *(column.name for column in OTHERS), "seconds a step", "seconds a clip"], others),
         "## Step by step",
-        "What a row is above the one before it, pair by pair: retrieval over the tasks of a family, PSNR over all.",
+        "The difference between a row and the row before it, pair by pair: retrieval over the tasks of a family, PSNR over all tasks.",
         table(["", *(column.name for column in STEP_BY_STEP)], changes),
     ]
     return "\n\n".join(sections)
 
 
 def written(score: str, found: Estimate, signed: bool) -> str:
-    """An estimate as the tables have it."""
+    """An estimate as text for the tables."""
     scale, digits, unit = {"retrieval": (100, 0, "%"), "leak": (100, 0, "%"), "psnr": (1, 1, " dB")}.get(score, (1, 1, " px"))
     mean, low, high = (0.0 + round(scale * x, digits) for x in found)  # 0.0 + -0.0 is 0.0
     sign = "+" if signed else ""
@@ -459,53 +462,35 @@ def document(made: Mapping[str, Any], jobs: Jobs, results: str, prose: str) -> s
     )
     intervals = (
         "In brackets: 95% bootstrap intervals of the mean over seeds and pairs. Every draw takes seeds with replacement, and the pairs of "
-        "each task with replacement, the same ones for all seeds. With three seeds an interval says little about other seeds."
+        "each task with replacement, the same pairs for all seeds. With three seeds an interval says little about other seeds."
     )
     command_line = f"```\npython -m benchmarks.ablation --out=out/ablation --seeds={max(seeds.values())} {flags_given}\n```"
-    # What the rows are stands in this file's docstring, and nowhere else.
+    # The descriptions of the rows are the lines of this file's docstring that start with a row's name.
     rows = "```\n" + "\n".join(line[4:] for line in (__doc__ or "").splitlines() if line[4:].split(" ")[0] in ROWS) + "\n```"
     picture = "![Retrieval of each row, by task](ablation.svg)"
     kept = "\n".join([PROSE[0], *([prose] if prose else []), PROSE[1]])
     return "\n\n".join(["# Ablation", kept, rows, command_line, facts, picture, intervals, results]) + "\n"
 
 
-STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#1b1f24}.dot{fill:#0b7468}.bar{stroke:#0b7468;stroke-width:2}.line{stroke:#c9cbc6}"
-    ".chance{stroke:#96540a;stroke-dasharray:3 3}.quiet{fill:#59616b}"
-    "@media(prefers-color-scheme:dark){text{fill:#e9ebea}.dot{fill:#55d0bd}.bar{stroke:#55d0bd}.line{stroke:#444b52}"
-    ".chance{stroke:#f0b465}.quiet{fill:#a2abb3}}"
-)
-LEFT, PANEL, GAP, TOP, LINE = 105, 126, 40, 30, 26  # pixels of the figure
-
-
-def figure(jobs: Jobs) -> Markup:
-    """Retrieval with its interval: a panel a task, a line a row."""
-    rows, parts = rows_of(jobs), [element("style", Markup(STYLE))]
-    bottom = TOP + LINE * len(rows)
-    parts += [label(LEFT - 14, TOP + LINE * (i + 0.5) + 4, ROWS[row].name, "end") for i, row in enumerate(rows)]
-    for number, column in enumerate(BY_TASK):
-        start = LEFT + number * (PANEL + GAP)
-        parts += [label(start + PANEL / 2, TOP - 10, column.name, "middle")]
-        parts += [segment(start + PANEL * x, TOP, start + PANEL * x, bottom, "line") for x in (0, 0.5, 1)]
-        parts += [segment(start + PANEL * CHANCE, TOP, start + PANEL * CHANCE, bottom, "chance")]
-        parts += [label(start + PANEL * x, bottom + 16, f"{100 * x:.0f}%", "middle", "quiet") for x in (0, 0.5, 1)]
-        for i, row in enumerate(rows):
-            values = values_of(jobs, row, column)
-            assert values is not None  # every job has transfers
-            (mean, low, high), y = (start + PANEL * np.array(estimate(values))).tolist(), TOP + LINE * (i + 0.5)
-            parts += [segment(low, y, high, y, "bar"), element("circle", cx=f"{mean:.1f}", cy=f"{y:.1f}", r=4, _class="dot")]
-    width, height = LEFT + len(tasks.NAMES) * (PANEL + GAP), bottom + 44
-    parts += [label(LEFT, bottom + 36, "retrieval, the true one of 8; dashed: chance; bars: 95% bootstrap intervals", "start", "quiet")]
-    title = "Retrieval of each row, by task"
-    return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=title)
-
-
-def segment(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    return element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", _class=kind)
-
-
-def label(x: float, y: float, text: str, anchor: str, kind: str = "") -> Markup:
-    return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, _class=kind)
+@mpl.rc_context(STYLE)
+def figure(jobs: Jobs) -> Figure:
+    """Retrieval with its interval: a panel for each task, a line for each row."""
+    rows, made = rows_of(jobs), Figure((13, 2.9))
+    panels, places = made.subplots(1, len(BY_TASK), sharey=True), range(len(rows))
+    for panel, column in zip(panels, BY_TASK, strict=True):
+        values = [values_of(jobs, row, column) for row in rows]
+        means, lows, highs = np.transpose([estimate(each) for each in values if each is not None])  # every job has transfers
+        panel.axvline(CHANCE, color=SERIES[1], linewidth=1, linestyle="--")
+        panel.hlines(places, lows, highs, color=SERIES[0], linewidth=2)
+        panel.plot(means, places, "o", color=SERIES[0])
+        panel.set(title=column.name, xlim=(0, 1), xticks=(0, 0.5, 1), xticklabels=("0%", "50%", "100%"))
+        panel.margins(y=0.12)
+        panel.grid(axis="x")
+    panels[0].set_yticks(places, [ROWS[row].name for row in rows])
+    panels[0].invert_yaxis()
+    made.subplots_adjust(left=0.115, right=0.975, bottom=0.24, top=0.87, wspace=0.3)
+    made.text(0.115, 0.04, "retrieval, the true one of 8; dashed: chance; bars: 95% bootstrap intervals")
+    return made
 
 
 if __name__ == "__main__":

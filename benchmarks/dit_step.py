@@ -3,7 +3,7 @@
     python -m benchmarks.dit_step
 
 4 layers, width 512, 8 heads, 2,304 tokens, float32, image branch on, gradients of every parameter; the two alternate within
-one run, so only the ratios mean something. Results: docs/benchmarks.md.
+one run, so that only their ratios are meaningful. Results: docs/benchmarks.md.
 """
 
 import os
@@ -26,7 +26,7 @@ from configs.base import DiTConfig
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.weights.wan_dit import config_json
 
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed runs of each program after one that is not counted.")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed runs of each program, after one run that is not counted.")
 
 CONFIG = DiTConfig(
     dim=512, ffn_dim=2048, num_layers=4, num_heads=8, text_dim=512, image_dim=512, freq_dim=256, dtype="float32", remat="none"

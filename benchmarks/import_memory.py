@@ -1,11 +1,11 @@
-"""What importing and exporting hold in memory: a transformer of 4 GB in float32, from safetensors to our checkpoint and back.
+"""How much memory importing and exporting need, for a transformer of 4 GB in float32, from safetensors to our checkpoint and back.
 
-The promise is less than 1.5 GB beyond the arrays themselves. Leaves stream, so the peak is that of the largest leaf (1.1 GB here,
-twice while it is read or written), below the arrays. Needs 12 GB of disk for a minute.
+The limit is 1.5 GB beyond the arrays themselves. Leaves are read and written one at a time, so the peak follows from the largest leaf
+(1.1 GB here, twice while it is read or written) and is below the size of all arrays. Needs 12 GB of disk for a minute.
 
     python -m benchmarks.import_memory
 
-Two cores shared with other work, 23 GB:
+On two cores, while other programs were running, with 23 GB of memory:
 
 | step | arrays GB | peak resident GB | beyond the arrays GB | s |
 |---|---|---|---|---|
@@ -31,10 +31,10 @@ from omnitransfer_jax.weights import convert
 from omnitransfer_jax.weights.parts import PARTS
 
 FLAGS = flags.FlagValues()
-FOLDER = flags.DEFINE_string("folder", None, "where to put the files while it runs; a temporary folder by default", flag_values=FLAGS)
+FOLDER = flags.DEFINE_string("folder", None, "folder for the files while it runs; a temporary folder by default", flag_values=FLAGS)
 LAYERS = flags.DEFINE_integer("layers", 20, "layers of the transformer, of 0.19 GB each", flag_values=FLAGS)
 
-PROMISE = 1.5e9
+LIMIT = 1.5e9
 
 
 def main() -> None:
@@ -52,8 +52,8 @@ def main() -> None:
         for step, arguments in steps.items():
             peak, seconds = run(arguments)
             print(f"| {step} | {size / 1e9:.2f} | {peak / 1e9:.2f} | {(peak - size) / 1e9:.2f} | {seconds:.0f} |", flush=True)
-            if peak - size > PROMISE:
-                sys.exit(f"{step}: {(peak - size) / 1e9:.2f} GB beyond the arrays, more than {PROMISE / 1e9} GB")
+            if peak - size > LIMIT:
+                sys.exit(f"{step}: {(peak - size) / 1e9:.2f} GB beyond the arrays, more than {LIMIT / 1e9} GB")
 
 
 def write_source(folder: Path) -> int:
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> tuple[int, float]:
     process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL)
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
-        # The kernel's own high-water mark, so that polling misses nothing but the very end.
+        # VmHWM is the kernel's own maximum, so polling can only miss growth after the last poll.
         peak = max([peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
         time.sleep(0.05)
     if process.returncode:

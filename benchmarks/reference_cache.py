@@ -4,9 +4,9 @@
 
     joint     every token attends to every token, as if the reference were more target
     split     the reference attends to itself, the target to both; the reference is computed at every step
-    cached    the target alone; the reference's keys and values were computed once
+    cached    the target attends to both; the reference's keys and values are computed once, before the first step
 
-The forms alternate within one run, so only the ratios mean something. Results: docs/benchmarks.md.
+The three alternate within one run, so that only their ratios are meaningful. Results: docs/benchmarks.md.
 """
 
 import os
@@ -29,7 +29,7 @@ from omnitransfer_jax.models.omnitransfer import make_reference
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.train import flops
 
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs of each form after one that is not counted.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs of each form, after one run that is not counted.")
 
 CONFIG = DiTConfig(dim=512, ffn_dim=1408, num_layers=2, num_heads=4, text_dim=512, image_dim=512, dtype="float32", remat="none")
 GRID = (9, 32, 64)  # latent frames, rows, columns of target and reference: 9 x 16 x 32 = 4,608 tokens
@@ -54,13 +54,13 @@ def main(_) -> None:
     latents, time_, text, image = draw(1, *GRID, 36), jnp.array([500.0]), draw(1, 512, 512), draw(1, 257, 512)
     patches = model.grid(latents)
     reference = make_reference(draw(1, *GRID, 16), jnp.array([2]), patches)
-    memory = jax.jit(lambda p: nnx.merge(graphdef, p).remember((reference,), patches))(params)
+    kv_cache = jax.jit(lambda p: nnx.merge(graphdef, p).make_kv_cache((reference,), patches))(params)
     both = jnp.concatenate([latents, reference.latents], axis=1)
-    told = (time_, text, image)
+    conditions = (time_, text, image)
     forms = {
-        "joint": jax.jit(lambda p: nnx.merge(graphdef, p)(both, *told)),
-        "split": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *told, references=(reference,))),
-        "cached": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *told, kv_cache=memory)),
+        "joint": jax.jit(lambda p: nnx.merge(graphdef, p)(both, *conditions)),
+        "split": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *conditions, references=(reference,))),
+        "cached": jax.jit(lambda p: nnx.merge(graphdef, p)(latents, *conditions, kv_cache=kv_cache)),
     }
     outputs = {name: form(params).block_until_ready() for name, form in forms.items()}
     times = {name: [] for name in forms}

@@ -159,7 +159,7 @@ def summary(results: Results) -> str:
 
 
 def draw(results: Results, video: VideoConfig, path: Path) -> None:
-    """The first pair of every task as one moving picture."""
+    """Writes the first pair of every task as one moving picture."""
     columns = [
         picture.Column(
             PARTS[task],
@@ -201,8 +201,8 @@ def page(configs: dict[str, Config], out: Path, results: Results, both: list[Row
     sections.append(Section("Two references at once", BOTH, tuple(both)))
     return Report(
         "A reference video, and what is taken from it",
-        f"OmniTransfer at tiny size: {clock.elapsed()} on {os.cpu_count()} CPU cores, from the base that the package holds "
-        "to transfers of five kinds. Everything shown is the first of its kind, nothing is picked.",
+        f"OmniTransfer at tiny size: {clock.elapsed()} on {os.cpu_count()} CPU cores, from the base in the package to transfers of five "
+        "kinds. Each section shows its first pairs; none was selected.",
         opening,
         tuple(cards),
         tuple(sections),
@@ -214,15 +214,15 @@ def page(configs: dict[str, Config], out: Path, results: Results, both: list[Row
 
 
 BOTH = (
-    "Identity from one clip and style from another. No training pair asks for both: the target reads the tokens of two references side by "
-    "side, and the words of the language model for both (paper, appendix B)."
+    "Identity from one clip and style from another. No training pair has both: the target attends to the tokens of two references, and "
+    "the language model reads the inputs of both (paper, appendix B)."
 )
 ABOUT = {
     "id": "The sprite of the reference, in a scene that the prompt describes. Held out: combinations of colours, texture and shape.",
     "style": "The drawing of the reference, for a scene that the prompt describes. Held out: combinations of hue and drawing.",
     "motion": "The path of the reference's sprite, for the sprite of the first frame. Held out: directions.",
     "camera": "The camera of the reference, for the scene of the first frame. Held out: directions.",
-    "effect": "What sweeps over the reference, for the scene of the first frame. Held out: combinations of colour, kind and side.",
+    "effect": "The effect that sweeps over the reference, for the scene of the first frame. Held out: combinations of colour, kind, side.",
 }
 SCORES = {
     "retrieval": "true one of 8", "psnr": "PSNR", "psnr gain": "above no reference", "path": "path error", "camera": "camera error",
@@ -235,7 +235,7 @@ NAMES = {
 
 
 def section(task: str, results: Results, video: VideoConfig) -> Section:
-    """One task: its first pairs, and its scores beside their controls."""
+    """One task: its first pairs, and its scores beside those of the controls."""
     rows = []
     for i, pair in enumerate(results.pairs[task][:SHOWN]):
         truth = pixels.render(pair.target, video)
@@ -248,15 +248,17 @@ def section(task: str, results: Results, video: VideoConfig) -> Section:
     known = [name for name in SCORES if name in results.scores[task]["transfer"]]
     table = Table(
         ("", *(SCORES[name] for name in known)),
-        tuple((NAMES[control], *(told(name, results.scores[task][control][name]) for name in known)) for control in transfer.CONTROLS),
+        tuple(
+            (NAMES[control], *(score_text(name, results.scores[task][control][name]) for name in known)) for control in transfer.CONTROLS
+        ),
         f"Means over {len(results.pairs[task])} held-out pairs, 95% bootstrap intervals. Errors of path and camera in pixels of a picture "
         "64 high.",
     )
     return Section(PARTS[task].capitalize(), ABOUT[task], tuple(rows), table)
 
 
-def told(name: str, values: np.ndarray) -> str:
-    """A mean and its interval as the page writes them."""
+def score_text(name: str, values: np.ndarray) -> str:
+    """The mean of a score with its 95% interval, for the page."""
     mean, (low, high) = float(values.mean()), transfer.interval(values)
     if name in ("retrieval", "leak"):
         return f"{100 * mean:.0f}% ({100 * low:.0f} to {100 * high:.0f})"
@@ -265,7 +267,7 @@ def told(name: str, values: np.ndarray) -> str:
 
 
 def curves(configs: dict[str, Config], out: Path) -> tuple[Curve, ...]:
-    """The losses of the stages."""
+    """The training losses of all stages in one chart."""
     series = {}
     for stage in configs:
         lines = [json.loads(line) for line in (out / stage / METRICS_FILE).read_text().splitlines()]
@@ -274,7 +276,7 @@ def curves(configs: dict[str, Config], out: Path) -> tuple[Curve, ...]:
 
 
 def facts(configs: dict[str, Config], clock: Clock) -> Table:
-    """What was run, where, and for how long."""
+    """The settings of the run, the machine and the times."""
     final = configs["stage3"]
     rows = [
         ("machine", f"{os.cpu_count()} cores, {platform.machine()}, {jax.default_backend()}"),
@@ -285,7 +287,7 @@ def facts(configs: dict[str, Config], clock: Clock) -> Table:
         *((stage, f"{config.train.steps} steps of {config.train.batch_size} pairs") for stage, config in configs.items()),
         ("sampler", f"{final.sampler.solver}, {final.sampler.steps} steps, no guidance, references cached"),
         *((f"time: {name}", f"{timedelta(seconds=round(seconds))}") for name, seconds in clock.seconds.items()),
-        ("base", "omnitransfer_jax/embedded; made.json there tells how it was made"),
+        ("base", "omnitransfer_jax/embedded; made.json there says how it was made"),
         ("not measured", "anything at full size: no weights of the paper exist, and nothing was trained on real clips here"),
     ]
     return Table(("", ""), tuple(rows))

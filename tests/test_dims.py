@@ -10,7 +10,7 @@ PACKAGES = ("configs", "omnitransfer_jax", "data_pipelines", "world", "evaluatio
 
 
 def test_every_letter_is_explained():
-    explained = set(re.findall(r"(?:^ {4}|  )([A-Z])  (?=\w)", dims.__doc__, re.MULTILINE))
+    explained = set(re.findall(r"(?:^ {4}|  )([A-Z])  (?=\w)", dims.__doc__ or "", re.MULTILINE))
     used = {}
     for path in (path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py")):
         for shape in re.findall(r"\b(?:Float|Int|Bool|UInt|Shaped)\d*\[[\w.]+, f?\"([^\"]*)\"\]", path.read_text()):

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.records import write_whole
 from omnitransfer_jax.folders import model_folder
+from omnitransfer_jax.folders.atomic import write_whole
 from omnitransfer_jax.train.log import METRICS_FILE
 from omnitransfer_jax.train.objective import Params
 
@@ -17,7 +17,7 @@ def write(workdir: Path, name: str, params: Params, result: Mapping[str, Any]) -
     """Float32 parameters by path, and `result` with the seconds of training."""
     model_folder.save_file(workdir, name, {path: np.asarray(x) for path, x in params.items()})
     seconds = round(trained_seconds(workdir))
-    write_whole(workdir / f"{name}.json", json.dumps({**result, "seconds": seconds}, indent=2).encode())
+    write_whole(workdir / f"{name}.json", json.dumps({**result, "seconds": seconds}, indent=2))
 
 
 def trained_seconds(workdir: Path) -> float:

@@ -1,20 +1,36 @@
-"""A line chart as inline SVG: raw values faint, their moving average on top; a series of few values as it is."""
+"""Line charts as inline SVG, drawn by matplotlib: the values faint, their moving average on top."""
 
-import math
+import io
+import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from itertools import cycle
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from evaluation.report.markup import Markup, element
-
-WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 46
-COLOURS = 6
-"""How many colours the page has for series."""
-MOST_POINTS = 600
-"""Longer series are drawn as the least and the greatest value of this many stretches, so that no spike is lost."""
+DARK = {
+    "#59616b": "#a2abb3", "#e3e4e0": "#2c3237",
+    "#0b7468": "#55d0bd", "#c2571a": "#ff9d63", "#3a55b4": "#9db1ff", "#97307c": "#e990d0", "#6b7a12": "#c5d35c",
+}  # fmt: skip
+"""Each colour of the charts, and the one that replaces it on a dark page."""
+TEXT, LINE, *SERIES = DARK
+WIDTH, HEIGHT = 560, 330  # in points
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,
+    "text.color": TEXT, "axes.labelcolor": TEXT, "xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT,
+    "font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13, "xtick.labelsize": 13, "ytick.labelsize": 13,
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
+    "xtick.bottom": False, "ytick.left": False, "grid.color": LINE,
+    "lines.solid_joinstyle": "round", "lines.solid_capstyle": "round", "path.simplify_threshold": 0.5,
+    "legend.frameon": False, "legend.fontsize": 14,
+}  # fmt: skip
+"""The settings of matplotlib for every figure of this project."""
 
 
 class Curve(NamedTuple):
@@ -24,46 +40,63 @@ class Curve(NamedTuple):
     x_label: str
     y_label: str
     series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
-    """By name, x and y values; a y that is None or not finite leaves a gap."""
+    """The x and y values of each series. A y that is None or not finite is left out."""
     log_y: bool = True
-    """Logarithmic y axis; values that are not positive leave a gap."""
+    """Whether the y axis is logarithmic; values that are not positive are then left out."""
 
 
 Values = Float[np.ndarray, " N"]
 
 
-def figure(curve: Curve) -> Markup:
-    """The chart with its title and legend; a curve without any value says so."""
-    series = {name: drawable(x, y, curve.log_y) for name, (x, y) in curve.series.items()}
-    series = {name: points for name, points in series.items() if len(points[0])}
-    title = element("figcaption", element("strong", curve.title))
-    if not series:
-        return element("figure", title, element("p", "No value was recorded.", _class="quiet"), _class="curve")
-    xs = np.concatenate([x for x, _ in series.values()])
-    ys = np.concatenate([y for _, y in series.values()])
-    x_ticks, y_ticks = linear_ticks(xs.min(), xs.max()), (log_ticks if curve.log_y else linear_ticks)(ys.min(), ys.max())
-    x_range = (float(xs.min()), float(xs.max()))
-    y_range = (min(y_ticks[0], float(ys.min())), max(y_ticks[-1], float(ys.max())))
-    across, up = scale(x_range, (LEFT, WIDTH - RIGHT), False), scale(y_range, (HEIGHT - BOTTOM, TOP), curve.log_y)
+@mpl.rc_context(STYLE)
+def draw(curve: Curve) -> Markup:
+    """The chart as an SVG element; empty if there is no value to draw."""
+    figure = chart(curve)
+    return svg(figure, curve.title) if figure.axes[0].lines else Markup()
 
-    parts = [grid_line(float(up(y))) for y in y_ticks]
-    parts += [label(LEFT - 8, float(up(y)) + 4, f"{y:.6g}", "end") for y in y_ticks]
-    parts += [label(float(across(x)), HEIGHT - BOTTOM + 18, f"{x:,.6g}", "middle") for x in x_ticks if x_range[0] <= x <= x_range[1]]
-    parts += [label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, curve.x_label, "middle")]
-    turned = f"translate(13 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"
-    parts += [element("text", curve.y_label, transform=turned, text_anchor="middle")]
-    legend = []
-    for number, (name, (x, y)) in enumerate(series.items()):
-        colour, smooth = f"s{number % COLOURS}", moving_average(y, len(y) // 20 if len(y) >= 40 else 0, curve.log_y)
-        if len(y) > 1:
-            parts += [path(across(px), up(py), f"raw {colour}") for px, py in [thinned(x, y)]]
-            parts += [path(across(x), up(smooth), f"smooth {colour}")]
-        else:
-            parts += [element("circle", cx=f"{across(x)[0]:.1f}", cy=f"{up(y)[0]:.1f}", r=3, _class=colour)]
-        legend.append(element("li", element("i", _class=colour), name, " ", element("b", f"{smooth[-1]:.3g}")))
-    names = ", ".join(f"{name} ends at {y[-1]:.3g}" for name, (_, y) in series.items())
-    chart = element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{curve.title}: {names}")
-    return element("figure", title, element("ul", *legend, _class="legend"), chart, _class="curve")
+
+def chart(curve: Curve) -> Figure:
+    """The chart; each series has two lines, its values and their moving average."""
+    figure = Figure((WIDTH / 72, HEIGHT / 72))
+    axes = figure.add_axes((0.11, 0.14, 0.87, 0.75))
+    for (name, (x, y)), colour in zip(curve.series.items(), cycle(SERIES)):
+        x, y = drawable(x, y, curve.log_y)
+        if not len(y):
+            continue
+        smooth = moving_average(y, len(y) // 20 if len(y) >= 40 else 0, curve.log_y)
+        axes.plot(x, y, color=colour, linewidth=1, alpha=0.3)
+        label = f"{name}  {smooth[-1]:.3g}"
+        axes.plot(x, smooth, color=colour, linewidth=2.2, marker="o" if len(y) == 1 else "", label=label)
+    if curve.log_y:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high / low < 1e4 else (1,)))
+        axes.minorticks_off()
+    axes.margins(x=0)
+    axes.grid(axis="y")
+    axes.set(xlabel=curve.x_label, ylabel=curve.y_label)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))
+    if axes.lines:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, borderpad=0, ncols=3)
+    return figure
+
+
+def svg(figure: Figure, title: str) -> Markup:
+    """The figure as one SVG element that can stand in a page or in a file of its own.
+
+    The background is transparent and colours follow the reader's light or dark mode. The same figure gives the same text.
+    """
+    file, left_out = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context(STYLE), mpl.rc_context({"svg.hashsalt": title}):  # ids follow from the title and the figure
+        figure.savefig(file, format="svg", transparent=True, metadata={"Title": title} | left_out)
+    text = file.getvalue().partition("<svg")[2]
+    # In a page, matplotlib's style would hold outside the figure as well, and its groups have the same ids in all figures.
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id=\"[^\"]*\"", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
+    for light, dark in DARK.items():
+        text = text.replace(f": {light}", f": light-dark({light}, {dark})")
+    return Markup('<svg style="color-scheme: light dark"' + text)
 
 
 def drawable(x: Sequence[float], y: Sequence[float | None], log: bool) -> tuple[Values, Values]:
@@ -75,59 +108,6 @@ def drawable(x: Sequence[float], y: Sequence[float | None], log: bool) -> tuple[
 
 def moving_average(y: Values, reach: int, log: bool) -> Values:
     """The mean of the values up to `reach` places away; on a logarithmic axis the geometric mean."""
-    total = np.concatenate([[0.0], np.cumsum(np.log(y) if log else y)])
-    places = np.arange(len(y))
-    first, past = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(y))
-    mean = (total[past] - total[first]) / (past - first)
+    window = np.ones(2 * reach + 1)
+    mean = np.convolve(np.log(y) if log else y, window, "same") / np.convolve(np.ones_like(y), window, "same")
     return np.exp(mean) if log else mean
-
-
-def thinned(x: Values, y: Values) -> tuple[Values, Values]:
-    """At most 2 `MOST_POINTS` points that keep every stretch's least and greatest value."""
-    if len(y) <= MOST_POINTS:
-        return x, y
-    stretches = np.array_split(np.arange(len(y)), MOST_POINTS)
-    kept = np.array([np.sort([part[y[part].argmin()], part[y[part].argmax()]]) for part in stretches]).ravel()
-    return x[kept], y[kept]
-
-
-def linear_ticks(low: float, high: float) -> list[float]:
-    """About five round numbers, the outer ones at or past `low` and `high`."""
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    power = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * 5 >= (high - low) * 0.999)
-    return [round(place * step, 12) for place in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with 2 and 5 times them when there are few, around `low` and `high`."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1,) if len(powers) > 4 else (1, 2, 5)
-    ticks = [factor * 10.0**power for power in powers for factor in factors]
-    first = max((tick for tick in ticks if tick <= low), default=ticks[0])
-    last = min((tick for tick in ticks if tick >= high), default=ticks[-1])
-    return [tick for tick in ticks if first <= tick <= last]
-
-
-def scale(values: tuple[float, float], places: tuple[float, float], log: bool):
-    """The map from `values` to `places`; equal ends map to the middle."""
-
-    def place(value):
-        low, high, at = (np.log(np.asarray(v, np.float64)) if log else np.asarray(v, np.float64) for v in (*values, value))
-        share = (at - low) / (high - low) if high > low else np.full_like(at, 0.5)
-        return places[0] + share * (places[1] - places[0])
-
-    return place
-
-
-def path(x: Values, y: Values, kind: str) -> Markup:
-    return element("path", d="M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True)), _class=kind)
-
-
-def grid_line(y: float) -> Markup:
-    return element("path", d=f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}", _class="grid")
-
-
-def label(x: float, y: float, text: str, anchor: str) -> Markup:
-    return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)

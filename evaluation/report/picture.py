@@ -1,4 +1,4 @@
-"""One moving picture of a few transfers side by side, for places that show an image and no page, such as a README."""
+"""One moving picture of a few transfers side by side, for places that display an image but no page, such as a README."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,20 +8,20 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, GAP, TEXT = 144, 12, 30  # pixels: a clip's height, the room between clips, a line of text
+SIDE, GAP, TEXT = 144, 12, 30  # in pixels: the height and width of a clip, the gap between clips, the height of a line of text
 PAPER, INK = (255, 255, 255), (40, 44, 52)
-HOLD = 4  # frames for which the last one stays, as on the page
+HOLD = 4  # for how many frames the last one stays, as on the page
 
 
 class Column(NamedTuple):
-    """One transfer: what it is called, and its clips from top to bottom."""
+    """One transfer: its title and its clips from top to bottom."""
 
     title: str
     clips: tuple[UInt8[np.ndarray, "T H W 3"], ...]
 
 
 def write(columns: Sequence[Column], rows: Sequence[str], path: Path, fps: float) -> None:
-    """An endless animated WebP; every column has as many clips as `rows` has names, all of one length."""
+    """Writes an endless animated WebP. Every column has one clip for each name in `rows`, and all clips have the same length."""
     frames = [drawn(columns, rows, t) for t in range(len(columns[0].clips[0]))]
     path.parent.mkdir(parents=True, exist_ok=True)
     period = round(1000 / fps)

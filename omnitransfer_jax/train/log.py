@@ -19,6 +19,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from configs.run import TrainConfig
+from omnitransfer_jax.folders.atomic import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -85,6 +86,4 @@ def truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_whole(path, "".join(kept))

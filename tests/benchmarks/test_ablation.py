@@ -1,4 +1,4 @@
-"""The ablation: intervals against other ways to them, equal conditions for all rows, jobs done once, pages that keep their prose."""
+"""The ablation: intervals agree with other computations of them, rows have equal conditions, a job runs once, a page keeps its prose."""
 
 import itertools
 import json
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 
 from benchmarks import ablation
 from benchmarks.ablation import Column
@@ -42,20 +43,20 @@ def test_interval_of_two_pairs_is_what_all_draws_give():
 
 
 def test_interval_has_the_difference_between_seeds():
-    """Two seeds that differ, whose pairs agree: however many pairs there are, a draw may take one seed twice."""
+    """Two seeds that differ, each with equal pairs: a draw may take one seed twice, however many pairs there are."""
     values = np.repeat([[0.0], [1.0]], 500, axis=1)[None]
     assert ablation.estimate(values) == pytest.approx((0.5, 0.0, 1.0))
 
 
 def test_interval_draws_the_same_pairs_for_all_seeds():
-    """Pairs that are the same in all seeds: more seeds tell nothing new, so the interval is that of one seed, 1.96 standard errors."""
+    """Pairs whose scores are the same in all seeds: the interval is that of one seed, 1.96 standard errors."""
     pairs = np.random.default_rng(1).normal(size=400)
     _, low, high = ablation.estimate(np.repeat(pairs[None, None], 4, axis=1))
     assert (high - low) / 2 == pytest.approx(1.96 * pairs.std() / 400**0.5, rel=0.05)
 
 
 def test_interval_draws_the_pairs_of_each_task_apart():
-    """Tasks with pairs of their own: the mean over four of them is half as uncertain as one."""
+    """Each task has pairs of its own: the mean over four tasks is half as uncertain as one task."""
     values = np.random.default_rng(2).normal(size=(4, 1, 400))
     _, low, high = ablation.estimate(values)
     expected = 1.96 * np.sqrt((values.var(-1) / 400).sum()) / 4
@@ -65,11 +66,11 @@ def test_interval_draws_the_pairs_of_each_task_apart():
 # Rows
 
 
-def test_rows_differ_in_what_they_are_about_alone():
+def test_a_row_differs_from_the_row_before_in_one_thing():
     """None, joint, bias, decoupled: from one to the next a single thing changes, and alignment ends as stage 3 does."""
     configs = {row: ablation.stage_config(row, ablation.ROWS[row].stages[-1], 0, 20, Path("out")) for row in ablation.ROWS}
-    told = {row: (c.train.references, c.dit.references, c.dit.offsets, c.alignment.enabled) for row, c in configs.items()}
-    assert told == {
+    found = {row: (c.train.references, c.dit.references, c.dit.offsets, c.alignment.enabled) for row, c in configs.items()}
+    assert found == {
         "none": (False, "split", "task", False),
         "joint": (True, "bidirectional", "frames", False),
         "bias": (True, "bidirectional", "task", False),
@@ -97,7 +98,7 @@ def test_alignment_takes_as_many_steps_as_the_others(steps):
     assert min(counts) > 0
 
 
-def test_wrong_shares_are_told():
+def test_wrong_shares_are_refused():
     with pytest.raises(RequestError, match="--steps=2: 1 \\+ 1 \\+ 0 steps"):
         ablation.divided(2, "alignment")
     for shares in ("0.5,0.5", "0.5,0.4,0.4", "1.5,-1,0.5", "a,b,c"):
@@ -108,10 +109,10 @@ def test_wrong_shares_are_told():
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Trainings that read their batches, which are their numbers, and learn nothing; what each read, by its workdir."""
+    """Replaces training by a function that only takes its batches, which are numbers here; the batches of each run, by its workdir."""
     read = {}
 
-    def train(config, workdir, mesh, data, empty_text):
+    def train(objective, config, workdir, mesh, data):
         read[f"{workdir.parent.name}/{workdir.name}"] = [next(data) for _ in range(config.train.steps)]
         (workdir / "checkpoints" / str(read.get("stopped", config.train.steps))).mkdir(parents=True)
         lines = [{"step": n, "seconds": 9.0 if n == 1 else n} for n in (1, 2, 3, 4)]
@@ -119,6 +120,7 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(ablation, "batches", lambda config, seed: itertools.count(1000 * seed))
     monkeypatch.setattr(ablation, "empty_text", lambda config: None)
+    monkeypatch.setattr(ablation.omnitransfer, "objective", lambda config, empty_text: None)
     monkeypatch.setattr(ablation.loop, "train", train)
     monkeypatch.setattr(ablation.run_folder, "latest", lambda workdir: max((workdir / "checkpoints").iterdir()))
     return read
@@ -134,7 +136,7 @@ def test_all_rows_read_the_same_batches(tmp_path, trained, monkeypatch):
     assert [*itertools.chain(*alignment)] == trained["joint-2/stage1"] == list(range(2000, 2020))
 
 
-def test_all_rows_are_told_the_same_and_the_first_seed_has_controls(monkeypatch):
+def test_all_rows_have_the_same_prompts_and_the_first_seed_has_controls(monkeypatch):
     seen = []
 
     def measure(made, networks, pairs, controls):
@@ -160,7 +162,7 @@ def test_all_rows_are_told_the_same_and_the_first_seed_has_controls(monkeypatch)
 def test_a_run_that_was_stopped_ends_the_process(tmp_path, trained, monkeypatch):
     trained["stopped"] = 7
     monkeypatch.setattr(ablation, "score", lambda *_: pytest.fail("scored half a training"))
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="the same command resumes"):
         ablation.work(tmp_path, [("none", 0)])
     assert not ablation.job_path(tmp_path, "none", 0).exists()
 
@@ -212,7 +214,7 @@ def test_a_folder_keeps_its_settings(tmp_path):
         ("--report", "no ablation"),
     ],
 )
-def test_wrong_requests_are_told_in_one_line(tmp_path, capsys, flag, message):
+def test_wrong_requests_are_errors_of_one_line(tmp_path, capsys, flag, message):
     assert command.execute(ablation.main, ablation.FLAGS, [f"--out={tmp_path}", flag]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -262,13 +264,13 @@ def test_tables_have_the_means_of_the_jobs():
     def mean(*of):
         return 100 * np.mean([jobs["bias", seed]["scores"][task]["transfer"]["retrieval"] for seed in (0, 1) for task in of])
 
-    shown = [int(cell.partition("%")[0]) for cell in cells[1:9]]
-    assert shown[:5] == [round(mean(task)) for task in tasks.NAMES]
-    assert shown[5:] == [round(mean("id", "style")), round(mean("motion", "camera", "effect")), 0]
+    means = [int(cell.partition("%")[0]) for cell in cells[1:9]]
+    assert means[:5] == [round(mean(task)) for task in tasks.NAMES]
+    assert means[5:] == [round(mean("id", "style")), round(mean("motion", "camera", "effect")), 0]
     assert lines["+ bias, from joint"].endswith(" +1.0 dB (+1.0 to +1.0) |")
 
 
-def test_report_keeps_the_prose_and_draws_every_mean(tmp_path, capsys):
+def test_report_keeps_the_prose(tmp_path, capsys):
     jobs = made_up()
     ablation.require_settings(tmp_path, ablation.settings())
     (tmp_path / "jobs").mkdir()
@@ -292,7 +294,19 @@ def test_report_keeps_the_prose_and_draws_every_mean(tmp_path, capsys):
     assert found["transfer"]["psnr"]["mean"] == pytest.approx(26.5)
     assert (found["transfer"]["psnr"]["seeds"], found["swapped"]["psnr"]["seeds"]) == (2, 1)
 
-    dots = ET.fromstring((docs / "ablation.svg").read_text()).findall("{*}circle")
-    assert len(dots) == 5 * len(tasks.NAMES)
-    mean = np.mean([jobs["none", seed]["scores"]["id"]["transfer"]["retrieval"] for seed in (0, 1)])
-    assert float(dots[0].attrib["cx"]) == pytest.approx(ablation.LEFT + ablation.PANEL * mean, abs=0.1)
+    assert ET.fromstring((docs / "ablation.svg").read_text()).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_figure_has_every_mean_and_interval():
+    jobs = made_up()
+    panels = ablation.figure(jobs).axes
+    for panel, task in zip(panels, tasks.NAMES, strict=True):
+        (dots,) = (line for line in panel.lines if line.get_marker() == "o")
+        (bars,) = (each.get_segments() for each in panel.collections if isinstance(each, LineCollection))
+        for row, dot, bar in zip(ablation.ROWS, dots.get_xydata(), bars, strict=True):
+            mean = np.mean([jobs[row, seed]["scores"][task]["transfer"]["retrieval"] for seed in (0, 1)])
+            assert dot[0] == pytest.approx(mean)
+            assert bar[0, 0] <= mean <= bar[1, 0]
+            assert bar[0, 1] == bar[1, 1] == dot[1]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [row.name for row in ablation.ROWS.values()]
+    assert panels[0].yaxis_inverted()

@@ -133,12 +133,12 @@ def test_tables_have_every_control_and_score(page):
     assert lines[1].split()[1:] == ["0.50", "0.25", "0.50", "0.50", "0.50", "1.5", "dB"]
 
 
-def test_numbers_are_told_with_their_intervals():
+def test_scores_are_written_with_their_intervals():
     values = np.array([0.0, 1.0])
-    assert demo.told("retrieval", values) == "50% (0 to 100)"
-    assert demo.told("psnr gain", values) == "0.5 dB (0.0 to 1.0)"
-    assert demo.told("path", values) == "0.5 px (0.0 to 1.0)"
-    assert demo.told("colour", values) == "0.500 (0.000 to 1.000)"
+    assert demo.score_text("retrieval", values) == "50% (0 to 100)"
+    assert demo.score_text("psnr gain", values) == "0.5 dB (0.0 to 1.0)"
+    assert demo.score_text("path", values) == "0.5 px (0.0 to 1.0)"
+    assert demo.score_text("colour", values) == "0.500 (0.000 to 1.000)"
 
 
 @pytest.mark.parametrize(

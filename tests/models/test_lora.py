@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs.base import LoRAConfig
 from configs.errors import RequestError
+from configs.run import MeshConfig
 from omnitransfer_jax.mesh import specs
 from omnitransfer_jax.models import lora, wan_dit
 from omnitransfer_jax.models.flat_params import flat_params, with_params
@@ -122,7 +123,7 @@ def test_gradients_reach_adapters_and_no_mask():
 
 def test_every_parameter_of_an_adapted_transformer_has_a_place():
     model = adapted("lora", "lora_motion", num_heads=HEADS)
-    place = specs(flat_params(model), list({*wan_dit.SHARDING, *lora.sharding(r"blocks\.")}), 2)
+    place = specs(flat_params(model), list({*wan_dit.SHARDING, *lora.sharding(r"blocks\.")}), MeshConfig(data=2))
     assert place["blocks.self_attention.query.lora_motion.down"] == P(None, "data", None)
     assert place["blocks.self_attention.query.lora.up"] == P(None, None, None)
     assert place["blocks.ffn.up.lora.head_mask"] == P(None, None)

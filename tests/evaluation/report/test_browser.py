@@ -1,4 +1,4 @@
-"""The page in a real browser: clips move, all in step, each frame whole and alone; the buttons work, and nothing complains."""
+"""The page in a real browser: clips play in step and show one whole frame at a time, the buttons work, and there is no error."""
 
 import base64
 import fcntl
@@ -21,7 +21,7 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrom
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 FRAMES = 9
-# Colours that nothing else on the page has: one a frame, other ones for each clip.
+# One colour for each frame of each clip; no other part of the page has these colours.
 COLOURS = {name: [(base, 20 * k + 7, 250 - 20 * k) for k in range(FRAMES)] for name, base in (("a", 101), ("b", 203), ("c", 151))}
 SIZES = {"a": (32, 32), "b": (64, 64), "c": (24, 40)}
 
@@ -36,7 +36,7 @@ def pipe():
 
 
 class Browser:
-    """A page in headless Chromium, told what to do over the pipe of its DevTools protocol."""
+    """A page in headless Chromium, controlled through the pipe of its DevTools protocol."""
 
     def __init__(self, profile):
         # Chromium reads commands from descriptor 3 and answers on 4; the pipes themselves lie far from both.
@@ -73,7 +73,7 @@ class Browser:
         return message["result"]
 
     def open(self, path):
-        """A new tab, from which on all is for this tab."""
+        """Opens a new tab; all later commands go to it."""
         self.session = {}
         target = self.do("Target.createTarget", url="about:blank")
         self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]}
@@ -90,7 +90,7 @@ class Browser:
         return result["result"].get("value")
 
     def counts(self):
-        """How many pixels of each frame's colour there are now, by clip."""
+        """The number of pixels on the screen that have each frame's colour, by clip."""
         png = base64.b64decode(self.do("Page.captureScreenshot")["data"])
         packed = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).view(np.uint32)
         return {
@@ -99,14 +99,14 @@ class Browser:
         }
 
     def frame(self):
-        """The frame that all clips show now."""
-        shown = {tuple(k for k, count in enumerate(found) if count) for found in self.counts().values()}
-        assert len(shown) == 1, shown
-        (frame,) = shown.pop()
+        """The frame that is on the screen, the same for all clips."""
+        visible = {tuple(k for k, count in enumerate(found) if count) for found in self.counts().values()}
+        assert len(visible) == 1, visible
+        (frame,) = visible.pop()
         return frame
 
-    def complaints(self):
-        """What went to the console, was thrown, or was asked of a network."""
+    def errors(self):
+        """Messages on the console, exceptions, and requests to a network."""
         bad = [e for e in self.events if e["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
         asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
         return bad + [url[:60] for url in asked if not url.startswith(("file:", "data:", "about:"))]
@@ -146,7 +146,7 @@ def click(browser, query):
 
 
 def moves(browser, deadline=10.0):
-    """Whether three different frames are seen in time; whenever one looks, all clips are in step."""
+    """Whether three different frames appear before the deadline; all clips are in step in every screenshot."""
     seen, ends = {browser.frame()}, time.monotonic() + deadline
     while len(seen) < 3 and time.monotonic() < ends:
         seen.add(browser.frame())
@@ -158,7 +158,7 @@ def test_clips_move_in_step_stop_and_step(browser):
     click(browser, "#play")
     paused = browser.frame()
     assert not moves(browser, 0.5)
-    # 160 pixels wide: all of it one frame, but for the outline and the round corners
+    # 160 pixels wide: one frame everywhere except at the outline and the round corners
     for name, found in browser.counts().items():
         height, width = SIZES[name]
         assert 0.94 < found[paused] / (160 * 160 * height / width) <= 1, name
@@ -169,18 +169,18 @@ def test_clips_move_in_step_stop_and_step(browser):
         assert browser.frame() == paused
     click(browser, ".picture img")
     assert moves(browser)
-    assert not browser.complaints()
+    assert not browser.errors()
 
 
-def test_nothing_is_wider_than_a_phone(browser):
+def test_the_page_is_no_wider_than_a_phone(browser):
     browser.do("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=False)
     assert browser.run("document.documentElement.scrollWidth") <= 360
-    assert not browser.complaints()
+    assert not browser.errors()
 
 
-def test_a_complaint_would_be_heard(browser):
+def test_errors_are_found(browser):
     browser.run("setTimeout(() => { throw new Error('on purpose') }); new Image().src = 'https://example.invalid/a.png'; 0")
     time.sleep(0.3)
     browser.run("0")
-    methods = {event["method"] for event in browser.complaints() if isinstance(event, dict)}
+    methods = {event["method"] for event in browser.errors() if isinstance(event, dict)}
     assert methods == {"Runtime.exceptionThrown", "Log.entryAdded"}  # thrown, and refused by the page's policy

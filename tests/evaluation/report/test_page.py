@@ -1,19 +1,21 @@
-"""The page is one well-formed file that fetches nothing, shows every pixel it was given, and tells no score better than it is."""
+"""The page is one well-formed file with every pixel of its clips, loads no other file, and its verdicts follow from its numbers."""
 
 import base64
 import io
 import math
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from configs.errors import RequestError
 from evaluation.report import page as report
-from evaluation.report.curve import Curve, linear_ticks, log_ticks
-from evaluation.report.curve import figure as curve_figure
+from evaluation.report.curve import Curve
 from evaluation.report.page import Picture, Report, Row, Score, Section, Table
 
 VOID = {"meta", "link", "img", "br"}
@@ -21,7 +23,7 @@ NASTY = '<script>alert("x")</script> & \'quoted\' "too"'
 
 
 class Reader(HTMLParser):
-    """All elements as (tag, attributes, text inside), in the order in which they end; fails on a tag that is not closed in order."""
+    """All elements as (tag, attributes, text inside), in the order in which they end; fails if a tag is not closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -80,7 +82,7 @@ def read(**fields):
     return Reader(report.page(small(**fields)))
 
 
-def test_the_page_is_well_formed_and_fetches_nothing():
+def test_the_page_is_well_formed_and_loads_no_other_file():
     found = read()
     names = {attributes["id"] for _, attributes, _ in found.elements if "id" in attributes}
     for tag, attributes, _ in found.elements:
@@ -106,9 +108,9 @@ def pictures(found):
 
 def test_every_pixel_of_every_frame_is_there():
     given = [clip(9), clip(9), clip(1, seed=1), clip(17, 24, 40, 2)]  # one of the opening, three of the section
-    shown = list(pictures(read()))
-    assert len(shown) == len(given)
-    for (attributes, sheet), frames in zip(shown, given, strict=True):
+    found = list(pictures(read()))
+    assert len(found) == len(given)
+    for (attributes, sheet), frames in zip(found, given, strict=True):
         count, height = frames.shape[:2]
         if count == 1:
             np.testing.assert_array_equal(sheet, frames[0])
@@ -116,7 +118,7 @@ def test_every_pixel_of_every_frame_is_there():
             continue
         cells = sheet.reshape(count, height + 4, *frames.shape[2:])
         np.testing.assert_array_equal(cells[:, 2:-2], frames)
-        for row in (0, 1):  # what smooth scaling reaches for past an edge is the edge itself
+        for row in (0, 1):  # beyond an edge, smooth scaling reads the edge itself
             np.testing.assert_array_equal(cells[:, row], frames[:, 0])
             np.testing.assert_array_equal(cells[:, -1 - row], frames[:, -1])
         assert f"{count} frames" in attributes["alt"]
@@ -194,7 +196,7 @@ def test_a_verdict_follows_from_the_number(value, better, verdict):
 @pytest.mark.parametrize(("value", "text"), [(79.999, "79.999"), (80.04, "80"), (0.03417, "0.0342"), (1234.56, "1234.6"), (0, "0")])
 def test_a_number_is_short_but_never_rounded_over_its_target(value, text):
     found = read(summary=(Score("name", value, 80.0),))
-    assert [shown for _, _, shown in found.all("p", "value")] == [f"{text}\N{NO-BREAK SPACE}%"]
+    assert [value for _, _, value in found.all("p", "value")] == [f"{text}\N{NO-BREAK SPACE}%"]
 
 
 def test_a_target_of_zero():
@@ -217,6 +219,19 @@ def test_every_header_cell_says_what_it_heads():
     assert {attributes["scope"] for _, attributes, _ in found.all("th")} == {"row", "col"}
 
 
+def test_a_misspelt_name_in_the_template_is_an_error():
+    with pytest.raises(UndefinedError):
+        report.environment().from_string("{{ report.titel }}").render(report=small())
+
+
+def test_every_file_of_the_page_is_in_the_package():
+    folder = Path(report.__file__).parent
+    project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["evaluation.report"]
+    packaged = {path.name for pattern in patterns for path in folder.glob(pattern)}
+    assert packaged >= {path.name for path in folder.iterdir() if path.is_file()} - {path.name for path in folder.glob("*.py")}
+
+
 def test_the_same_report_gives_the_same_bytes(tmp_path):
     for name in ("a.html", "b.html"):
         report.write(small(), tmp_path / "new" / name)
@@ -230,59 +245,3 @@ def test_a_page_that_is_too_large_is_refused(tmp_path, monkeypatch):
     with pytest.raises(RequestError, match=r"expected less than .*; show fewer than its 1 rows"):
         report.write(small(), tmp_path / "a.html")
     assert not list(tmp_path.iterdir())
-
-
-def points(d):
-    return np.array([[float(n) for n in pair.split(" ")] for pair in d.removeprefix("M").split("L")])
-
-
-def drawn(curve, kind):
-    return [points(attributes["d"]) for _, attributes, _ in Reader(curve_figure(curve)).all("path", kind)]
-
-
-def test_equal_ratios_are_equal_heights_on_a_log_axis():
-    (raw,) = drawn(Curve("c", "x", "y", {"a": ([0, 1, 2, 3], [1.0, 0.1, 0.01, 0.001])}), "raw")
-    np.testing.assert_allclose(np.diff(raw, axis=0), np.diff(raw, axis=0)[:1].repeat(3, 0), atol=0.11)
-    (raw,) = drawn(Curve("c", "x", "y", {"a": ([0, 1, 2], [1.0, 2.0, 3.0])}, log_y=False), "raw")
-    np.testing.assert_allclose(np.diff(raw, axis=0), np.diff(raw, axis=0)[:1].repeat(2, 0), atol=0.11)
-    assert (np.diff(raw[:, 1]) < 0).all()  # greater is higher
-
-
-def test_what_cannot_be_drawn_is_left_out():
-    (raw,) = drawn(Curve("c", "x", "y", {"a": (range(6), [1.0, None, math.nan, math.inf, -1.0, 2.0])}), "raw")
-    assert len(raw) == 2
-    assert "No value was recorded." in curve_figure(Curve("c", "x", "y", {"a": ([1], [None])}))
-    assert Reader(curve_figure(Curve("c", "x", "y", {"a": ([1], [0.5])}))).all("circle")
-
-
-def test_a_long_series_keeps_its_spike():
-    values = np.ones(50_000)
-    values[31_234] = 1000.0
-    (raw,) = drawn(Curve("c", "x", "y", {"a": (range(50_000), values)}), "raw")
-    assert len(raw) <= 1200
-    assert raw[:, 1].min() < raw[:, 1].max() - 100
-    assert (np.diff(raw[:, 0]) >= 0).all()
-
-
-def test_smoothing_keeps_a_level_and_few_values():
-    level = Curve("c", "x", "y", {"a": (range(100), [0.25] * 100)})
-    np.testing.assert_allclose(drawn(level, "smooth")[0], drawn(level, "raw")[0])
-    few = Curve("c", "x", "y", {"a": (range(10), [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3])})
-    np.testing.assert_allclose(drawn(few, "smooth")[0], drawn(few, "raw")[0])
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (1, 1200), (0.3, 0.30001), (-5, 12.5), (7, 7), (0, 1e6)])
-def test_linear_ticks_are_few_round_and_enclose(low, high):
-    ticks = linear_ticks(low, high)
-    assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= low <= high <= ticks[-1]
-    steps = np.diff(ticks)
-    np.testing.assert_allclose(steps, steps[0], rtol=1e-5)
-    assert f"{steps[0]:.0e}"[0] in "125"
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.08, 1.3), (1e-6, 1e3), (1, 1), (0.3, 0.31)])
-def test_log_ticks_enclose(low, high):
-    ticks = log_ticks(low, high)
-    assert ticks[0] <= low <= high <= ticks[-1]
-    assert len(ticks) <= 12
