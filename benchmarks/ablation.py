@@ -55,20 +55,19 @@ from matplotlib.figure import Figure
 from configs import stage1, stage2, stage3
 from configs.errors import require
 from configs.run import CheckpointConfig, Config
-from data_pipelines import records
 from data_pipelines.batches import batches, empty_text
+from data_pipelines.encoders import Encoders
 from evaluation import transfer
 from evaluation.report.curve import SERIES, STYLE, svg
 from evaluation.transfer import BATCH, Networks, Transfer
 from launch import command, encode_world
-from launch.encode import sha256
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders.atomic import sha256, write_whole
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
-from world.pair_records import Encoder
 from world.pairs import Example
 
 
@@ -158,7 +157,7 @@ def require_settings(out: Path, asked: dict[str, Any]) -> None:
     """Writes the settings into a new folder; raises a `RequestError` if the folder has other settings."""
     path = out / SETTINGS_FILE
     if not path.exists():
-        records.write_whole(path, json.dumps(asked, indent=2).encode())
+        write_whole(path, json.dumps(asked, indent=2).encode())
     found = json.loads(path.read_text())
     changed = [f"{name}={found[name]} there, {value} now" for name, value in asked.items() if found[name] != value]
     require(not changed, f"{out}: begun with other settings ({'; '.join(changed)}); give those, or another --out")
@@ -196,7 +195,7 @@ def work(out: Path, jobs: Sequence[tuple[str, int]]) -> None:
             done, spent = count(), time.monotonic() - started
             left = f", about {timedelta(seconds=round(spent / (done - before) * (len(jobs) - done)))} to go" if done > before else ""
             print(f"\n[job {done + 1} of {len(jobs)}] {row}, seed {seed}{left}", flush=True)
-            records.write_whole(path, json.dumps(run_job(out, row, seed)).encode())
+            write_whole(path, json.dumps(run_job(out, row, seed)).encode())
             jax.clear_caches()  # no job uses the programs of another
 
 
@@ -264,7 +263,7 @@ def train(config: Config, workdir: Path, skip: int) -> float:
 def score(config: Config, folder: str, seed: int) -> tuple[dict[str, Any], float]:
     """The scores, as task -> control -> score -> one number a pair, and the denoising seconds a clip. The first seed has controls too."""
     prompted = replace(config, train=replace(config.train, references=True))  # so that all rows have the prompts of rows with references
-    made, networks = Transfer(config, Encoder(prompted, folder)), transfer.load(config, folder)
+    made, networks = Transfer(config, Encoders(prompted, folder)), transfer.load(config, folder)
     pairs = {task: transfer.held_out(prompted, task, SCORED.value) for task in tasks.NAMES}
     controls = ("transfer", "swapped", "none") if seed == 0 and config.train.references else ("transfer",)
     results = transfer.measure(made, networks, pairs, controls)
@@ -374,9 +373,9 @@ def report(out: Path, docs: Path) -> None:
         text = page.read_text()
         require(all(text.count(mark) == 1 for mark in PROSE), f"{page}: {' and '.join(PROSE)} are not there once each; put them back")
         old = text.partition(PROSE[0])[2].partition(PROSE[1])[0].strip("\n")
-    records.write_whole(page, document(made, jobs, written, old).encode())
-    records.write_whole(docs / "ablation.svg", svg(figure(jobs), "Retrieval of each row, by task").encode())
-    records.write_whole(out / "ablation.json", (json.dumps({"settings": made, "rows": numbers(jobs)}, indent=2) + "\n").encode())
+    write_whole(page, document(made, jobs, written, old).encode())
+    write_whole(docs / "ablation.svg", svg(figure(jobs), "Retrieval of each row, by task").encode())
+    write_whole(out / "ablation.json", (json.dumps({"settings": made, "rows": numbers(jobs)}, indent=2) + "\n").encode())
     print(f"wrote {page}, {docs / 'ablation.svg'} and {out / 'ablation.json'}")
 
 

@@ -1,7 +1,6 @@
-"""Records to batches: a Grain pipeline of numpy arrays, the same for any number of threads and processes."""
+"""Records to batches: a Grain pipeline of NumPy arrays, the same for any number of threads and processes."""
 
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
@@ -9,44 +8,31 @@ import numpy as np
 from configs.errors import require
 from configs.run import Config
 from data_pipelines import records
+from omnitransfer_jax.batch import Batch
 
-ARRAYS = ("target", "condition", "reference", "image")
 
+def batches(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
+    """Endless batches of the records in `config.data.path`: this process's part of each, `1 / process_count` of the samples.
 
-def batches(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[dict[str, Any]]:
-    """Endless batches of the records in `config.data.path`; this process's share of each, `1 / process_count` of the samples.
-
-        task int32 "B"   has_image float32 "B"   text "B S E"   image "B I J"
-        target "B F H w C"   condition "B F H w c"   reference "B f h w C"   all float32
-        shown, with alignment.enabled: tokens int32 "B S", mask bool "B S", positions int32 "B 3 S", source int32 "B S", features "B V D"
-
-    Every epoch has its own order, drawn from `seed` (none with `data.shuffle=False`), and batches run on across its end. A batch over all
-    processes does not depend on how many they are: each takes a contiguous share, in the order of the processes. The iterator's
-    state is the number of batches it gave, so it may be restored with any number of threads and processes.
+    Every epoch has its own order, drawn from `seed` (the order of the records with `data.shuffle=False`); a batch may begin in one epoch
+    and end in the next. The batch over all processes does not depend on how many there are: each process reads consecutive samples, in
+    the order of the processes. The iterator's state is the number of batches it gave, so it can be restored with any number of threads
+    and processes.
     """
     size = config.train.batch_size
     require(size % process_count == 0, f"train.batch_size={size}: a multiple of the {process_count} processes that share it")
     examples = grain.MapDataset.source(records.Records(_folder(config), config)).seed(seed % 2**32)
     if config.data.shuffle:
         examples = examples.shuffle()
-    shares = examples.repeat().map(lambda record: decode(record, config)).batch(size // process_count, drop_remainder=True)
+    samples = examples.repeat().map(lambda record: records.from_record(record, config))
+    parts = samples.batch(size // process_count, drop_remainder=True)
     threads = config.data.threads
-    return iter(shares[process_index::process_count].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    return iter(parts[process_index::process_count].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
 
 def empty_text(config: Config) -> np.ndarray:
-    """What the text of a sample is replaced by when its prompt is dropped: the encoding of the empty prompt, float32 "S E"."""
+    """The encoding of the empty prompt, float32 "S E", which replaces the text of a sample whose prompt is dropped."""
     return records.empty_text(_folder(config), config.dit.text_len)
-
-
-def decode(record: dict[str, Any], config: Config) -> dict[str, Any]:
-    """One sample of a batch from its record."""
-    sample: dict[str, Any] = {name: records.from_bits(record[name]) for name in ARRAYS}
-    sample["text"] = records.pad_rows(records.from_bits(record["text"]), config.dit.text_len)
-    if config.alignment.enabled:
-        shown = {name: record[f"shown_{name}"] for name in records.SHOWN}
-        sample["mllm_inputs"] = shown | {"features": records.from_bits(shown["features"])}
-    return sample | {"task": np.int32(record["task"]), "has_image": np.float32(record["has_image"])}
 
 
 def _folder(config: Config) -> Path:

@@ -1,4 +1,4 @@
-"""Clips and images on disk to arrays, and back: PyAV, with the display aspect and the frame times honoured.
+"""Clips and images on disk to arrays, and back, by PyAV, which gives each frame's time and the pixels' aspect.
 
 Pixels here are uint8 "T H W 3"; `to_unit` and `to_bytes` go to and from the models' [-1, 1].
 """
@@ -26,8 +26,8 @@ def read_clip(
 ) -> np.ndarray:
     """`frames` frames at `fps` from `start` seconds on, scaled to cover `height` x `width` and cropped to its centre: uint8 "T H W 3".
 
-    Each frame is the last one shown at or before its time; nothing from `end` seconds on is taken. A clip that is missing, broken,
-    without video or too short is a `RequestError` that begins with its path.
+    Each frame is the one on the screen at its time; none is taken from `end` seconds on. A clip that is missing, broken, without video or
+    too short is a `RequestError` that begins with its path.
     """
     times = [start + i / fps for i in range(frames)]
     times = [time for time in times if end is None or time < end - EARLIER]
@@ -37,18 +37,18 @@ def read_clip(
         with av.open(str(path), options={"protocol_whitelist": "file"}, **REPLACE_TAGS) as container:
             stream = _video_stream(container, path)
             aspect = stream.sample_aspect_ratio or Fraction(1)
-            shown, origin, until = None, None, 0.0
+            previous, origin, until = None, None, 0.0
             for frame in container.decode(stream):
                 _check_frame(frame, path)
                 origin = frame.time if origin is None else origin
                 now = frame.time - origin
-                while shown is not None and len(picked) < len(times) and times[len(picked)] < now - EARLIER:
-                    picked.append(_pixels(shown, aspect, height, width))
+                while previous is not None and len(picked) < len(times) and times[len(picked)] < now - EARLIER:
+                    picked.append(_pixels(previous, aspect, height, width))
                 if len(picked) == len(times):
                     break
-                shown, until = frame, now + _duration(stream)
-            while shown is not None and len(picked) < len(times) and times[len(picked)] < until - EARLIER:
-                picked.append(_pixels(shown, aspect, height, width))
+                previous, until = frame, now + _duration(stream)
+            while previous is not None and len(picked) < len(times) and times[len(picked)] < until - EARLIER:
+                picked.append(_pixels(previous, aspect, height, width))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except FFmpegError as error:
@@ -79,12 +79,12 @@ def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
 
 
 def _duration(stream: av.VideoStream) -> float:
-    """Seconds one frame is shown."""
+    """Seconds from one frame to the next."""
     return float(1 / stream.average_rate) if stream.average_rate else 0.0
 
 
 def _pixels(frame: av.VideoFrame, aspect: Fraction, height: int, width: int) -> np.ndarray:
-    """The frame in its display shape (pixels of `aspect` made square, turned upright), covering height x width, centre-cropped."""
+    """The frame as a player displays it (pixels of `aspect` made square, upright), scaled to cover height x width and centre-cropped."""
     turned = frame.rotation % 180 != 0
     across, down = frame.width * float(aspect), float(frame.height)
     need_across, need_down = (height, width) if turned else (width, height)

@@ -1,130 +1,192 @@
-"""One row of the manifest to one record: the clips decoded, then everything the training reads encoded once by the frozen encoders."""
+"""The frozen networks around the transformer, wired once: every prompt, picture and clip is encoded here.
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+pairs.py: pixels and prompts of pairs -> Batch -> records         (launch.encode, launch.encode_world)
+contexts, first frame, latents -> place_references -> Conditions  (launch.sample, evaluation)
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
+from transformers import PreTrainedTokenizerFast
 
-from configs.errors import RequestError
 from configs.run import Config, VideoConfig
-from data_pipelines import clips, mllm_inputs
-from data_pipelines.manifest import Clip, Row, refuse_same
-from data_pipelines.records import shapes, to_bits
+from data_pipelines import mllm_inputs
 from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax.batch import sample_spec
+from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders.atomic import sha256
 from omnitransfer_jax.models import omnitransfer
+from omnitransfer_jax.models.alignment import Alignment, MLLMInputs
+from omnitransfer_jax.models.clip_vision import CLIPVision
+from omnitransfer_jax.models.omnitransfer import Reference
+from omnitransfer_jax.models.qwen2_5_vision import QwenVision
+from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import clean_prompt, tokenize
 
+RANDOM = "random"  # what records.json says of weights that were not loaded
+NETWORKS = ("vision", "vae", "text_encoder", "image_encoder")  # the vision tower first: its language model is loaded with it and let go
 
-class Pixels(NamedTuple):
-    """A row read from the disk, uint8."""
-
-    reference: np.ndarray
-    """ "T H W 3"."""
-    target: np.ndarray
-    """ "T H W 3"."""
-    first_frame: np.ndarray | None
-    """ "H W 3", as large as the target; None for appearance tasks."""
-
-
-class Encoders(NamedTuple):
-    """The frozen encoders as functions of numpy arrays without a batch axis; each is compiled once for every shape."""
-
-    video: Callable[[np.ndarray], np.ndarray]
-    """ "T H W 3" in [-1, 1] -> "F h w C"."""
-    condition: Callable[[np.ndarray], np.ndarray]
-    """First frame "H W 3" in [-1, 1] -> mask and latents "F h w c" of a video that starts with it."""
-    no_condition: np.ndarray
-    """The same of a target that starts from no frame: mask 0, and the latents of grey."""
-    image: Callable[[np.ndarray], np.ndarray]
-    """First frame "H W 3" in [-1, 1] -> features "I J"."""
-    text: Callable[[str], np.ndarray]
-    """Prompt -> features "S E", the rows of its tokens alone."""
-    shown: Callable[[str, str, np.ndarray | None, np.ndarray], dict[str, np.ndarray]] | None
-    """Task, prompt, first frame or None and reference in [-1, 1] -> the arrays of `shown.shapes`; None without alignment."""
+align = jax.jit(Alignment.__call__)
+decode_clips = jax.jit(WanVAE.decode)
+encode_clips = jax.jit(WanVAE.encode)
+encode_first_frames = jax.jit(omnitransfer.encode_first_frame, static_argnames="shape")
+encode_images = jax.jit(omnitransfer.encode_image)
+encode_text = jax.jit(omnitransfer.encode_text)
+encode_vision = jax.jit(mllm_inputs.vision_features, static_argnums=0)
 
 
-def load_encoders(config: Config, folder: str) -> Encoders:
-    """The encoders of a checkpoint; with random weights if `folder` is empty."""
-    encode_shown = load_shown(config, folder) if config.alignment.enabled else None  # first: all but the vision tower is let go
-    vae, text_encoder = load_models.load_vae(folder, config), load_models.load_text_encoder(folder, config)
-    image_encoder, vocabulary = load_models.load_image_encoder(folder, config), load_models.load_vocabulary(folder)
-    size = config.video
-    encode_video = partial(jax.jit(WanVAE.encode), vae)
-    encode_first_frame = partial(
-        jax.jit(omnitransfer.encode_first_frame, static_argnames="shape"), vae, shape=(1, size.frames, size.height, size.width)
+class Encoders:
+    """The frozen networks of a folder, as functions of batches of NumPy arrays; pixels are in [-1, 1].
+
+    A network is loaded when it is first needed and kept until `release`; it is compiled once for every shape.
+    """
+
+    def __init__(self, config: Config, folder: str):
+        """`folder` as in `load_models`. Templates that do not fit and a wrong vocabulary are a `RequestError` before anything is loaded."""
+        self.config, self.folder = config, folder
+        if config.alignment.enabled:
+            for task in tasks.NAMES:
+                mllm_inputs.token_inputs(config, self.mllm_vocabulary, task, "", has_first_frame=True)
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        return load_models.load_vae(self.folder, self.config)
+
+    @cached_property
+    def text_encoder(self) -> UMT5Encoder:
+        return load_models.load_text_encoder(self.folder, self.config)
+
+    @cached_property
+    def image_encoder(self) -> CLIPVision:
+        return load_models.load_image_encoder(self.folder, self.config)
+
+    @cached_property
+    def vision(self) -> QwenVision:
+        return load_models.load_mllm(self.folder, self.config).vision
+
+    @cached_property
+    def vocabulary(self) -> PreTrainedTokenizerFast:
+        return load_models.load_vocabulary(self.folder)
+
+    @cached_property
+    def mllm_vocabulary(self) -> PreTrainedTokenizerFast:
+        return load_models.load_mllm_vocabulary(self.folder)
+
+    def load(self) -> None:
+        """Loads every network that `encode_batch` needs, so that an absent one is an error before the first batch."""
+        for name in NETWORKS:
+            if name != "vision" or self.config.alignment.enabled:
+                getattr(self, name)
+
+    def release(self) -> None:
+        """Lets the networks go; they are loaded again if they are needed again."""
+        for name in NETWORKS:
+            vars(self).pop(name, None)
+
+    def latents(self, videos: Float[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
+        """Clips to latents."""
+        return np.asarray(encode_clips(self.vae, jnp.asarray(videos)))
+
+    def decode(self, latents: Float[Array, "B F h w C"]) -> Float[np.ndarray, "B T H W 3"]:
+        """Latents to clips."""
+        return np.asarray(decode_clips(self.vae, latents))
+
+    def text(self, prompts: Sequence[str]) -> tuple[Float[np.ndarray, "B S E"], Int[np.ndarray, " B"]]:
+        """UMT5's features, zero rows beyond a prompt's end, and how many rows each prompt has."""
+        tokens, mask = tokenize(self.vocabulary, [clean_prompt(prompt) for prompt in prompts], self.config.dit.text_len)
+        return np.asarray(encode_text(self.text_encoder, jnp.asarray(tokens), jnp.asarray(mask))), mask.sum(1)
+
+    def image(self, frames: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B I J"]:
+        """CLIP's features of first frames."""
+        return np.asarray(encode_images(self.image_encoder, jnp.asarray(frames)))
+
+    def condition(self, frames: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B F h w c"]:
+        """Mask and latents of videos that start with these frames."""
+        shape = (len(frames), self.config.video.frames, *frames.shape[1:3])
+        return np.asarray(encode_first_frames(self.vae, jnp.asarray(frames), shape=shape))
+
+    @cached_property
+    def no_condition(self) -> Float[np.ndarray, "1 F h w c"]:
+        """Mask and latents of a video without a first frame: the mask is 0, and all frames are grey."""
+        size = self.config.video
+        return np.asarray(encode_first_frames(self.vae, None, shape=(1, size.frames, size.height, size.width)))
+
+    def first_frames(
+        self, frames: Float[np.ndarray, "B H W 3"], has_frame: Float[np.ndarray, " B"]
+    ) -> tuple[Float[np.ndarray, "B I J"], Float[np.ndarray, "B F h w c"]]:
+        """`image` and `condition` of each sample; zeros and `no_condition` where `has_frame` is 0."""
+        image = np.zeros((len(frames), *sample_spec(self.config).image.shape), np.float32)
+        condition, given = np.repeat(self.no_condition, len(frames), 0), np.flatnonzero(has_frame)
+        if len(given):
+            condition[given], image[given] = self.condition(frames[given]), self.image(frames[given])
+        return image, condition
+
+    def mllm_inputs(
+        self,
+        task: Int[np.ndarray, " B"],
+        prompts: Sequence[str],
+        frames: Float[np.ndarray, "B H W 3"],
+        has_frame: Float[np.ndarray, " B"],
+        references: Float[np.ndarray, "B T h w 3"],
+    ) -> MLLMInputs:
+        """What the language model reads of each sample; the first frame is left out where `has_frame` is 0."""
+        given = (jnp.asarray(frames), jnp.asarray(has_frame)) if has_frame.any() else (None, None)
+        picked = references[:, mllm_inputs.picked_frames(references.shape[1], self.config.alignment.frames)]
+        features: Any = np.asarray(encode_vision(self.config, self.vision, *given, jnp.asarray(picked)))
+        texts = [
+            mllm_inputs.token_inputs(self.config, self.mllm_vocabulary, tasks.NAMES[index], prompt, bool(has))
+            for index, prompt, has in zip(task, prompts, has_frame, strict=True)
+        ]
+        stacked: dict[str, Any] = {name: np.stack([text[name] for text in texts]) for name in texts[0]}
+        return MLLMInputs(**stacked, features=features)
+
+    def contexts(
+        self,
+        prompts: Sequence[str],
+        alignment: Alignment | None = None,
+        references: Sequence[tuple[Int[np.ndarray, " B"], MLLMInputs]] = (),
+    ) -> tuple[Float[Array, "B S E"], Float[Array, "B S E"]]:
+        """(text context, negative context): what the cross-attention reads, and what it reads in guidance's unconditional pass.
+
+        Without `alignment`: the encoded prompts, and the encoded negative prompt; training drops a prompt by the encoded empty one. With
+        it: the contexts of all references (task, inputs), one behind another, and zeros; training drops such a context by zeros.
+        """
+        if alignment is None:
+            text = jnp.asarray(self.text([*prompts, self.config.sampler.negative_prompt])[0])
+            return text[:-1], jnp.repeat(text[-1:], len(prompts), 0)
+        every = [align(alignment, jax.tree.map(jnp.asarray, inputs), jnp.asarray(task)) for task, inputs in references]
+        context = jnp.concatenate(every, axis=1)
+        return context, jnp.zeros_like(context)
+
+
+def place_references(
+    config: Config, video: VideoConfig, references: Sequence[tuple[Int[np.ndarray, " B"], Float[np.ndarray, "B F h w C"]]]
+) -> tuple[Reference, ...]:
+    """The references (task, latents) of a target of size `video`, side by side.
+
+    With `sampler.stack_references` the k-th reference of a family is k times as far away.
+    """
+    target = video.patches(config.vae, config.dit.patch)
+    together = config.dit.offsets == "frames"  # all references are then in one place, whatever their family
+    families = [together or tasks.TASKS[task[0]].family for task, _ in references]
+    ranks = [families[: k + 1].count(family) if config.sampler.stack_references else 1 for k, family in enumerate(families)]
+    return tuple(
+        omnitransfer.make_reference(jnp.asarray(latents), jnp.asarray(task), target, rank, config.dit.offsets)
+        for rank, (task, latents) in zip(ranks, references, strict=True)
     )
-    encode_image = partial(jax.jit(omnitransfer.encode_image), image_encoder)
-    encode_text = partial(jax.jit(omnitransfer.encode_text), text_encoder)
-
-    def text(prompt: str) -> np.ndarray:
-        tokens, mask = tokenize(vocabulary, [clean_prompt(prompt)], config.dit.text_len)
-        return np.asarray(encode_text(jnp.asarray(tokens), jnp.asarray(mask)))[0, : mask.sum()]
-
-    def one(encode: Callable[[Any], jax.Array]) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda x: np.asarray(encode(jnp.asarray(x)[None]))[0]
-
-    return Encoders(
-        one(encode_video),
-        one(encode_first_frame),
-        np.asarray(encode_first_frame(None))[0],
-        one(encode_image),
-        text,
-        encode_shown,
-    )
 
 
-def load_shown(config: Config, folder: str) -> Callable[[str, str, np.ndarray | None, np.ndarray], dict[str, np.ndarray]]:
-    """`Encoders.shown` with the weights and the vocabulary of a checkpoint."""
-    show = partial(mllm_inputs.show, config, load_models.load_mllm_vocabulary(folder))
-    for task in tasks.NAMES:  # what is wrong with templates or vocabulary is wrong with every record, so it is said now
-        show(task, "", True)
-    look = mllm_inputs.look(config, load_models.load_mllm(folder, config))
-
-    def encode_shown(task: str, prompt: str, first_frame: np.ndarray | None, reference: np.ndarray) -> dict[str, np.ndarray]:
-        return show(task, prompt, first_frame is not None) | {"features": look(first_frame, reference)}
-
-    return encode_shown
-
-
-def read_pixels(row: Row, config: Config) -> Pixels:
-    """The clips of a row in the sizes of the configuration. What cannot be used is a `RequestError` that begins with its path."""
-    refuse_same(row)
-    reference, target = _read(row.reference, config.data.reference), _read(row.target, config.video)
-    if not row.is_temporal:
-        return Pixels(reference, target, None)
-    if row.first_frame is None:
-        return Pixels(reference, target, target[0])
-    return Pixels(reference, target, clips.fit(clips.read_image(row.first_frame), config.video.height, config.video.width))
-
-
-def encode(row: Row, pixels: Pixels, encoders: Encoders, config: Config) -> dict[str, Any]:
-    """The record of a row (`records.schema`). Encodings that are not finite are a `RequestError`."""
-    first_frame = None if pixels.first_frame is None else clips.to_unit(pixels.first_frame)
-    reference = clips.to_unit(pixels.reference)
-    arrays = {
-        "target": encoders.video(clips.to_unit(pixels.target)),
-        "reference": encoders.video(reference),
-        "text": encoders.text(row.prompt),
-    }
-    if first_frame is None:
-        arrays |= {"condition": encoders.no_condition, "image": np.zeros(shapes(config)["image"], np.float32)}
-    else:
-        arrays |= {"condition": encoders.condition(first_frame), "image": encoders.image(first_frame)}
-    others: dict[str, Any] = {"id": row.id, "task": tasks.task_index(row.task), "has_image": np.float32(first_frame is not None)}
-    if encoders.shown is not None:
-        others |= {f"shown_{name}": array for name, array in encoders.shown(row.task, row.prompt, first_frame, reference).items()}
-        arrays["shown_features"] = others.pop("shown_features")
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise RequestError(f"{row.target.path}: the {name} of {row.id!r} is encoded as NaN or infinity; encode in float32")
-    return others | {name: to_bits(array) for name, array in arrays.items()}
-
-
-def _read(clip: Clip, size: VideoConfig) -> np.ndarray:
-    return clips.read_clip(
-        clip.path, frames=size.frames, fps=size.fps, height=size.height, width=size.width, start=clip.start, end=clip.end
-    )
+def weights_of(config: Config) -> str | dict[str, str]:
+    """Which weights the encoders have, as records.json says it: the imported folder and its digest, or `RANDOM`."""
+    folder = run_folder.imported_weights(config.train.init_from)
+    if not folder:
+        return RANDOM
+    model_folder.require_model(folder, config)
+    return {"path": str(Path(folder).resolve()), model_folder.MODEL_FILE: sha256(Path(folder) / model_folder.MODEL_FILE)}

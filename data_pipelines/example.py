@@ -1,10 +1,10 @@
-"""Clips to try everything with, and their manifest: one pair of each task, simple shapes that move. --out=DIR
+"""Example clips and their manifest: one pair of each task, simple shapes that move.
 
 python -m data_pipelines.example --out=clips
 """
 
+import argparse
 import json
-from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ Color = tuple[int, int, int]
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True, help="folder for the clips and manifest.jsonl")
     manifest = write_example(parser.parse_args().out)
     print(f"wrote {manifest}")

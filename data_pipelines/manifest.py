@@ -30,7 +30,7 @@ class Clip(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One pair: what is taken from `reference` is seen again in `target`."""
+    """One pair: `target` shows again what the task takes from `reference`."""
 
     id: str
     task: str
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 def read_manifest(path: str | Path) -> list[Row]:
-    """The rows of a manifest, in its order; a `RequestError` tells everything that is wrong in it, by file and line."""
+    """The rows of a manifest, in its order; one `RequestError` lists everything that is wrong in it, by file and line."""
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -74,7 +74,7 @@ def read_manifest(path: str | Path) -> list[Row]:
 def refuse_same(row: Row) -> None:
     """A `RequestError` if reference and target are the same pictures: one file, or two with the same bytes, from the same second on.
 
-    A model learns to copy from such a pair. Files that cannot be read are left to whoever decodes them.
+    A model would learn to copy from such a pair. Files that cannot be read are reported when they are decoded.
     """
     reference, target = row.reference, row.target
     if reference.start != target.start:
@@ -124,7 +124,7 @@ def _parse(line: str, folder: Path) -> tuple[Row | None, list[str]]:
 
 
 def _wrong_value(key: str, value: Any) -> str:
-    """What is wrong with the value of a known key; nothing if it is right."""
+    """What is wrong with the value of a known key; empty if it is right."""
     if key == "task":
         return "" if value in tasks.NAMES else f"not one of {', '.join(tasks.NAMES)}"
     if key == "prompt":
@@ -154,7 +154,7 @@ def _of_each(value: Any, default: float | None) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """A value as a message shows it: printable, and not whole if it is long."""
+    """A value in a message: printable, and cut if it is long."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 

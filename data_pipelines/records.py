@@ -1,26 +1,24 @@
-"""Records: what a training reads, one example of transfer each, encoded once. The one schema, whoever makes them.
+"""Records: the samples of a training on disk, each encoded once. What a sample holds is `omnitransfer_jax.batch.sample_spec`.
 
     DIR/records-train.array_record-00000-of-00012   shards; each appears under its name when it is complete
     DIR/dataset_info.json, features.json            what makes the folder a TFDS dataset, written when all shards are there
     DIR/records.json                                what the records were made of; written first
     DIR/empty_text.npy                              the encoding of the empty prompt
 
-Real numbers are kept as bfloat16, whose bits go into uint16, for TFDS has no name for bfloat16: half the disk of float32, and the
-precision the network computes in. Shards are not compressed: latents gain nothing from it, and compressed ones are slower to open.
-With `alignment.enabled` records hold, beside all the rest, what the language model is shown (mllm_inputs.py).
+Real numbers are stored as bfloat16, half the size of float32 and the precision the network computes in; TFDS has no bfloat16, so its
+bits are stored as uint16. Shards are not compressed: latents would not become smaller, and compressed shards are slower to open.
+With `alignment.enabled` records also hold what the language model reads (mllm_inputs.py).
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
@@ -28,54 +26,73 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from configs.errors import RequestError, require
-from configs.run import Config
-from data_pipelines import mllm_inputs
+from configs.kinds import flat
+from configs.run import Config, record_fields
 from omnitransfer_jax import tasks
-from omnitransfer_jax.models.omnitransfer import MASK_CHANNELS
+from omnitransfer_jax.batch import Batch, sample_spec
+from omnitransfer_jax.folders.atomic import place, write_whole
+from omnitransfer_jax.models.alignment import MLLMInputs
 
 FORMAT = 1
 NAME, SPLIT = "records", "train"
 TFDS_FILES = ("dataset_info.json", "features.json")
 MADE_FILE, EMPTY_TEXT_FILE = "records.json", "empty_text.npy"
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read, as random access wants it
-SHOWN = {"tokens": np.int32, "mask": np.bool_, "positions": np.int32, "source": np.int32, "features": np.uint16}  # of mllm_inputs.shapes
 ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
 
 
-def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The arrays of a record whose shape the configuration decides.
-
-    target "F h w C", condition "F h w c" (mask, then first frame and grey), reference "f h w C", image "I J".
-    """
+def record_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of what a record holds of a sample (`sample_spec`), by the names it has there."""
     require(
         config.dit.image_dim is not None,
         "dit.image_dim=None: records are for an image-to-video network; take a configuration like stage1",
     )
-    target, image = config.video.latent_shape(config.vae), config.image
-    return {
-        "target": target,
-        "condition": (*target[:-1], MASK_CHANNELS + config.vae.z_dim),
-        "reference": config.data.reference.latent_shape(config.vae),
-        "image": (1 + (image.image_size // image.patch) ** 2, image.dim),
-    }
+    return named(sample_spec(config))
 
 
 def schema(config: Config) -> tfds.features.FeaturesDict:
-    """The features of a record: the arrays of `shapes`, and
+    """The TFDS features of a record: `id`, a name of the example for people, and what `record_spec` names.
 
-    id         name of the example, for people
-    task       index into `tasks.TASKS`
-    text       the prompt's features, "S E", as many rows as it has tokens
-    has_image  1 if the target starts from a given frame; 0 if not, and then `image` is zeros that stand for nothing
-    shown_*    with `alignment.enabled`: the arrays of `shown.shapes`
+    Of `text` there are only the rows of the prompt's tokens; arrays of real numbers are stored as the bits of bfloat16.
     """
-    arrays = {**shapes(config), "text": (None, config.text.dim)}
-    tensors = {name: tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes") for name, shape in arrays.items()}
-    scalars = {"task": tfds.features.Scalar(np.int32), "has_image": tfds.features.Scalar(np.float32)}
-    if config.alignment.enabled:
-        for name, shape in mllm_inputs.shapes(config).items():
-            tensors[f"shown_{name}"] = tfds.features.Tensor(shape=shape, dtype=SHOWN[name], encoding="bytes")
-    return tfds.features.FeaturesDict({"id": tfds.features.Text(), **scalars, **tensors})
+    features: dict[str, Any] = {"id": tfds.features.Text()}
+    for name, leaf in record_spec(config).items():
+        shape, dtype = (None, *leaf.shape[1:]) if name == "text" else leaf.shape, np.uint16 if _as_bits(leaf) else leaf.dtype
+        features[name] = tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes") if shape else tfds.features.Scalar(dtype)
+    return tfds.features.FeaturesDict(features)
+
+
+def to_record(id: str, sample: Batch, text_rows: int) -> dict[str, Any]:
+    """The record of one sample whose text has `text_rows` rows and padding behind them."""
+    arrays = named(sample._replace(text=sample.text[:text_rows]))
+    return {"id": id} | {name: to_bits(array) if _as_bits(array) else array for name, array in arrays.items()}
+
+
+def from_record(record: Mapping[str, Any], config: Config) -> Batch:
+    """One sample of a batch from its record."""
+    spec = sample_spec(config)
+
+    def read(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        array = from_bits(record[name]) if _as_bits(leaf) else np.asarray(record[name], leaf.dtype)
+        return pad_rows(array, leaf.shape[0]) if name == "text" else array
+
+    return jax.tree.map(read, _names(spec), spec)
+
+
+def named(sample: Batch) -> dict[str, Any]:
+    """The arrays of a sample by their names in a record."""
+    return dict(zip(jax.tree.leaves(_names(sample)), jax.tree.leaves(sample), strict=True))
+
+
+def _names(sample: Batch) -> Any:
+    """The name in a record of each array of `sample`: that of its field, with `shown_` before the language model's inputs (format 1)."""
+    names: Any = Batch._make(Batch._fields)
+    return names._replace(mllm_inputs=sample.mllm_inputs and MLLMInputs._make(f"shown_{field}" for field in MLLMInputs._fields))
+
+
+def _as_bits(leaf: Any) -> bool:
+    """Whether an array is stored as the bits of bfloat16: all real numbers but scalars."""
+    return leaf.dtype == np.float32 and leaf.ndim > 0
 
 
 def to_bits(x: np.ndarray) -> np.ndarray:
@@ -89,23 +106,23 @@ def from_bits(bits: np.ndarray) -> np.ndarray:
 
 
 def begin(folder: Path, config: Config, source: Mapping[str, Any]) -> None:
-    """Opens a folder for writing, or for going on: then it must have been begun with the same configuration and source.
+    """Prepares a new folder for writing; a folder that was begun before must have the same configuration and source.
 
-    `source` is what the records come from beside the configuration, in words of JSON: a manifest and weights, or a world and its key.
+    `source` says in JSON what the records are made of besides the configuration: a manifest and weights, or a world and its key.
     """
-    made = json.loads(json.dumps({"format": FORMAT, "config": _configuration(config), "source": source}))
+    made = {"format": FORMAT, "config": _configuration(config), "source": json.loads(json.dumps(source))}
     if (folder / MADE_FILE).exists():
-        known, now = _flat(read_made(folder)), _flat(made)
+        known, now = flat(read_made(folder)), flat(made)
         changed = [f"{key}={known.get(key)} there, {now.get(key)} now" for key in {**known, **now} if known.get(key) != now.get(key)]
         require(not changed, f"{folder}: begun as other records ({'; '.join(changed)}); give another folder, or remove this one")
         return
-    strangers = [path.name for path in folder.glob("*") if not path.name.startswith(".")]  # hidden: another process begins just now
-    require(not strangers, f"{folder}: no records, but {', '.join(strangers[:3])}; give a new or empty folder")
+    others = [path.name for path in folder.glob("*") if not path.name.startswith(".")]  # hidden files: another process begins just now
+    require(not others, f"{folder}: no records, but {', '.join(others[:3])}; give a new or empty folder")
     write_whole(folder / MADE_FILE, json.dumps(made, indent=2).encode())
 
 
 def read_made(folder: Path) -> dict[str, Any]:
-    """What the records of `folder` were made of."""
+    """The content of records.json: what the records of `folder` were made of."""
     try:
         made = json.loads((folder / MADE_FILE).read_text())
     except OSError:
@@ -117,58 +134,58 @@ def read_made(folder: Path) -> dict[str, Any]:
 
 
 def write_empty_text(folder: Path, text: np.ndarray) -> None:
-    """Keeps the encoding "S E" of the empty prompt beside the shards."""
+    """Writes the encoding "S E" of the empty prompt beside the shards."""
     content = BytesIO()
     np.save(content, to_bits(text))
     write_whole(folder / EMPTY_TEXT_FILE, content.getvalue())
 
 
 def shard_path(folder: Path, index: int, count: int) -> Path:
-    """Where shard `index` of `count` is when it is complete."""
+    """The path of shard `index` of `count` once it is complete."""
     return folder / f"{NAME}-{SPLIT}.array_record-{index:05d}-of-{count:05d}"
 
 
 @contextmanager
 def shard_writer(path: Path, features: tfds.features.FeaturesDict) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that appends a record to a shard. The shard is there once the context is left, and not if an error leaves it."""
+    """Yields a function that appends a record to a shard. The shard appears when the context ends, unless an error ends it."""
     partial = path.with_name(f".{path.name}.partial")
     writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
     try:
         yield lambda record: writer.write(features.serialize_example(record))
     finally:
         writer.close()
-    _place(partial, path)
+    place(partial, path)
 
 
 def finish(folder: Path, config: Config, lengths: Sequence[int]) -> None:
-    """Makes a dataset of the shards, whose numbers of records are `lengths`; several processes may do it at once."""
+    """Writes the dataset's metadata for shards of `lengths` records; several processes may do it at once."""
     template = tfds.core.ShardedFileTemplate(data_dir=epath.Path(folder), dataset_name=NAME, split=SPLIT, filetype_suffix="array_record")
     split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(lengths), num_bytes=0, filename_template=template)
     tfds.folder_dataset.write_metadata(data_dir=folder, features=schema(config), split_infos=[split], check_data=False)
 
 
-def require_shown(folder: Path, made: Mapping[str, Any], config: Config) -> None:
-    """A `RequestError` unless the records hold what the language model of `config` is shown."""
+def require_alignment(folder: Path, made: Mapping[str, Any], config: Config) -> None:
+    """A `RequestError` unless the records hold inputs for the language model of `config`."""
     require(
         "alignment" in made["config"],
-        f"{folder}: records without what alignment.enabled needs, features for the language model; "
+        f"{folder}: records without inputs for the language model, which alignment.enabled needs; "
         f"make others with a configuration that has it: {ENCODE}",
     )
-    needs = _flat(_alignment(config))
-    found = _flat({name: made["config"].get(name) for name in _alignment(config)})
+    now = _configuration(config)
+    needs, found = (flat({name: fields.get(name) for name in ("alignment", "mllm")}) for fields in (now, made["config"]))
     changed = [
         f"{key}={found.get(key)} there, {needs.get(key)} now"
         for key in {**found, **needs}
-        if found.get(key) != needs.get(key) and key != "mllm.dtype"  # how it computes, not what it is
+        if found.get(key) != needs.get(key) and key != "mllm.dtype"  # the precision may change, the model may not
     ]
     require(not changed, f"{folder}: records for another alignment ({'; '.join(changed)}); give those numbers, or make others: {ENCODE}")
 
 
 class Records:
-    """The records of a folder by number: dictionaries of numpy arrays, as `schema` has them."""
+    """The records of a folder by number: dictionaries of NumPy arrays, as in `schema`."""
 
     def __init__(self, folder: Path, config: Config):
-        """A folder without records, with unfinished ones, or with records of other shapes than `config` needs is a `RequestError`."""
+        """A folder whose records are absent, unfinished or of other shapes than `config` needs is a `RequestError`."""
         made = read_made(folder)
         if not all((folder / name).exists() for name in (*TFDS_FILES, EMPTY_TEXT_FILE)):
             raise RequestError(f"{folder}: unfinished records; run the command that makes them again, it goes on where it stopped")
@@ -176,7 +193,7 @@ class Records:
         features: Any = schema(config)
         found, needs = builder.info.features.shape, features.shape
         if config.alignment.enabled:
-            require_shown(folder, made, config)
+            require_alignment(folder, made, config)
         wrong = [f"{name} is {_times(found[name])}, not {_times(needs[name])}" for name in needs if found[name] != needs[name]]
         rows, length = made["config"]["dit"]["text_len"], config.dit.text_len
         wrong += [f"prompts have up to {rows} rows, dit.text_len is {length}"] if rows > length else []
@@ -213,47 +230,12 @@ def pad_rows(x: np.ndarray, length: int) -> np.ndarray:
     return np.pad(x, ((0, length - x.shape[0]), (0, 0)))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, whenever the process dies and whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    partial.write_bytes(content)
-    _place(partial, path)
-
-
-def _place(partial: Path, path: Path) -> None:
-    """Moves a file to its name when the disk has all of it."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def _configuration(config: Config) -> dict[str, Any]:
-    """The fields that decide what a record holds."""
-    encoders = {name: asdict(getattr(config, name)) for name in ("vae", "text", "image")}
-    for name in ("encode_frames", "decode_frames"):  # they change the memory alone
-        encoders["vae"].pop(name)
+    """The fields of the configuration that the content of a record depends on, and the templates' digest, as JSON has them."""
+    fields = record_fields(config)
     if config.alignment.enabled:
-        encoders |= _alignment(config)
-    return {
-        "video": asdict(config.video),
-        "data": {"reference": asdict(config.data.reference)},
-        "dit": {"text_len": config.dit.text_len},
-    } | encoders
-
-
-def _alignment(config: Config) -> dict[str, Any]:
-    """The fields that decide what the language model is shown, in words of JSON."""
-    fields = {name: getattr(config.alignment, name) for name in ("frames", "frame_pixels", "prompt_tokens")}
-    templates = hashlib.sha256("\n".join(task.template for task in tasks.TASKS).encode()).hexdigest()
-    return json.loads(json.dumps({"alignment": fields | {"templates": templates}, "mllm": asdict(config.mllm)}))
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by their dotted paths."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {key: leaf for name, branch in tree.items() for key, leaf in _flat(branch, f"{path}.{name}" if path else name).items()}
+        fields["alignment"]["templates"] = hashlib.sha256("\n".join(task.template for task in tasks.TASKS).encode()).hexdigest()
+    return json.loads(json.dumps(fields))
 
 
 def _times(shape: Sequence[int | None]) -> str:

@@ -1,14 +1,13 @@
-"""Transfers of held-out pairs of the procedural world, many at a time, and the controls that tell what a score is worth.
+"""Transfers of held-out pairs of the procedural world, many at a time, and the controls that their scores are compared with.
 
 transfer   the model with the pair's reference
-swapped    the model with the reference of another pair of the same task, scored against this pair's truth
-none       the model without a reference; where the language model tells what to do, it is shown a grey clip
-still      the true first frame, held
+swapped    the model with the reference of another pair of the same task, scored against this pair's target
+none       the model without a reference; with alignment the language model reads a grey clip in its place
+still      the target's first frame, in all frames
 copied     the reference itself
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +18,14 @@ from jaxtyping import Float, UInt8
 from configs.errors import RequestError
 from configs.run import Config
 from data_pipelines import clips
-from omnitransfer_jax import load_models
+from data_pipelines.encoders import Encoders, place_references
+from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.models import omnitransfer
-from omnitransfer_jax.models.alignment import Alignment, MLLMInputs
+from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_dit import WanDiT
-from omnitransfer_jax.models.wan_vae import WanVAE
 from world import pixels
-from world.pair_records import Encoder, example
+from world.pair_records import example, render
 from world.pairs import SHARES, Example
 from world.scores import interval, scores
 
@@ -36,7 +35,7 @@ BATCH = 40
 
 
 class Networks(NamedTuple):
-    """What trained."""
+    """The networks that were trained."""
 
     dit: WanDiT
     alignment: Alignment | None
@@ -48,17 +47,20 @@ def load(config: Config, folder: str) -> Networks:
 
 
 def held_out(config: Config, task: str, count: int, key: int = 1) -> list[Example]:
-    """`count` pairs of one task whose shared value training never saw."""
+    """`count` pairs of one task whose shared value does not occur in training."""
     return [example(config, key, index, "held_out", task) for index in range(count)]
+
+
+def padded(pairs: Sequence[Example]) -> list[Example]:
+    """A batch of pairs: `pairs`, and the last of them again up to `BATCH`."""
+    return [*pairs, *[pairs[-1]] * (BATCH - len(pairs))]
 
 
 class Transfer:
     """Makes clips from pairs with the networks of one configuration; one program for all tasks of a family."""
 
-    def __init__(self, config: Config, encoder: Encoder):
-        self.config, self.encoder = config, encoder
-        vae = encoder.encode_video.args[0]
-        self.decode = partial(jax.jit(WanVAE.decode), vae)
+    def __init__(self, config: Config, encoders: Encoders):
+        self.config, self.encoders = config, encoders
         self.sample = jax.jit(self._sample)
 
     def __call__(
@@ -67,54 +69,42 @@ class Transfer:
         """A clip for every pair; each pair's noise depends on its place in `pairs` alone."""
         made = []
         for i in range(0, len(pairs), BATCH):
-            batch = list(pairs[i : i + BATCH])
-            conditions = self.conditions(networks, batch + batch[-1:] * (BATCH - len(batch)), with_reference)
+            batch = pairs[i : i + BATCH]
+            conditions = self.conditions(networks, padded(batch), with_reference=with_reference)
             made.append(self.make(networks, conditions, i)[: len(batch)])
             if on_batch is not None:
                 on_batch(len(batch))
         return np.concatenate(made)
 
+    def combined(self, networks: Networks, *lists: Sequence[Example]) -> Clips:
+        """Clips that follow several references at once: one list of at most `BATCH` pairs for each, of equal targets and prompts."""
+        return self.make(networks, self.conditions(networks, *map(padded, lists)), 0)[: len(lists[0])]
+
     def make(self, networks: Networks, conditions: Conditions, seed: int) -> Clips:
         """Clips from the conditions of a batch."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
-        return clips.to_bytes(np.asarray(self.decode(self.sample(networks, conditions, key))))
+        return clips.to_bytes(self.encoders.decode(self.sample(networks, conditions, key)))
 
-    def conditions(self, networks: Networks, pairs: Sequence[Example], with_reference: bool = True) -> Conditions:
-        """What the transformer reads of pairs that are all of one family."""
-        arrays = self.encoder(pairs)
-        if not with_reference and "mllm_inputs" in arrays:
-            size, first = self.config.data.reference, arrays["first_frame"]
-            grey = np.zeros((len(pairs), size.frames, size.height, size.width, 3), np.float32)
-            arrays["mllm_inputs"]["features"] = self.encoder.look(first, arrays["has_image"], grey)
-        task, text = jnp.asarray(arrays["task"]), jnp.asarray(arrays["text"])
-        if networks.alignment is not None:
-            text = self.tell(networks.alignment, MLLMInputs(**jax.tree.map(jnp.asarray, arrays["mllm_inputs"])), task)
-        references = ()
-        if with_reference and self.config.train.references:
-            references = (self.open(jnp.asarray(arrays["reference"]), task),)
-        image = jnp.asarray(arrays["image"]) if arrays["has_image"].any() else None
-        return Conditions(text, jnp.zeros_like(text), image, jnp.asarray(arrays["condition"]), references)
+    def conditions(self, networks: Networks, *lists: Sequence[Example], with_reference: bool = True) -> Conditions:
+        """What the transformer reads of a batch with one list of pairs for each reference, of equal targets and prompts.
 
-    def combined(self, networks: Networks, *asked: Sequence[Example]) -> Clips:
-        """Clips that follow several references at once: one list of at most `BATCH` pairs for each, of equal targets and prompts."""
-        count = len(asked[0])
-        told = [self.conditions(networks, [*pairs, *[pairs[-1]] * (BATCH - count)]) for pairs in asked]
-        text = told[0].text_context if networks.alignment is None else jnp.concatenate([each.text_context for each in told], axis=1)
-        references = tuple(reference for each in told for reference in each.references)
-        return self.make(networks, told[0]._replace(text_context=text, negative_context=jnp.zeros_like(text), references=references), 0)[
-            :count
-        ]
-
-    def open(self, latents: jax.Array, task: jax.Array) -> omnitransfer.Reference:
-        """Encoded references, flagged and placed."""
-        target = self.config.video.patches(self.config.vae, self.config.dit.patch)
-        return omnitransfer.make_reference(latents, task, target, by=self.config.dit.offsets)
-
-    @staticmethod
-    @jax.jit
-    def tell(alignment: Alignment, seen: MLLMInputs, task: jax.Array) -> jax.Array:
-        """The language model's context."""
-        return alignment(seen, task)
+        The first frame is given if the task of any list needs it. Without references the language model reads grey clips.
+        """
+        config, encoders, prompts = self.config, self.encoders, [pair.prompt for pair in lists[0]]
+        every = [np.array([tasks.task_index(pair.task) for pair in pairs], np.int32) for pairs in lists]
+        videos = [render(encoders.config, pairs) for pairs in lists]
+        frames, has_frame = videos[0].first_frames, np.max([each.has_first_frame for each in videos], axis=0)
+        inputs, latents = [], []
+        for task, references in zip(every, (each.references for each in videos), strict=True):
+            if references is not None and with_reference and config.train.references:
+                latents.append((task, encoders.latents(references)))
+            if references is not None and networks.alignment is not None:
+                given = references if with_reference else np.zeros_like(references)
+                inputs.append((task, encoders.mllm_inputs(task, prompts, frames, has_frame, given)))
+        context, negative = encoders.contexts(prompts, networks.alignment, inputs)
+        image, condition = encoders.first_frames(frames, has_frame)
+        references = place_references(config, config.video, latents)
+        return Conditions(context, negative, jnp.asarray(image) if has_frame.any() else None, jnp.asarray(condition), references)
 
     def _sample(self, networks: Networks, conditions: Conditions, key: jax.Array) -> jax.Array:
         noise = jax.random.normal(key, (conditions.text_context.shape[0], *self.config.video.latent_shape(self.config.vae)))
@@ -154,24 +144,24 @@ def swapped(pairs: Sequence[Example]) -> list[Example]:
 
 
 class Results(NamedTuple):
-    """What came of held-out pairs: by task, then control, then score; one number a pair."""
+    """Clips and scores of held-out pairs: by task, then control, then score; one number a pair."""
 
     pairs: dict[str, list[Example]]
     clips: dict[str, dict[str, Clips]]
     scores: dict[str, dict[str, dict[str, Float[np.ndarray, " N"]]]]
 
     def mean(self, task: str, score: str, control: str = "transfer") -> float:
-        """Over the pairs of a task."""
+        """The mean over the pairs of a task."""
         return float(self.scores[task][control][score].mean())
 
     def table(self) -> dict[str, Any]:
-        """Means with their 95% bootstrap intervals over pairs, in words of JSON."""
+        """Means with their 95% bootstrap intervals over pairs, as JSON has them."""
 
-        def told(values: Float[np.ndarray, " N"]) -> dict[str, Any]:
+        def entry(values: Float[np.ndarray, " N"]) -> dict[str, Any]:
             return {"mean": float(values.mean()), "interval": interval(values), "pairs": len(values)}
 
         return {
-            task: {control: {name: told(values) for name, values in found.items()} for control, found in controls.items()}
+            task: {control: {name: entry(values) for name, values in found.items()} for control, found in controls.items()}
             for task, controls in self.scores.items()
         }
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from configs.errors import RequestError
 from configs.run import Config, VideoConfig
 from data_pipelines.batches import batches, empty_text
+from data_pipelines.encoders import Encoders
 from evaluation import transfer
 from evaluation.report import page as report
 from evaluation.report import picture
@@ -38,7 +39,6 @@ from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
 from world import pixels, scenes
-from world.pair_records import Encoder
 from world.pairs import SHARES
 
 FLAGS = flags.FlagValues()
@@ -116,7 +116,7 @@ def stage_config(stage: str, out: Path) -> Config:
 
 def transfers(config: Config, folder: str) -> tuple[Results, list[Row]]:
     """The clips and scores of all tasks and controls, and one transfer from two references at once."""
-    made = Transfer(config, Encoder(config, folder))
+    made = Transfer(config, Encoders(config, folder))
     networks = transfer.load(config, folder)
     pairs = {task: transfer.held_out(config, task, SCORED.value) for task in tasks.NAMES}
     with tqdm(total=len(pairs) * 3 * SCORED.value, desc="sampling", unit="clip", disable=None) as bar:

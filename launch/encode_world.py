@@ -6,6 +6,7 @@ The pairs are those of the training split, the tasks in turn; the same --key giv
 Started again it goes on where it stopped: finished shards are kept.
 """
 
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -13,9 +14,10 @@ from tqdm import tqdm
 
 from configs.run import Config
 from data_pipelines import records
+from data_pipelines.encoders import Encoders, weights_of
+from data_pipelines.pairs import prefetch
 from launch import command
-from launch.encode import ahead, weights_of
-from world.pair_records import Encoder, example
+from world.pair_records import encode, example, render
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder of the records", required=True, flag_values=FLAGS)
@@ -32,22 +34,23 @@ def main(config: Config) -> None:
 
 
 def write(config: Config, folder: Path, pairs: int, key: int) -> None:
-    """Writes what is missing of the records of `pairs` pairs of world `key`."""
+    """Writes those records of `pairs` pairs of world `key` that are not in `folder` yet."""
     records.begin(folder, config, {"world": key, "pairs": pairs, "prompts": config.train.references, "weights": weights_of(config)})
     shards = [range(i, min(i + SHARD, pairs)) for i in range(0, pairs, SHARD)]
     paths = [records.shard_path(folder, i, len(shards)) for i in range(len(shards))]
     missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
     if missing or not (folder / records.EMPTY_TEXT_FILE).exists():
-        encoder = Encoder(config, config.train.init_from)
-        text, rows = encoder.text([""])
-        records.write_empty_text(folder, text[0, : rows[0]])
+        encoders = Encoders(config, config.train.init_from)
+        encoders.load()
+        (text,), (rows,) = encoders.text([""])
+        records.write_empty_text(folder, text[:rows])
         with tqdm(total=sum(len(shard) for shard, _ in missing), desc="encoding", unit="pair", disable=None) as bar:
             for shard, path in missing:
                 with records.shard_writer(path, records.schema(config)) as append:
                     examples = [example(config, key, index, "train") for index in shard]
                     batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
-                    for batch, drawn in ahead(encoder.draw, batches, threads=1):
-                        for record in encoder.records(batch, drawn.result()):
+                    for batch, videos in prefetch(partial(render, config), batches, threads=1):
+                        for record in encode(encoders, batch, videos.result()):
                             append(record)
                         bar.update(len(batch))
     records.finish(folder, config, [len(shard) for shard in shards])

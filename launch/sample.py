@@ -3,8 +3,8 @@
     python -m launch.sample --config=stage1 --checkpoint=DIR --task=motion --reference=ref.mp4 --first_frame=image.png --out=out.mp4
     python -m launch.sample --config=wan --checkpoint=DIR --first_frame=image.png --prompt="..." --out=out.mp4
 
-`--task` and `--reference` repeat for combined transfer. The parts are loaded, used and let go one after the other, so the largest of
-them decides the memory, not their sum.
+`--task` and `--reference` repeat for combined transfer. The networks are loaded, used and let go one after the other, so the memory
+needed is that of the largest one, not of all.
 """
 
 import time
@@ -21,15 +21,14 @@ from tqdm import tqdm
 
 from configs.errors import require
 from configs.run import Config, VideoConfig
-from data_pipelines import clips, mllm_inputs
+from data_pipelines import clips
+from data_pipelines.encoders import Encoders, place_references
 from launch import command
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.models import omnitransfer
-from omnitransfer_jax.models.alignment import MLLMInputs
 from omnitransfer_jax.models.omnitransfer import Conditions
-from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.resize import bicubic_resize
-from omnitransfer_jax.tokenizer import clean_prompt, tokenize
+from omnitransfer_jax.tokenizer import clean_prompt
 
 FLAGS = flags.FlagValues()
 CHECKPOINT = flags.DEFINE_string(
@@ -60,18 +59,17 @@ class Request(NamedTuple):
 def main(config: Config) -> None:
     request = read_request(config)
     if not weights(config):
-        print("no --checkpoint: the weights are random, so the video will be noise; it shows that every part runs", flush=True)
-    conditions = encode(config, request)
-    latents = generate(config, request.video, conditions)
-    with stage("video decoder"):
-        video = jax.jit(WanVAE.decode)(load_models.load_vae(weights(config), config), latents)
-        clips.write_clip(OUT.value, clips.to_bytes(video[0]), request.video.fps)
+        print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
+    encoders = Encoders(config, weights(config))
+    latents = generate(encoders, request.video, encode(encoders, request))
+    with stage("video decoder", encoders):
+        clips.write_clip(OUT.value, clips.to_bytes(encoders.decode(latents)[0]), request.video.fps)
     size = request.video
     print(f"wrote {OUT.value}: {size.frames} frames, {size.width} x {size.height}, {size.fps} fps")
 
 
 def weights(config: Config) -> str:
-    """The folder that all parts are loaded from; empty for random ones."""
+    """The folder that all networks are loaded from; empty for random weights."""
     return config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
 
 
@@ -85,7 +83,7 @@ def read_request(config: Config) -> Request:
     chosen = [tasks.task_index(name) for name in TASK.value]
     require(
         bool(chosen) or not config.alignment.enabled,
-        "no --task: from stage 2 on the model is told of references; give --task and --reference, or --config=stage1 or wan",
+        "no --task: from stage 2 on the context is made from references; give --task and --reference, or --config=stage1 or wan",
     )
     first_frame = FIRST_FRAME.value
     require(
@@ -111,66 +109,50 @@ def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:
     return max(step, int((area * aspect) ** 0.5 // step * step)), max(step, int((area / aspect) ** 0.5 // step * step))
 
 
-def encode(config: Config, request: Request) -> Conditions:
+def encode(encoders: Encoders, request: Request) -> Conditions:
     """Everything the network reads beside the noise."""
-    video, folder = request.video, weights(config)
-    text = tell(config, request) if config.alignment.enabled else encode_prompts(config, request)
-    image = frame = None
+    config, video = encoders.config, request.video
+    context, negative = encode_context(encoders, request)
+    image, condition, references = None, None, []
     if request.first_frame is not None:
-        picture = jnp.asarray(clips.to_unit(request.first_frame))[None]
-        with stage("image encoder"):
-            image = jax.jit(omnitransfer.encode_image)(load_models.load_image_encoder(folder, config), picture)
-        frame = bicubic_resize(picture, video.height, video.width)
-    latents, references = None, []
+        picture = clips.to_unit(request.first_frame)[None]
+        with stage("image encoder", encoders):
+            image = jnp.asarray(encoders.image(picture))
     if config.dit.image_dim is not None:
-        with stage("video encoder"):
-            vae = load_models.load_vae(folder, config)
-            encode_first = jax.jit(omnitransfer.encode_first_frame, static_argnames="shape")
-            latents = encode_first(vae, frame, shape=(1, video.frames, video.height, video.width))
-            encode_clip = jax.jit(lambda vae, clip: vae.encode(clip))
-            for k, (task, clip) in enumerate(request.references):
-                together = config.dit.offsets == "frames"  # all references are then in one place, whatever their family
-                family = [together or tasks.TASKS[other].family for other, _ in request.references[: k + 1]]
-                rank = family.count(family[k]) if config.sampler.stack_references else 1
-                encoded = encode_clip(vae, jnp.asarray(clips.to_unit(clip))[None])
-                target = video.patches(config.vae, config.dit.patch)
-                references.append(omnitransfer.make_reference(encoded, jnp.array([task]), target, rank, config.dit.offsets))
-    return Conditions(text[:1], text[1:], image, latents, tuple(references))
+        with stage("video encoder", encoders):
+            if request.first_frame is None:
+                condition = encoders.no_condition
+            else:
+                condition = encoders.condition(np.asarray(bicubic_resize(jnp.asarray(picture), video.height, video.width)))
+            references = [(np.array([task], np.int32), encoders.latents(clips.to_unit(clip)[None])) for task, clip in request.references]
+            condition, references = jnp.asarray(condition), place_references(config, video, references)
+    return Conditions(context, negative, image, condition, tuple(references))
 
 
-def encode_prompts(config: Config, request: Request) -> jax.Array:
-    """The prompt and the negative prompt by UMT5, "2 S E"."""
-    prompts, folder = [request.prompt, clean_prompt(config.sampler.negative_prompt)], weights(config)
-    with stage("text encoder"):
-        tokens, mask = tokenize(load_models.load_vocabulary(folder), prompts, config.dit.text_len)
-        encoder = load_models.load_text_encoder(folder, config)
-        return jax.jit(omnitransfer.encode_text)(encoder, jnp.asarray(tokens), jnp.asarray(mask))
+def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax.Array]:
+    """The text context and the negative context: of the prompts, or with alignment of all references."""
+    config, video, inputs = encoders.config, request.video, []
+    if not config.alignment.enabled:
+        with stage("text encoder", encoders):
+            return encoders.contexts([request.prompt])
+    with stage("vision tower", encoders):
+        has_frame = np.array([request.first_frame is not None], np.float32)
+        frames = np.zeros((1, video.height, video.width, 3), np.float32)
+        if request.first_frame is not None:
+            frames[0] = clips.to_unit(clips.fit(request.first_frame, video.height, video.width))
+        for index, clip in request.references:
+            task = np.array([index], np.int32)
+            inputs.append((task, encoders.mllm_inputs(task, [request.prompt], frames, has_frame, clips.to_unit(clip)[None])))
+    with stage("language model", encoders):
+        return encoders.contexts([request.prompt], load_models.load_alignment(encoders.folder, config), inputs)
 
 
-def tell(config: Config, request: Request) -> jax.Array:
-    """What the language model says of every reference, one behind another, and the zeros of the unconditional pass, "2 S E"."""
-    folder, first = weights(config), request.first_frame
-    with stage("vision tower"):
-        frame = None if first is None else clips.to_unit(clips.fit(first, request.video.height, request.video.width))
-        look = mllm_inputs.look(config, load_models.load_mllm(folder, config))
-        features = [look(frame, clips.to_unit(clip)) for _, clip in request.references]
-    with stage("language model"):
-        vocabulary, alignment = load_models.load_mllm_vocabulary(folder), load_models.load_alignment(folder, config)
-        say = jax.jit(lambda alignment, seen, task: alignment(seen, task))
-        said = []
-        for (task, _), seen in zip(request.references, features, strict=True):
-            prompt = mllm_inputs.show(config, vocabulary, tasks.NAMES[task], request.prompt, frame is not None)
-            batch = jax.tree.map(lambda x: jnp.asarray(x)[None], prompt | {"features": seen})
-            said.append(say(alignment, MLLMInputs(**batch), jnp.array([task])))
-    told = jnp.concatenate(said, axis=1)
-    return jnp.concatenate([told, jnp.zeros_like(told)])
-
-
-def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.Array:
+def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> jax.Array:
     """Latents from noise, with a progress bar."""
+    config = encoders.config
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
-    with stage("transformer"):
-        dit = load_models.load_dit(weights(config), config)
+    with stage("transformer", encoders):
+        dit = load_models.load_dit(encoders.folder, config)
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
 
         def tick(step: int) -> None:
@@ -185,11 +167,12 @@ def generate(config: Config, video: VideoConfig, conditions: Conditions) -> jax.
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Says what is being done and how long it took."""
+def stage(name: str, encoders: Encoders) -> Iterator[None]:
+    """Prints the name of a stage and how long it took; lets its networks go at the end."""
     started = time.perf_counter()
     print(f"{name} ... ", end="", flush=True)
     yield
+    encoders.release()
     print(f"{time.perf_counter() - started:.1f} s", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The batch."""
+"""The one schema of a batch, from the record on disk to the device: its fields, and the shape and type of each."""
 
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32
 
 from configs.run import Config
 from omnitransfer_jax.models.alignment import MLLMInputs, lengths
+from omnitransfer_jax.models.omnitransfer import MASK_CHANNELS
 
 
 class Batch(NamedTuple):
@@ -26,43 +27,38 @@ class Batch(NamedTuple):
     image: Float[Array, "B I J"]
     """CLIP features of the first frame."""
     has_image: Float[Array, " B"]
-    """1 for image-to-video samples, 0 for the others, whose `image` counts for nothing."""
+    """1 for image-to-video samples, 0 for the others, whose `image` is not used."""
     mllm_inputs: MLLMInputs | None = None
-    """What the language model sees, from stage 2 on, where `text` is not read."""
+    """What the language model reads, from stage 2 on, where `text` is not used."""
 
 
-def batch_spec(config: Config) -> Batch:
-    """Shape and type of a whole batch, as the records of this configuration give it."""
-    size, vae, dit, image = config.train.batch_size, config.vae, config.dit, config.image
-
-    target = config.video.latent_shape(vae)
+def sample_spec(config: Config) -> Batch:
+    """Shape and type of one sample: the fields of `Batch` without the batch axis."""
 
     def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((size, *shape), dtype)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    return Batch(
-        task=array(jnp.int32),
-        target=array(jnp.float32, *target),
-        condition=array(jnp.float32, *target[:-1], dit.in_channels - vae.z_dim),
-        reference=array(jnp.float32, *config.data.reference.latent_shape(vae)),
-        text=array(jnp.float32, dit.text_len, dit.text_dim),
-        image=array(jnp.float32, (image.image_size // image.patch) ** 2 + 1, image.dim),
-        has_image=array(jnp.float32),
-        mllm_inputs=abstract_mllm_inputs(config) if config.alignment.enabled else None,
-    )
-
-
-def abstract_mllm_inputs(config: Config) -> MLLMInputs:
-    """Shape and type of what the language model is shown in a batch."""
-    size, (tokens, features) = config.train.batch_size, lengths(config)
-
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((size, *shape), dtype)
-
-    return MLLMInputs(
+    target, image, (tokens, features) = config.video.latent_shape(config.vae), config.image, lengths(config)
+    inputs = MLLMInputs(
         tokens=array(jnp.int32, tokens),
         mask=array(jnp.bool_, tokens),
         positions=array(jnp.int32, 3, tokens),
         features=array(jnp.float32, features, config.mllm.dim),
         source=array(jnp.int32, tokens),
     )
+    return Batch(
+        task=array(jnp.int32),
+        target=array(jnp.float32, *target),
+        condition=array(jnp.float32, *target[:-1], MASK_CHANNELS + config.vae.z_dim),
+        reference=array(jnp.float32, *config.data.reference.latent_shape(config.vae)),
+        text=array(jnp.float32, config.dit.text_len, config.text.dim),
+        image=array(jnp.float32, (image.image_size // image.patch) ** 2 + 1, image.dim),
+        has_image=array(jnp.float32),
+        mllm_inputs=inputs if config.alignment.enabled else None,
+    )
+
+
+def batch_spec(config: Config) -> Batch:
+    """Shape and type of a whole batch over all processes."""
+    size = config.train.batch_size
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), sample_spec(config))

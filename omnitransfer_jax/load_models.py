@@ -1,6 +1,7 @@
-"""The parts of the model as the commands need them: one at a time, from imported weights or a run, or random where there is neither.
+"""Loads the networks one at a time: from imported weights, from a run, or with random weights.
 
-A folder is one of launch.import_weights, the workdir of launch.train, or `checkpoint.EMBEDDED`; empty stands for random weights.
+`folder` is a folder of launch.import_weights, a workdir of launch.train, or `model_folder.EMBEDDED`, the model inside the package; with
+an empty `folder` the weights are random.
 """
 
 from collections.abc import Callable
@@ -29,14 +30,14 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def load_dit(folder: str, config: Config) -> WanDiT:
-    """The diffusion transformer, its weights in the dtype it computes in, as the original holds them."""
+    """The diffusion transformer, its weights in the dtype it computes in, as in the original."""
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "dit", config.dit.dtype)
     return _load(folder, "dit", lambda rngs: WanDiT(config.dit, rngs=rngs), config.dit.dtype)
 
 
 def load_alignment(folder: str, config: Config) -> Alignment:
-    """The language model with its adapters, the queries and the connector, as a run of stage 2 or 3 left them."""
+    """The language model with its adapters, the queries and the connector, from a run of stage 2 or 3."""
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "alignment", None)
     require(not folder, f"{folder}: imported weights have no queries and no connector; give the workdir of a stage 2 or 3 training")
@@ -64,22 +65,13 @@ def load_mllm(folder: str, config: Config) -> Qwen2_5VL:
 
 
 def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
-    """The checkpoint's tokenizer; bytes where there is no checkpoint."""
+    """The text encoder's tokenizer; that of bytes if the weights are random."""
     source = run_folder.imported_weights(folder)
     return load_tokenizer(source) if source else byte_tokenizer()
 
 
-def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> Any:
-    """One part of the model that the run in `folder` trains."""
-    model = getattr(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), part)
-    params = {f"{part}.{path}": leaf for path, leaf in flat_params(model).items()}
-    loaded = run_folder.load_params(folder, params, dtype=dtype)
-    require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
-    return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
-
-
 def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
-    """The language model's tokenizer in the checkpoint; bytes and Qwen's special tokens where there is no checkpoint."""
+    """The language model's tokenizer; that of bytes and Qwen's special tokens if the weights are random."""
     source = run_folder.imported_weights(folder)
     if not source:
         return byte_tokenizer()
@@ -90,10 +82,19 @@ def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     return load_tokenizer(place)
 
 
+def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> Any:
+    """The part `dit` or `alignment` of the model that the run in `folder` trains."""
+    model = getattr(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), part)
+    params = {f"{part}.{path}": leaf for path, leaf in flat_params(model).items()}
+    loaded = run_folder.load_params(folder, params, dtype=dtype)
+    require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
+    return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
+
+
 def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], dtype: str | None = None) -> Model:
-    """One part from `folder`, from where the run in `folder` started, or with random weights, always the same ones."""
+    """The part `name` of the weights in `folder`, or of those that the run in `folder` started from; else random ones of a fixed seed."""
     source = run_folder.imported_weights(folder)
-    if not source:  # this generator compiles several times as fast, and nobody needs these weights to be the same on every backend
+    if not source:  # unsafe_rbg compiles several times as fast; its numbers differ between backends, which does not matter here
         return jax.jit(lambda: make(nnx.Rngs(jax.random.key(0, impl="unsafe_rbg"))))()
     model = abstract(make)
     return with_params(model, model_folder.load_part(source, name, flat_params(model), dtype=dtype))

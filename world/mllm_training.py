@@ -83,7 +83,7 @@ def answer(pair: Example) -> str:
 
 def tokens_of(config: Config, vocabulary: PreTrainedTokenizerFast, pair: Example) -> dict[str, np.ndarray]:
     """The input tokens of stages 2 and 3, followed by those of the answer, unpadded."""
-    arrays = mllm_inputs.show(config, vocabulary, pair.task, pair.prompt, pair.is_temporal)
+    arrays = mllm_inputs.token_inputs(config, vocabulary, pair.task, pair.prompt, pair.is_temporal)
     begin = int(arrays["mask"].sum())
     before = {name: array[..., :begin] for name, array in arrays.items()}
     words = np.array(vocabulary(clean_prompt(answer(pair)), add_special_tokens=False)["input_ids"], np.int32)
@@ -182,7 +182,7 @@ def scores(config: MLLMTraining, params: Params, batch: Lesson, noise: Float[Arr
     """Score of every word at every place. The answer's places hold noise, as large as the MetaQueries are at first."""
     mllm = with_params(abstract(lambda rngs: Qwen2_5VL(config.model.mllm, rngs=rngs)), params)
     frames, references = (x.astype(jnp.float32) / 127.5 - 1 for x in (batch.frames, batch.references))
-    features = mllm_inputs.features(config.model, mllm.vision, frames, batch.has_frame, references)
+    features = mllm_inputs.vision_features(config.model, mllm.vision, frames, batch.has_frame, references)
     x = embed(mllm, MLLMInputs(batch.tokens, batch.mask, batch.positions, features, batch.source))
     x = jnp.where(batch.answer[..., None], noise * x.shape[-1] ** -0.5, x)
     return mllm.logits(mllm(x, batch.positions.swapaxes(0, 1), batch.mask))

@@ -1,9 +1,9 @@
-"""Task-adaptive multimodal alignment (paper section 4.4): what the transformer is told from stage 2 on, in place of the UMT5 text.
+"""Task-adaptive multimodal alignment (paper section 4.4): the context of the cross-attention from stage 2 on, in place of UMT5's text.
 
-    [first frame, reference video, template, prompt] -> Qwen2.5-VL with LoRA <- the task's MetaQueries, behind everything else
+    [first frame, reference video, template, prompt], the task's MetaQueries -> Qwen2.5-VL with LoRA
     the queries' last states -> connector -> context of the target's cross-attention
 
-Only the queries' states leave, so the context has as many rows as a task has queries, whatever was shown.
+The context is made of the queries' states alone, so it has as many rows as a task has queries, however long the inputs are.
 """
 
 from typing import NamedTuple
@@ -30,44 +30,44 @@ SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their
 
 
 class MLLMInputs(NamedTuple):
-    """What the language model sees of each sample, padded to one length (data_pipelines/mllm_inputs.py)."""
+    """What the language model reads of each sample, padded to one length (data_pipelines/mllm_inputs.py)."""
 
     tokens: Int[Array, "B S"]
-    """Token ids; placeholders where vision features go."""
+    """Token ids; a placeholder in the place of each vision feature."""
     mask: Bool[Array, "B S"]
     """False for padding."""
     positions: Int[Array, "B 3 S"]
     """Time, height and width of every token."""
     features: Float[Array, "B V D"]
-    """Features of the first frame and of the reference video, from the frozen vision tower."""
+    """Vision features of the first frame and of the reference video, from the frozen vision tower."""
     source: Int[Array, "B S"]
-    """The row of `features` that stands in a token's place, or -1."""
+    """The row of `features` that replaces a token's embedding, or -1."""
 
 
-# The words around what is shown, in Qwen's chat form: two clips' brackets, the turns' marks, and text of at most a token a byte.
+# The text around the inputs, in Qwen's chat format.
 USER, BREAK, ASSISTANT = "user\n", "\n", "assistant\n"
-FIXED = 2 * 2 + 3 + len(USER + BREAK + ASSISTANT)
+FIXED_TOKENS = 2 * 2 + 3 + len(USER + BREAK + ASSISTANT)  # start and end of two clips, three marks of turns, a token for every byte
 
 
 class Size(NamedTuple):
-    """A clip as the vision tower sees it."""
+    """The size of a clip when the vision tower reads it."""
 
     height: int
     width: int
     grid: Grid
     features: int
-    """Tokens of the language model."""
+    """Number of vision features, each in the place of one token."""
 
 
 def sizes(config: Config) -> tuple[Size, Size]:
-    """Of the first frame and of the reference."""
+    """The sizes of the first frame and of the reference."""
     return _size(config, config.video, 1), _size(config, config.data.reference, config.alignment.frames)
 
 
 def lengths(config: Config) -> tuple[int, int]:
-    """Tokens S and features V of every sample; S is enough for any vocabulary that knows single bytes."""
+    """Tokens S and vision features V of every sample; S is enough for any vocabulary that has a token for every byte."""
     features = sum(size.features for size in sizes(config))
-    return FIXED + features + config.alignment.prompt_tokens, features
+    return FIXED_TOKENS + features + config.alignment.prompt_tokens, features
 
 
 def _size(config: Config, video: VideoConfig, frames: int) -> Size:
@@ -79,36 +79,36 @@ def _size(config: Config, video: VideoConfig, frames: int) -> Size:
 
 
 class Alignment(nnx.Module):
-    """The language model with its adapters, the queries of every task, and the connector; the vision tower is not among them."""
+    """The language model with its adapters, the queries of every task, and the connector; without the frozen vision tower."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.mllm = Qwen2_5VL(config.mllm, rngs=rngs)
-        del self.mllm.vision  # frozen, and run once for every clip: data_pipelines/mllm_inputs.py
+        del self.mllm.vision  # its features are in the inputs (data_pipelines/mllm_inputs.py)
         lora.add_lora(self.mllm, config.lora, rngs=rngs)
         shape = (len(tasks.TASKS), config.alignment.queries, config.mllm.dim)
         self.queries = nnx.Param(jax.random.normal(rngs.params(), shape) * config.mllm.dim**-0.5)
         out_dim = config.dit.text_dim if config.alignment.into == "text_embedder" else config.dit.dim
         self.connector = Connector(config.mllm.dim, config.alignment.connector_dim, out_dim, rngs=rngs)
 
-    def __call__(self, shown: MLLMInputs, task: Int[Array, " B"]) -> Float[Array, "B Q E"]:
-        """The context of each sample's task, float32."""
-        x = embed(self.mllm, shown)
+    def __call__(self, inputs: MLLMInputs, task: Int[Array, " B"]) -> Float[Array, "B Q E"]:
+        """The context of each sample, by the queries of its task, float32."""
+        x = embed(self.mllm, inputs)
         queries = self.queries.astype(x.dtype)[task]
         count = queries.shape[1]
-        # The queries are text to the rotation: they count on behind the last token shown.
-        last = jnp.where(shown.mask[:, None], shown.positions, -1).max(axis=(1, 2))
-        behind = jnp.broadcast_to((last[:, None] + 1 + jnp.arange(count)[None])[:, None], (x.shape[0], 3, count))
-        positions = jnp.concatenate([shown.positions, behind], axis=-1).swapaxes(0, 1)
-        mask = jnp.concatenate([shown.mask, jnp.ones((x.shape[0], count), bool)], axis=1)
+        # The queries have positions like text: one more each, from the last position of the inputs on.
+        last = jnp.where(inputs.mask[:, None], inputs.positions, -1).max(axis=(1, 2))
+        following = jnp.broadcast_to((last[:, None] + 1 + jnp.arange(count)[None])[:, None], (x.shape[0], 3, count))
+        positions = jnp.concatenate([inputs.positions, following], axis=-1).swapaxes(0, 1)
+        mask = jnp.concatenate([inputs.mask, jnp.ones((x.shape[0], count), bool)], axis=1)
         states = self.mllm(jnp.concatenate([x, queries], axis=1), positions, mask)
         return self.connector(states[:, -count:])
 
 
-def embed(mllm: Qwen2_5VL, shown: MLLMInputs) -> Float[Array, "B S D"]:
-    """What the language model takes for all that is shown: its words' embeddings, and the features in their places."""
-    x = mllm.embed(shown.tokens)
-    seen = jnp.take_along_axis(shown.features, jnp.maximum(shown.source, 0)[..., None], axis=1).astype(x.dtype)
-    return jnp.where(shown.source[..., None] >= 0, seen, x)
+def embed(mllm: Qwen2_5VL, inputs: MLLMInputs) -> Float[Array, "B S D"]:
+    """The language model's input embeddings: those of the tokens, replaced by the vision features where `source` names one."""
+    x = mllm.embed(inputs.tokens)
+    features = jnp.take_along_axis(inputs.features, jnp.maximum(inputs.source, 0)[..., None], axis=1).astype(x.dtype)
+    return jnp.where(inputs.source[..., None] >= 0, features, x)
 
 
 class Connector(nnx.Module):

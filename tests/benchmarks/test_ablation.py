@@ -143,7 +143,7 @@ def test_all_rows_have_the_same_prompts_and_the_first_seed_has_controls(monkeypa
         seen.append(({task: [pair.prompt for pair in of_task] for task, of_task in pairs.items()}, controls))
         return SimpleNamespace(scores={"id": {"transfer": {"retrieval": np.ones(3)}}})
 
-    monkeypatch.setattr(ablation, "Encoder", lambda config, folder: config)
+    monkeypatch.setattr(ablation, "Encoders", lambda config, folder: config)
     monkeypatch.setattr(ablation, "Transfer", lambda config, encoder: seen.append(encoder.train.references))
     monkeypatch.setattr(ablation.transfer, "load", lambda config, folder: None)
     monkeypatch.setattr(ablation.transfer, "measure", measure)

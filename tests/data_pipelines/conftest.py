@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from configs import stage1
 from configs.run import Config
 from data_pipelines import records
+from omnitransfer_jax.batch import sample_spec
 
 SMOKE = stage1.get_config("smoke")
 
@@ -15,10 +17,9 @@ SMOKE = stage1.get_config("smoke")
 def random_record(number: int, config: Config = SMOKE) -> dict:
     """Example `number`: task `number % 5`, a prompt of 1 to 4 rows."""
     rng = np.random.default_rng(number)
-    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in records.shapes(config).items()}
-    arrays["text"] = rng.normal(size=(1 + number % 4, config.text.dim)).astype(np.float32)
-    scalars = {"id": f"n{number}", "task": number % 5, "has_image": np.float32(number % 5 > 1)}
-    return scalars | {name: records.to_bits(array) for name, array in arrays.items()}
+    sample = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), sample_spec(config))
+    sample = sample._replace(task=np.int32(number % 5), has_image=np.float32(number % 5 > 1))
+    return records.to_record(f"n{number}", sample, 1 + number % 4)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from configs.errors import RequestError
 from data_pipelines import batches, records
+from omnitransfer_jax.batch import Batch, batch_spec
 from tests.data_pipelines.conftest import SMOKE, random_record
 
 
@@ -20,36 +21,37 @@ def take(iterator, count):
 
 
 def numbers(batch):
-    """Which example each sample is, told by its target."""
+    """Which example each sample is; its target identifies it."""
     known = [records.from_bits(random_record(n)["target"]) for n in range(12)]
-    return [next(n for n, target in enumerate(known) if (target == sample).all()) for sample in batch["target"]]
+    return [next(n for n, target in enumerate(known) if (target == sample).all()) for sample in batch.target]
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]) for key in a)
+    return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
 
 
 def test_what_a_batch_holds(write_records):
     config = reading(write_records(2, 3), shuffle=False)
     batch = next(batches.batches(config, seed=0))
-    assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
-        "task": ("int32", (4,)),
-        "has_image": ("float32", (4,)),
-        "target": ("float32", (4, 3, 4, 6, 16)),
-        "condition": ("float32", (4, 3, 4, 6, 20)),
-        "reference": ("float32", (4, 3, 4, 6, 16)),
-        "text": ("float32", (4, 32, 32)),
-        "image": ("float32", (4, 5, 32)),
-    }
-    assert batch["task"].tolist() == [0, 1, 2, 3]
-    assert batch["has_image"].tolist() == [0, 0, 1, 1]
+    assert jax.tree.map(lambda x: (x.dtype.name, x.shape), batch) == Batch(
+        task=("int32", (4,)),
+        has_image=("float32", (4,)),
+        target=("float32", (4, 3, 4, 6, 16)),
+        condition=("float32", (4, 3, 4, 6, 20)),
+        reference=("float32", (4, 3, 4, 6, 16)),
+        text=("float32", (4, 32, 32)),
+        image=("float32", (4, 5, 32)),
+    )
+    assert jax.tree.map(lambda x: (x.dtype, x.shape), batch) == jax.tree.map(lambda x: (x.dtype, x.shape), batch_spec(config))
+    assert batch.task.tolist() == [0, 1, 2, 3]
+    assert batch.has_image.tolist() == [0, 0, 1, 1]
     for number in range(4):
         record = random_record(number)
         for name in ("target", "condition", "reference", "image"):
-            assert (batch[name][number] == records.from_bits(record[name])).all()
+            assert (getattr(batch, name)[number] == records.from_bits(record[name])).all()
         rows = len(record["text"])
-        assert (batch["text"][number, :rows] == records.from_bits(record["text"])).all()
-        assert not batch["text"][number, rows:].any()
+        assert (batch.text[number, :rows] == records.from_bits(record["text"])).all()
+        assert not batch.text[number, rows:].any()
     assert batches.empty_text(config).shape == (32, 32)
 
 

@@ -1,4 +1,4 @@
-"""Clips: what is written is read back, times and display shape are honoured, and what is wrong is said with its path."""
+"""Clips: what is written is read back, in its times and display shape; errors begin with the path."""
 
 import wave
 from fractions import Fraction

@@ -12,8 +12,8 @@ import pytest
 
 from configs import stage1
 from configs.errors import RequestError
-from data_pipelines import batches, clips, example, records
-from data_pipelines import encode as encoding
+from data_pipelines import batches, clips, example, pairs, records
+from data_pipelines.encoders import Encoders
 from data_pipelines.manifest import read_manifest
 from launch import command
 from launch import encode as launch_encode
@@ -27,13 +27,13 @@ SMOKE = stage1.get_config("smoke")
 @pytest.fixture(scope="module")
 def encoders():
     """Loaded once for all tests, the weights random."""
-    return encoding.load_encoders(SMOKE, "")
+    return Encoders(SMOKE, "")
 
 
 @pytest.fixture
 def run(encoders, monkeypatch):
     """A function that runs launch.encode in this process and returns its exit code."""
-    monkeypatch.setattr(launch_encode, "load_encoders", lambda config, folder: encoders)
+    monkeypatch.setattr(launch_encode, "Encoders", lambda config, folder: encoders)
 
     def run(manifest, out, *args):
         return command.execute(
@@ -46,8 +46,7 @@ def run(encoders, monkeypatch):
 @pytest.fixture(scope="module")
 def clips_manifest(tmp_path_factory):
     """The example: one pair a task."""
-    folder = tmp_path_factory.mktemp("clips")
-    return example.write_example(folder)
+    return example.write_example(tmp_path_factory.mktemp("clips"))
 
 
 def open_records(folder):
@@ -70,9 +69,9 @@ def equal(folder, other):
 def test_what_a_record_holds(run, encoders, clips_manifest, tmp_path):
     assert run(clips_manifest, tmp_path / "r") == 0
     found = open_records(tmp_path / "r")
-    grey = np.asarray(encoders.video(np.zeros((9, 32, 48, 3), np.float32)))
+    grey = encoders.latents(np.zeros((1, 9, 32, 48, 3), np.float32))[0]
     for row in read_manifest(clips_manifest):
-        record = {name: records.from_bits(x) if name in ("text", *records.shapes(SMOKE)) else x for name, x in found[row.id].items()}
+        record = {name: records.from_bits(x) if np.asarray(x).dtype == np.uint16 else x for name, x in found[row.id].items()}
 
         def is_close(name, expected, record=record):
             assert record[name].shape == expected.shape
@@ -82,8 +81,8 @@ def test_what_a_record_holds(run, encoders, clips_manifest, tmp_path):
             name: clips.to_unit(clips.read_clip(getattr(row, name).path, frames=9, fps=8, height=32, width=48))
             for name in ("reference", "target")
         }
-        is_close("target", encoders.video(pixels["target"]))
-        is_close("reference", encoders.video(pixels["reference"]))
+        is_close("target", encoders.latents(pixels["target"][None])[0])
+        is_close("reference", encoders.latents(pixels["reference"][None])[0])
         assert tasks.TASKS[record["task"]].name == row.task
         mask, condition = record["condition"][..., :4], record["condition"][..., 4:]
         if row.task in ("id", "style"):
@@ -94,13 +93,14 @@ def test_what_a_record_holds(run, encoders, clips_manifest, tmp_path):
         else:
             start = clips.to_unit(clips.fit(clips.read_image(row.first_frame), 32, 48)) if row.first_frame else pixels["target"][0]
             video = np.concatenate([start[None], np.zeros((8, 32, 48, 3), np.float32)])
-            expected = np.concatenate([np.zeros((3, 4, 6, 4), np.float32), encoders.video(video)], axis=-1)
+            expected = np.concatenate([np.zeros((3, 4, 6, 4), np.float32), encoders.latents(video[None])[0]], axis=-1)
             expected[0, ..., :4] = 1
             assert record["has_image"] == 1
             is_close("condition", expected)
-            is_close("image", encoders.image(start))
+            is_close("image", encoders.image(start[None])[0])
         assert len(record["text"]) == min(32, len(row.prompt.encode()) + 1)  # bytes, and the end
-        is_close("text", encoders.text(row.prompt))
+        (text,), (rows,) = encoders.text([row.prompt])
+        is_close("text", text[:rows])
     empty = records.empty_text(tmp_path / "r", 32)
     assert (empty[:1] == records.from_bits(found["motion_1"]["text"])).all()
     assert empty[0].any()
@@ -110,9 +110,9 @@ def test_what_a_record_holds(run, encoders, clips_manifest, tmp_path):
 def test_a_given_first_frame_takes_the_place_of_the_targets_own(encoders, clips_manifest):
     row = next(row for row in read_manifest(clips_manifest) if row.task == "effect")
     picture = clips.read_image(row.first_frame)
-    clips_read = encoding.read_pixels(row, SMOKE)
+    clips_read = pairs.read_pixels(row, SMOKE)
     assert (clips_read.first_frame == clips.fit(picture, 32, 48)).all()
-    own = encoding.read_pixels(row._replace(first_frame=None), SMOKE)
+    own = pairs.read_pixels(row._replace(first_frame=None), SMOKE)
     assert (own.first_frame == own.target[0]).all()
     assert (own.target == clips_read.target).all()
     assert (own.first_frame != clips_read.first_frame).any()
@@ -122,15 +122,15 @@ def test_the_stretch_of_a_clip_is_encoded(clips_manifest, tmp_path):
     row = read_manifest(clips_manifest)[0]
     later = row._replace(target=row.target._replace(start=0.5))
     expected = clips.read_clip(row.target.path, frames=9, fps=8, height=32, width=48, start=0.5)
-    assert (encoding.read_pixels(later, SMOKE).target == expected).all()
+    assert (pairs.read_pixels(later, SMOKE).target == expected).all()
     with pytest.raises(RequestError, match=r"4 frames at 8 fps from 0\.5 s to 1 s, 9 needed"):
-        encoding.read_pixels(row._replace(target=row.target._replace(start=0.5, end=1.0)), SMOKE)
+        pairs.read_pixels(row._replace(target=row.target._replace(start=0.5, end=1.0)), SMOKE)
 
 
 def test_each_clip_has_a_size_of_its_own(clips_manifest):
     row = read_manifest(clips_manifest)[0]
     size = replace(SMOKE.video, frames=5, height=16, width=32, fps=4)
-    read = encoding.read_pixels(row, replace(SMOKE, data=replace(SMOKE.data, reference=size)))
+    read = pairs.read_pixels(row, replace(SMOKE, data=replace(SMOKE.data, reference=size)))
     assert (read.reference.shape, read.target.shape) == ((5, 16, 32, 3), (9, 32, 48, 3))
     assert (read.reference == clips.read_clip(row.reference.path, frames=5, fps=4, height=16, width=32)).all()
 
@@ -185,12 +185,12 @@ def test_what_cannot_be_used_is_reported_and_left_out(run, mixed_manifest, tmp_p
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(run, mixed_manifest, tmp_path, monkeypatch):
-    seen = Counter()
+    calls = Counter()
     encode = launch_encode.encode
 
     def counted(row, *args):
-        seen[row.id] += 1
-        if row.id == "motion_1" and seen[row.id] == 1:
+        calls[row.id] += 1
+        if row.id == "motion_1" and calls[row.id] == 1:
             raise KeyboardInterrupt
         return encode(row, *args)
 
@@ -201,7 +201,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(run, mixed_manife
     assert shards(tmp_path / "r") == shards(tmp_path / "whole")[:2]
     for _ in range(2):
         assert run(mixed_manifest, tmp_path / "r", "--records_per_shard=2") == 0
-    assert {name: times for name, times in seen.items() if times > 1} == {"motion_1": 2}
+    assert {name: times for name, times in calls.items() if times > 1} == {"motion_1": 2}
     assert equal(tmp_path / "r", tmp_path / "whole")
     for name in ("rejected.jsonl", "features.json", "records.json", "empty_text.npy"):
         assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -253,11 +253,19 @@ def test_nothing_left_is_an_error(run, tmp_path, capfd):
     assert not (tmp_path / "s").exists()
 
 
-def test_what_is_not_finite_is_refused(encoders, clips_manifest):
-    row = read_manifest(clips_manifest)[0]
-    broken = encoders._replace(video=lambda x: encoders.video(x) * np.float32("inf"))
+def test_what_is_not_finite_is_refused(encoders, clips_manifest, monkeypatch):
+    row, latents = read_manifest(clips_manifest)[0], encoders.latents
+    monkeypatch.setattr(encoders, "latents", lambda x: latents(x) * np.float32("inf"))
     with pytest.raises(RequestError, match=r"id_target\.mp4: the target of 'id_1' is encoded as NaN or infinity"):
-        encoding.encode(row, encoding.read_pixels(row, SMOKE), broken, SMOKE)
+        pairs.encode(row, pairs.read_pixels(row, SMOKE), encoders)
+
+
+def test_absent_weights_are_an_error_before_the_first_pair(run, clips_manifest, tmp_path, capfd, monkeypatch):
+    """Not a reason to refuse every pair."""
+    monkeypatch.setattr(launch_encode, "Encoders", Encoders)
+    model_folder.write_model(tmp_path / "model", {"vae": SMOKE.vae})
+    assert run(clips_manifest, tmp_path / "r", f"--train.init_from={tmp_path / 'model'}") == 2
+    assert "refused" not in capfd.readouterr().out
 
 
 def test_real_clips_become_batches(run, shared, tmp_path):
@@ -276,10 +284,10 @@ def test_real_clips_become_batches(run, shared, tmp_path):
     assert (tmp_path / "r" / "rejected.jsonl").read_text() == ""
     config = replace(SMOKE, data=replace(SMOKE.data, path=str(tmp_path / "r"), shuffle=False), train=replace(SMOKE.train, batch_size=5))
     batch = next(batches.batches(config, seed=0))
-    assert batch["task"].tolist() == [0, 1, 2, 3, 4]
-    assert batch["has_image"].tolist() == [0, 0, 1, 1, 1]
-    assert all(np.isfinite(array).all() and array.std() > 0 for array in batch.values())
-    distinct = [np.abs(batch["target"][i] - batch["reference"][i]).max() for i in range(5)]
+    assert batch.task.tolist() == [0, 1, 2, 3, 4]
+    assert batch.has_image.tolist() == [0, 0, 1, 1, 1]
+    assert all(np.isfinite(array).all() and array.std() > 0 for array in jax.tree.leaves(batch))
+    distinct = [np.abs(batch.target[i] - batch.reference[i]).max() for i in range(5)]
     assert min(distinct) > 0.1
-    reference = omnitransfer.make_reference(jnp.asarray(batch["reference"]), jnp.asarray(batch["task"]), (3, 2, 3))
+    reference = omnitransfer.make_reference(jnp.asarray(batch.reference), jnp.asarray(batch.task), (3, 2, 3))
     assert jax.tree.map(lambda x: x.shape, reference) == ((5, 3, 4, 6, 36), (5, 3))

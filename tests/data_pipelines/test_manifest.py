@@ -1,4 +1,4 @@
-"""The manifest: what a row says, everything that is wrong told at once by file and line, and pairs that would teach copying."""
+"""The manifest: what a row holds, one message with all that is wrong by file and line, and pairs that would teach copying."""
 
 import json
 
@@ -66,18 +66,18 @@ def without(key):
 )
 def test_a_wrong_line_is_told_by_its_number(write, line, message):
     path = write({**ROW, "id": "first"}, line)
-    with pytest.raises(RequestError) as told:
+    with pytest.raises(RequestError) as error:
         read_manifest(path)
-    assert str(told.value).startswith(f"{path}:2: {message}")
+    assert str(error.value).startswith(f"{path}:2: {message}")
 
 
 def test_all_wrong_lines_are_told_at_once(write):
     path = write(ROW, {**ROW, "task": "dance", "id": 3}, "{", ROW)
-    with pytest.raises(RequestError) as told:
+    with pytest.raises(RequestError) as error:
         read_manifest(path)
-    places = [part.split(": ")[0] for part in str(told.value).split("; ") if part.startswith(str(path))]
+    places = [part.split(": ")[0] for part in str(error.value).split("; ") if part.startswith(str(path))]
     assert places == [f"{path}:2", f"{path}:2", f"{path}:3", f"{path}:4"]
-    assert f"{path}:4: id 'a': line 1 has it too" in str(told.value)
+    assert f"{path}:4: id 'a': line 1 has it too" in str(error.value)
 
 
 def test_no_manifest(write, tmp_path):

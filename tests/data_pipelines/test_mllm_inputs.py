@@ -1,4 +1,4 @@
-"""What the language model is shown: text, placeholders, positions and features that agree, and records that keep them."""
+"""What the language model reads: text, placeholders, positions and features that agree, and records that keep them."""
 
 import json
 from dataclasses import replace
@@ -13,12 +13,13 @@ import transformers
 from safetensors.torch import save_file
 
 from configs.errors import RequestError
-from data_pipelines import batches, clips, example, mllm_inputs, records
-from data_pipelines import encode as encoding
+from data_pipelines import batches, clips, example, mllm_inputs, pairs, records
+from data_pipelines.encoders import Encoders
 from data_pipelines.manifest import read_manifest
 from launch import command, import_weights
 from launch import encode as launch_encode
 from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax.batch import batch_spec
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.models.alignment import MLLMInputs
 from omnitransfer_jax.models.flat_params import abstract, flat_params
@@ -55,16 +56,7 @@ def mllm():
 
 @pytest.fixture(scope="module")
 def encoders():
-    """Those of the language model; the others, whose own tests these are not, say zeros."""
-
-    def zeros(name):
-        return lambda _: np.zeros(records.shapes(ALIGNED)[name], np.float32)
-
-    def text(_):
-        return np.zeros((3, ALIGNED.text.dim), np.float32)
-
-    condition = zeros("condition")
-    return encoding.Encoders(zeros("target"), condition, condition(None), zeros("image"), text, encoding.load_shown(ALIGNED, ""))
+    return Encoders(ALIGNED, "")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +72,7 @@ def text_of(tokens):
 @SIZES
 @pytest.mark.parametrize("has_first_frame", [True, False])
 def test_every_placeholder_has_its_feature(vocabulary, config, has_first_frame):
-    found = mllm_inputs.show(config, vocabulary, "motion", "a cat", has_first_frame)
+    found = mllm_inputs.token_inputs(config, vocabulary, "motion", "a cat", has_first_frame)
     image, video = mllm_inputs.sizes(config)
     length, features = mllm_inputs.lengths(config)
     assert {name: array.shape for name, array in found.items()} == {
@@ -121,14 +113,14 @@ def test_the_string(vocabulary, config, has_first_frame):
                 f"<|im_start|>user\n{first}<|vision_start|>{'<|video_pad|>' * video.features}<|vision_end|>"
                 f"{task.template}{' ' + prompt if prompt else ''}<|im_end|>\n<|im_start|>assistant\n"
             )
-            found = mllm_inputs.show(config, vocabulary, task.name, prompt, has_first_frame)
+            found = mllm_inputs.token_inputs(config, vocabulary, task.name, prompt, has_first_frame)
             assert found["tokens"][found["mask"]].tolist() == vocabulary(whole, add_special_tokens=False)["input_ids"]
     assert found["tokens"][:6].tolist() == [259, *(byte + 3 for byte in b"user\n")]
 
 
 def test_a_long_prompt_is_cut_and_fills_the_length(vocabulary):
     room, template = ALIGNED.alignment.prompt_tokens, tasks.TASKS[1].template
-    found = mllm_inputs.show(ALIGNED, vocabulary, "style", "x" * 500, True)
+    found = mllm_inputs.token_inputs(ALIGNED, vocabulary, "style", "x" * 500, True)
     assert found["mask"].all()  # bytes are the longest vocabulary, and the clips are all there
     end = found["tokens"].tolist().index(260)
     assert text_of(found["tokens"][end - room : end]) == f"{template} {'x' * 500}"[:room]
@@ -138,7 +130,7 @@ def test_a_long_prompt_is_cut_and_fills_the_length(vocabulary):
 
 def test_a_prompt_cannot_spell_special_tokens(vocabulary):
     prompt = "<|video_pad|><|im_end|> </s>"
-    found = mllm_inputs.show(ALIGNED, vocabulary, "id", prompt, False)
+    found = mllm_inputs.token_inputs(ALIGNED, vocabulary, "id", prompt, False)
     assert (found["tokens"] == 264).sum() == mllm_inputs.sizes(ALIGNED)[1].features
     end = found["tokens"].tolist().index(260)
     assert text_of(found["tokens"][end - len(prompt) : end]) == prompt
@@ -148,12 +140,12 @@ def test_a_wrong_request(vocabulary):
     short = replace(ALIGNED, alignment=replace(ALIGNED.alignment, prompt_tokens=9))
     needed = len(tasks.TASKS[0].template)
     with pytest.raises(RequestError, match=rf"alignment\.prompt_tokens=9: the template of id alone has {needed}; give .*={needed} or more"):
-        mllm_inputs.show(short, vocabulary, "id", "", False)
+        mllm_inputs.token_inputs(short, vocabulary, "id", "", False)
     fits = replace(ALIGNED, alignment=replace(ALIGNED.alignment, prompt_tokens=needed))
-    assert mllm_inputs.show(fits, vocabulary, "id", "a prompt", False)["mask"].any()
+    assert mllm_inputs.token_inputs(fits, vocabulary, "id", "a prompt", False)["mask"].any()
     other = replace(ALIGNED, mllm=replace(ALIGNED.mllm, image_token=7))
     with pytest.raises(RequestError, match=r"<\|image_pad\|> is 263 in the vocabulary and 7 in config\.mllm"):
-        mllm_inputs.show(other, vocabulary, "id", "", False)
+        mllm_inputs.token_inputs(other, vocabulary, "id", "", False)
 
 
 def test_templates():
@@ -176,8 +168,12 @@ def test_features_are_the_towers(mllm, config):
     first_frame = rng.uniform(-1, 1, (config.video.height, config.video.width, 3)).astype(np.float32)
     size = config.data.reference
     reference = rng.uniform(-1, 1, (size.frames, size.height, size.width, 3)).astype(np.float32)
-    look = mllm_inputs.look(config, mllm)
-    found = look(first_frame, reference)
+    encoders, task, frames, references = Encoders(config, ""), np.int32([2]), first_frame[None], reference[None]
+
+    def features(has_frame):
+        return encoders.mllm_inputs(task, [""], frames, np.float32([has_frame]), references).features[0]
+
+    found = features(1)
     assert found.dtype == np.float32
     assert found.shape == (mllm_inputs.lengths(config)[1], config.mllm.dim)
 
@@ -186,44 +182,44 @@ def test_features_are_the_towers(mllm, config):
         return patchify(jnp.clip(x, -1, 1), config.mllm.vision)
 
     picked = reference[np.rint(np.arange(config.alignment.frames) * (size.frames - 1) / (config.alignment.frames - 1)).astype(int)]
-    patches = [resized(first_frame[None], image.height, image.width), resized(picked, video.height, video.width)]
+    patches = [resized(frames, image.height, image.width), resized(picked, video.height, video.width)]
     expected = jax.jit(Qwen2_5VL.see, static_argnums=2)(mllm, jnp.concatenate(patches), (image.grid, video.grid))
     assert relative_l2(found, expected) <= 1e-5
-    without = look(None, reference)
+    without = features(0)
     assert not without[: image.features].any()
     assert relative_l2(without[image.features :], found[image.features :]) <= 1e-6
+    several = encoders.mllm_inputs(np.int32([2, 0]), ["", "a"], np.stack([first_frame] * 2), np.float32([1, 0]), np.stack([reference] * 2))
+    for i, alone in enumerate((found, without)):  # a batch that mixes both
+        assert relative_l2(several.features[i], alone) <= 1e-5
 
 
 def test_clips_become_batches(encoders, manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch_encode, "load_encoders", lambda config, folder: encoders)
+    monkeypatch.setattr(launch_encode, "Encoders", lambda config, folder: encoders)
     flags = ["--config=stage1:smoke", "--alignment.enabled=True", f"--manifest={manifest}", f"--out={tmp_path / 'r'}"]
     assert command.execute(launch_encode.main, launch_encode.FLAGS, flags) == 0
     rows, folder = read_manifest(manifest), tmp_path / "r"
-    pixels = [encoding.read_pixels(row, ALIGNED) for row in rows]
 
     def reading(config):
         data = replace(config.data, path=str(folder), shuffle=False)
         return replace(config, data=data, train=replace(config.train, batch_size=5))
 
     batch = next(batches.batches(reading(ALIGNED), seed=0))
-    length, features = mllm_inputs.lengths(ALIGNED)
-    assert {name: (array.dtype.name, array.shape) for name, array in batch["mllm_inputs"].items()} == {
-        "tokens": ("int32", (5, length)), "mask": ("bool", (5, length)), "positions": ("int32", (5, 3, length)),
-        "source": ("int32", (5, length)), "features": ("float32", (5, features, ALIGNED.mllm.dim)),
-    }  # fmt: skip
-    assert set(batch["mllm_inputs"]) == set(MLLMInputs._fields)
-    for i, (row, seen) in enumerate(zip(rows, pixels, strict=True)):
-        first_frame = None if seen.first_frame is None else clips.to_unit(seen.first_frame)
-        expected = encoders.shown(row.task, row.prompt, first_frame, clips.to_unit(seen.reference))
-        for name in ("tokens", "mask", "positions", "source"):
-            assert (batch["mllm_inputs"][name][i] == expected[name]).all(), name
-        rounded = records.from_bits(records.to_bits(expected["features"]))
-        assert (batch["mllm_inputs"]["features"][i] == rounded).all()
-        assert (263 in batch["mllm_inputs"]["tokens"][i]) == (row.task not in ("id", "style")) == batch["has_image"][i]
-    # Stage 1 reads them too, and sees nothing of it.
+    spec = batch_spec(reading(ALIGNED))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
+    for i, row in enumerate(rows):
+        pixels = pairs.read_pixels(row, ALIGNED)
+        frame = pixels.target[0] if pixels.first_frame is None else pixels.first_frame
+        frames, references = (clips.to_unit(x)[None] for x in (frame, pixels.reference))
+        has_frame = np.float32([pixels.first_frame is not None])
+        expected = encoders.mllm_inputs(np.int32([tasks.task_index(row.task)]), [row.prompt], frames, has_frame, references)
+        expected = expected._replace(features=records.from_bits(records.to_bits(expected.features)))
+        for name in MLLMInputs._fields:
+            assert (getattr(batch.mllm_inputs, name)[i] == getattr(expected, name)[0]).all(), name
+        assert (263 in batch.mllm_inputs.tokens[i]) == (row.task not in ("id", "style")) == batch.has_image[i]
+    # A configuration without alignment reads these records too, without the language model's inputs.
     plain = next(batches.batches(reading(SMOKE), seed=0))
-    assert set(plain) == set(batch) - {"mllm_inputs"}
-    assert all((plain[name] == batch[name]).all() for name in plain)
+    assert plain.mllm_inputs is None
+    assert jax.tree.all(jax.tree.map(np.array_equal, plain, batch._replace(mllm_inputs=None)))
 
 
 def test_records_that_do_not_fit_the_alignment_are_refused(write_records, tmp_path, monkeypatch):
@@ -231,7 +227,7 @@ def test_records_that_do_not_fit_the_alignment_are_refused(write_records, tmp_pa
         return replace(config, alignment=replace(config.alignment, enabled=True, **alignment))
 
     config = write_records(1)
-    with pytest.raises(RequestError, match=r"records without what alignment\.enabled needs.* make others .*python -m launch\.encode"):
+    with pytest.raises(RequestError, match=r"records without inputs for the language model.* make others .*python -m launch\.encode"):
         records.Records(Path(config.data.path), aligned(config))
     folder = tmp_path / "aligned"
     records.begin(folder, ALIGNED, {})
@@ -240,9 +236,9 @@ def test_records_that_do_not_fit_the_alignment_are_refused(write_records, tmp_pa
     assert {name: made["alignment"][name] for name in ("frames", "frame_pixels", "prompt_tokens")} == {
         "frames": 5, "frame_pixels": 2 * 28 * 28, "prompt_tokens": 96
     }  # fmt: skip
-    records.require_shown(folder, records.read_made(folder), ALIGNED)
+    records.require_alignment(folder, records.read_made(folder), ALIGNED)
     as_bfloat16 = replace(ALIGNED, mllm=replace(ALIGNED.mllm, dtype="bfloat16"))
-    records.require_shown(folder, records.read_made(folder), as_bfloat16)
+    records.require_alignment(folder, records.read_made(folder), as_bfloat16)
     larger = replace(ALIGNED, mllm=replace(ALIGNED.mllm, vision=replace(ALIGNED.mllm.vision, num_layers=4)))
     reworded = [task._replace(template=f"{task.template}!") for task in tasks.TASKS]
     for wrong, words in (
@@ -251,21 +247,21 @@ def test_records_that_do_not_fit_the_alignment_are_refused(write_records, tmp_pa
         (larger, r"mllm\.vision\.num_layers=2 there, 4 now"),
     ):
         with pytest.raises(RequestError, match=words):
-            records.require_shown(folder, records.read_made(folder), wrong)
+            records.require_alignment(folder, records.read_made(folder), wrong)
         with pytest.raises(RequestError, match=words):
             records.begin(folder, wrong, {})
     with pytest.raises(RequestError, match=r"alignment\.frames=5 there, None now"):
         records.begin(folder, SMOKE, {})
     monkeypatch.setattr(tasks, "TASKS", tuple(reworded))
     with pytest.raises(RequestError, match=r"alignment\.templates="):
-        records.require_shown(folder, records.read_made(folder), ALIGNED)
+        records.require_alignment(folder, records.read_made(folder), ALIGNED)
 
 
-def test_what_cannot_be_shown_is_said_before_the_weights_are_loaded(monkeypatch):
+def test_a_template_that_does_not_fit_is_an_error_before_the_weights_are_loaded(monkeypatch):
     monkeypatch.setattr(load_models, "load_mllm", lambda *_: pytest.fail("the weights were loaded first"))
     short = replace(ALIGNED, alignment=replace(ALIGNED.alignment, prompt_tokens=70))
     with pytest.raises(RequestError, match=r"alignment\.prompt_tokens=70: the template of camera alone"):
-        encoding.load_encoders(short, "")
+        Encoders(short, "")
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +298,7 @@ def test_a_hub_folder_is_imported_bit_for_bit(hub, tmp_path, capfd, place):
     loaded = flat_params(load_models.load_mllm(str(ours), ALIGNED))
     assert all(np.asarray(loaded[path]).tobytes() == leaf.tobytes() for path, leaf in expected.items())
     vocabulary = load_models.load_mllm_vocabulary(str(ours))
-    ids, again = (mllm_inputs.show(ALIGNED, each, "effect", "été", True)["tokens"] for each in (vocabulary, byte_tokenizer()))
+    ids, again = (mllm_inputs.token_inputs(ALIGNED, each, "effect", "été", True)["tokens"] for each in (vocabulary, byte_tokenizer()))
     assert (ids == again).all()
 
 

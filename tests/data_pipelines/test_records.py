@@ -1,4 +1,4 @@
-"""Records: what is written is read, a shard is there whole or not at all, and what does not fit is told with both values."""
+"""Records: what is written is read, a shard is there whole or not at all, and what does not fit is reported with both values."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,17 @@ def test_what_is_written_is_read(write_records):
         written, read = random_record(number), dataset[number]
         assert read.keys() == written.keys()
         assert (read["id"].decode(), read["task"], read["has_image"]) == (f"n{number}", written["task"], written["has_image"])
-        for name in (*records.shapes(SMOKE), "text"):
-            assert (read[name] == written[name]).all(), name
+        for name in records.record_spec(SMOKE):
+            assert np.array_equal(read[name], written[name]), name
+
+
+def test_the_names_of_format_1():
+    """Those of every record on disk, whatever the fields of a batch are called."""
+    names = {"id", "task", "target", "condition", "reference", "text", "image", "has_image"}
+    assert set(records.schema(SMOKE)) == names
+    aligned = replace(SMOKE, alignment=replace(SMOKE.alignment, enabled=True))
+    inputs = {f"shown_{name}" for name in ("tokens", "mask", "positions", "source", "features")}
+    assert set(records.schema(aligned)) == names | inputs
 
 
 def test_bfloat16_goes_through_uint16_exactly():
@@ -95,7 +104,7 @@ def test_a_folder_that_is_no_dataset(write_records, tmp_path):
             open_records(config)
 
 
-def test_a_damaged_record_is_told_with_its_shard(write_records):
+def test_a_damaged_record_is_reported_with_its_shard(write_records):
     config = write_records(2, 0, 2)
     shard = records.shard_path(Path(config.data.path), 2, 3)
     content = bytearray(shard.read_bytes())

@@ -1,4 +1,4 @@
-"""Transfers of the tiny model: each control reads what it says and nothing else, and results are sums over pairs."""
+"""Transfers of the tiny model: each control reads only what it should, and results are means over pairs."""
 
 from dataclasses import replace
 
@@ -9,13 +9,14 @@ from flax import nnx
 
 from configs import stage3
 from configs.errors import RequestError
+from data_pipelines.encoders import Encoders
 from evaluation import transfer
 from evaluation.transfer import Networks, Results, Transfer, held_out, swapped, with_control
+from launch import sample
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.models.alignment import Alignment
 from world import pixels, scenes
-from world.pair_records import Encoder
 from world.pairs import SHARES
 
 TINY = stage3.get_config("tiny")
@@ -33,8 +34,8 @@ def small_batches():
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    return Encoder(TINY, model_folder.EMBEDDED)
+def encoders():
+    return Encoders(TINY, model_folder.EMBEDDED)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +45,16 @@ def dit():
 
 
 @pytest.fixture(scope="module")
-def aligned(encoder, dit):
-    """Transfers told by the language model, and their networks."""
+def aligned(encoders, dit):
+    """Transfers whose context is the alignment's, and their networks."""
     networks = Networks(dit, jax.jit(lambda: Alignment(TINY, rngs=nnx.Rngs(jax.random.key(1, impl="unsafe_rbg"))))())
-    return Transfer(TINY, encoder), networks
+    return Transfer(TINY, encoders), networks
 
 
 @pytest.fixture(scope="module")
-def plain(encoder, dit):
-    """Transfers told by the text encoder."""
-    return Transfer(PLAIN, encoder), Networks(dit, None)
+def plain(encoders, dit):
+    """Transfers whose context is the encoded prompt, and their networks."""
+    return Transfer(PLAIN, encoders), Networks(dit, None)
 
 
 @pytest.fixture(params=["plain", "aligned"])
@@ -62,7 +63,7 @@ def made(request):
 
 
 def with_other_references(pairs):
-    """The same pairs with references that share nothing with their own."""
+    """The same pairs with other references."""
     others = held_out(TINY, pairs[0].task, len(pairs), key=7)
     return [pair._replace(reference=other.reference) for pair, other in zip(pairs, others, strict=True)]
 
@@ -101,20 +102,20 @@ def test_what_a_transfer_reads(made, task):
     others = with_other_references(pairs)
     read = run(networks, others)
     assert all((a != b).any() for a, b in zip(read, clips, strict=True))
-    blind = run(networks, pairs, with_reference=False)
-    assert (run(networks, others, with_reference=False) == blind).all()
-    assert all((a != b).any() for a, b in zip(blind, clips, strict=True))
+    without = run(networks, pairs, with_reference=False)
+    assert (run(networks, others, with_reference=False) == without).all()
+    assert all((a != b).any() for a, b in zip(without, clips, strict=True))
     swapped_clips = with_control("swapped", run, networks, pairs)
     assert (swapped_clips == run(networks, swapped(pairs))).all()
-    assert (with_control("none", run, networks, pairs) == blind).all()
+    assert (with_control("none", run, networks, pairs) == without).all()
 
 
 def test_the_clip_of_a_pair_depends_on_its_place_alone(plain):
     run, networks = plain
     pairs = held_out(TINY, "motion", BATCH + 2)
-    told = []
-    clips = run(networks, pairs, on_batch=told.append)
-    assert told == [BATCH, 2]
+    counts = []
+    clips = run(networks, pairs, on_batch=counts.append)
+    assert counts == [BATCH, 2]
     assert len(clips) == BATCH + 2
     fewer = run(networks, [*pairs[2:4], pairs[2], *pairs[3:4]])  # another batch around it, padded otherwise
     assert (fewer[3] == clips[3]).all()
@@ -140,6 +141,30 @@ def test_two_references_are_both_read(made):
         run.combined(networks, style),
     ):
         assert all((a != b).any() for a, b in zip(changed, both, strict=True))
+
+
+def request_of(*pairs):
+    """What launch.sample is asked for to make the transfer that these pairs of one target and prompt ask for."""
+    references = tuple((tasks.task_index(pair.task), pixels.render(pair.reference, TINY.data.reference)) for pair in pairs)
+    frame = pixels.render(pairs[0].target, TINY.video)[0] if any(pair.is_temporal for pair in pairs) else None
+    return sample.Request(pairs[0].prompt, frame, references, TINY.video)
+
+
+@pytest.mark.parametrize("asked", [["id"], ["motion"], ["style", "motion"]], ids="+".join)
+@pytest.mark.parametrize("kind", ["plain", "aligned"])
+def test_conditions_are_those_of_sampling(request, monkeypatch, kind, asked):
+    """The negative context among them, and the first frame if any of the tasks needs it."""
+    run, networks = request.getfixturevalue(kind)
+    first = held_out(TINY, asked[0], 1)[0]
+    pairs = [first._replace(task=task, reference=held_out(TINY, task, 1)[0].reference) for task in asked]
+    monkeypatch.setattr(load_models, "load_alignment", lambda *_: networks.alignment)
+    config = replace(run.config, sampler=replace(run.config.sampler, guidance=5.0))
+    expected = sample.encode(Encoders(config, model_folder.EMBEDDED), request_of(*pairs))
+    found = Transfer(config, run.encoders).conditions(networks, *([pair] for pair in pairs))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    assert found.negative_context.any() == (kind == "plain")
+    assert (found.image is not None) == ("motion" in asked)
 
 
 def test_controls_without_a_network(plain):

@@ -207,7 +207,7 @@ def test_the_whole_road(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("records are encoded again")
 
-    monkeypatch.setattr(encode_world, "Encoder", refuse)
+    monkeypatch.setattr(encode_world, "Encoders", refuse)
     monkeypatch.setattr(demo, "transfers", lambda config, folder: found)
     assert command.execute(demo.main, demo.FLAGS, args) == 0
     assert capsys.readouterr().out.count("steps are done") == 3

@@ -1,4 +1,4 @@
-"""The command that encodes the world; what it writes is tested in tests/data/test_synthetic_records.py."""
+"""The command that encodes the world; what it writes is tested in tests/world/test_pair_records.py."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_the_flags_say_what_is_written(written, capsys):
     assert capsys.readouterr().out == "Next: python -m launch.train --config=stage3:tiny --workdir=DIR --data.path=some/records\n"
 
 
-def test_wrong_requests_are_told_in_a_line(written, capsys):
+def test_wrong_requests_are_errors_of_one_line(written, capsys):
     for args, words in (([], "--out"), (["--out=x", "--pairs=0"], "pairs")):
         assert command.execute(encode_world.main, encode_world.FLAGS, ["--config=stage3:tiny", *args]) == 2
         error = capsys.readouterr().err

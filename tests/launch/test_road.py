@@ -1,4 +1,4 @@
-"""The whole road, by its commands: clips -> records -> training, stopped and continued -> a video for every task and a combination."""
+"""All commands in turn: clips -> records -> training, stopped and continued -> a video for every task and a combination."""
 
 import json
 
@@ -28,9 +28,9 @@ def travel(tmp_path, manifest, pairs):
     training = [f"--data.path={records}", f"--workdir={workdir}"]
     run(train, *training, "--train.steps=30")
     run(train, *training, "--train.steps=60")
-    seen = losses(workdir)
-    assert len(seen) == 60
-    assert sum(seen[-10:]) < 0.8 * sum(seen[:10])
+    curve = losses(workdir)
+    assert len(curve) == 60
+    assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
 
     wanted = [[task] for task in pairs] + [["style", "motion"]]
     for chosen in wanted:

@@ -1,4 +1,7 @@
-"""launch.sample writes a video that plays, for every kind of request, and says in one line what it cannot do."""
+"""launch.sample writes a video that plays, for every kind of request; a wrong request is an error of one line."""
+
+import gc
+import weakref
 
 import av
 import numpy as np
@@ -7,6 +10,7 @@ from PIL import Image
 
 from data_pipelines import clips
 from launch import command, sample
+from omnitransfer_jax import load_models
 
 SMALL = ["--config=stage1:smoke", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--video.frames=5", "--data.reference.frames=5"]
 QUICK = ["--sampler.steps=2", "--dit.num_layers=1"]
@@ -33,13 +37,35 @@ def properties(path):
         return len(frames), frames[0].height, frames[0].width, container.streams.video[0].average_rate
 
 
-def test_image_to_video(tmp_path, capsys):
+@pytest.fixture
+def loaded(monkeypatch):
+    """The networks in the order they are loaded; fails if an earlier one is still in memory when another is loaded."""
+    names, alive = [], []
+
+    def watch(name, load):
+        def watched(*args):
+            gc.collect()
+            assert not any(network() is not None for network in alive), f"{names} before {name}"
+            names.append(name)
+            network = load(*args)
+            alive.append(weakref.ref(network))
+            return network
+
+        return watched
+
+    for name in ("vae", "text_encoder", "image_encoder", "mllm", "alignment", "dit"):
+        monkeypatch.setattr(load_models, f"load_{name}", watch(name, getattr(load_models, f"load_{name}")))
+    return names
+
+
+def test_image_to_video(tmp_path, capsys, loaded):
     """The picture's own shape at the configured area: 32 x 48 pixels are 1,536, and 2:3 fits."""
     assert run(f"--first_frame={picture(tmp_path / 'a.png')}", "--prompt=a cat", f"--out={tmp_path / 'new' / 'a.mp4'}") == 0
     assert properties(tmp_path / "new" / "a.mp4") == (5, 32, 48, 8)
     printed = capsys.readouterr()
     assert "the weights are random" in printed.out
     assert "2/2" in printed.err  # the progress bar
+    assert loaded == ["text_encoder", "image_encoder", "vae", "dit", "vae"]
 
 
 def test_text_to_video(tmp_path):

@@ -1,4 +1,4 @@
-"""The language model speaks for one task at a time, to the target alone, and its adapters are what trains of it."""
+"""The context is that of one task's queries, and depends on all inputs; of the language model only the adapters train."""
 
 from dataclasses import replace
 
@@ -13,10 +13,11 @@ from configs import stage1, stage2, stage3
 from configs.run import Config
 from omnitransfer_jax import tasks
 from omnitransfer_jax.flow import loss_per_example
+from omnitransfer_jax.methods.omnitransfer import objective
 from omnitransfer_jax.models.alignment import Alignment, MLLMInputs
 from omnitransfer_jax.models.flat_params import abstract, count, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import OmniTransfer, make_reference
-from omnitransfer_jax.train.step import abstract_params, init_state, split_trainable
+from omnitransfer_jax.train.step import init_state, split_trainable
 from tests.compare import relative_l2
 
 SMOKE = stage2.get_config("smoke")
@@ -34,7 +35,7 @@ def draw(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def shown(batch=2, length=10, features=4):
+def make_inputs(batch=2, length=10, features=4):
     """Four features, text around them, and padding behind the second sample."""
     source = np.full((batch, length), -1)
     source[:, 2:6] = range(4)
@@ -54,52 +55,52 @@ def alignment():
 
 
 @jax.jit
-def say(model, seen, task):
-    return model(seen, task)
+def align(model, given, task):
+    return model(given, task)
 
 
-def test_only_the_queries_states_leave(alignment):
-    context = say(alignment, shown(), jnp.array([0, 3]))
+def test_the_context_is_the_queries_states(alignment):
+    context = align(alignment, make_inputs(), jnp.array([0, 3]))
     assert context.shape == (2, 3, SMALL.dit.text_dim)
     assert not any("vision" in path for path in flat_params(alignment))
 
 
 @pytest.mark.parametrize("change", ["features", "tokens", "task", "positions"])
-def test_everything_shown_is_read(alignment, change):
-    seen, task = shown(), jnp.array([0, 3])
+def test_every_input_is_read(alignment, change):
+    given, task = make_inputs(), jnp.array([0, 3])
     moved = {
-        "features": (seen._replace(features=seen.features + 1), task),
-        "tokens": (seen._replace(tokens=seen.tokens.at[:, 7].add(1)), task),
-        "task": (seen, jnp.array([1, 4])),
-        "positions": (seen._replace(positions=seen.positions * jnp.array([1, 2, 3])[None, :, None]), task),
+        "features": (given._replace(features=given.features + 1), task),
+        "tokens": (given._replace(tokens=given.tokens.at[:, 7].add(1)), task),
+        "task": (given, jnp.array([1, 4])),
+        "positions": (given._replace(positions=given.positions * jnp.array([1, 2, 3])[None, :, None]), task),
     }[change]
-    assert relative_l2(say(alignment, *moved), say(alignment, seen, task)) > 1e-4
+    assert relative_l2(align(alignment, *moved), align(alignment, given, task)) > 1e-4
 
 
-def test_what_is_not_shown_is_not_read(alignment):
+def test_what_is_no_input_is_not_read(alignment):
     """Padding, the token under a feature, and a feature no token points at."""
-    seen, task = shown(features=5), jnp.array([0, 3])
-    other = seen._replace(
-        tokens=seen.tokens.at[:, 3].set(0).at[1, 9].set(0),
-        features=seen.features.at[:, 4].add(9),
-        positions=seen.positions.at[1, :, 9].set(99),
+    given, task = make_inputs(features=5), jnp.array([0, 3])
+    other = given._replace(
+        tokens=given.tokens.at[:, 3].set(0).at[1, 9].set(0),
+        features=given.features.at[:, 4].add(9),
+        positions=given.positions.at[1, :, 9].set(99),
     )
-    assert relative_l2(say(alignment, other, task), say(alignment, seen, task)) <= 1e-6
+    assert relative_l2(align(alignment, other, task), align(alignment, given, task)) <= 1e-6
 
 
-def loss(model, seen, task):
+def loss(model, given, task):
     """A training loss by hand."""
     x, noise = draw(1, 2, 2, 4, 6, 16), draw(2, 2, 2, 4, 6, 16)
     latents = jnp.concatenate([x, jnp.zeros((2, 2, 4, 6, 20))], -1)
     reference = make_reference(draw(3, 2, 2, 4, 6, 16), task, (2, 2, 3))
-    out = model.dit(latents, jnp.array([500.0, 500.0]), model.alignment(seen, task), references=(reference,))
+    out = model.dit(latents, jnp.array([500.0, 500.0]), model.alignment(given, task), references=(reference,))
     return loss_per_example(out, x, noise).mean()
 
 
 def test_a_task_moves_its_own_queries_alone():
     model = OmniTransfer(SMALL, rngs=nnx.Rngs(0))
     task = jnp.array([4, 1])
-    grads = jax.jit(jax.grad(lambda m: loss(m, shown(), task)))(model)
+    grads = jax.jit(jax.grad(lambda m: loss(m, make_inputs(), task)))(model)
     moved = np.abs(flat_params(grads)["alignment.queries"]).max(axis=(1, 2)) > 0
     assert [name for name, yes in zip(tasks.NAMES, moved, strict=True) if yes] == ["style", "effect"]
 
@@ -107,7 +108,7 @@ def test_a_task_moves_its_own_queries_alone():
 def test_a_connector_may_lead_into_the_blocks():
     direct = replace(SMALL, alignment=replace(SMALL.alignment, into="blocks"))
     model = OmniTransfer(direct, rngs=nnx.Rngs(0))
-    context = model.alignment(shown(), jnp.array([0, 3]))
+    context = model.alignment(make_inputs(), jnp.array([0, 3]))
     assert context.shape[-1] == direct.dit.dim
     latents = draw(1, 2, 2, 4, 6, 36)
     out = model.dit(latents, jnp.array([500.0, 500.0]), context, embed_text=model.embed_text)
@@ -127,17 +128,18 @@ def bytes_of(tree) -> int:
 
 
 @pytest.mark.parametrize(("stage", "trains"), [(stage1, "dit"), (stage2, "alignment"), (stage3, "both")])
-def test_stages_train_what_they_say(stage, trains):
-    """Parameters by stage, and the optimizer's memory: two float32 numbers for each that trains, none for the others."""
+def test_stages_train_what_they_align(stage, trains):
+    """Parameters by stage, and the optimizer's memory: two float32 numbers for each trainable one, none for the others."""
     config: Config = stage.get_config()
-    params = abstract_params(config)
-    trainable, frozen = split_trainable(params, config.train)
+    of_stage = objective(config)
+    params = dict(of_stage.params)
+    trainable, frozen = split_trainable(params, of_stage)
     parts = {path.partition(".")[0] for path in trainable}
     assert parts == {"dit": {"dit"}, "alignment": {"alignment"}, "both": {"dit", "alignment"}}[trains]
     assert all(path.startswith("alignment.mllm.") and ".lora." not in path for path in frozen) or trains == "alignment"
     if trains != "dit":
         assert {path for path in trainable if path.startswith("alignment.mllm.")} == {p for p in params if ".lora." in p}
-    state = jax.eval_shape(lambda p: init_state(p, config, optax.adam(1e-3)), params)
+    state = jax.eval_shape(lambda p: init_state(p, of_stage, config, optax.adam(1e-3)), params)
     assert bytes_of(state.moments) == 2 * bytes_of(state.trainable) + 4
     assert all(leaf.dtype == jnp.bfloat16 for leaf in state.frozen.values())
     assert config.train.steps == {"dit": 10_000, "alignment": 2_000, "both": 5_000}[trains]

@@ -57,7 +57,7 @@ def test_what_it_is_asked_to_say(task):
     said = VOCABULARY.decode(told["tokens"][told["answer"]])
     still = scenes.caption(pair.target._replace(motion=None, camera=None, effect=None))
     assert said == (f"{scenes.caption(pair.reference)} {still}" if temporal else f"{pair.prompt} {scenes.caption(pair.reference)}")
-    before = mllm_inputs.show(MODEL, VOCABULARY, task, pair.prompt, temporal)
+    before = mllm_inputs.token_inputs(MODEL, VOCABULARY, task, pair.prompt, temporal)
     count = int(before["mask"].sum())
     for name in ("tokens", "positions", "source"):
         np.testing.assert_array_equal(told[name][..., :count], before[name][..., :count])
