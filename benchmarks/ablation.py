@@ -279,7 +279,7 @@ def seconds_a_clip(made: Transfer, networks: Networks, pairs: Sequence[Example],
     conditions, seconds = made.conditions(networks, (list(pairs) * BATCH)[:BATCH]), []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        made.sample(networks, conditions, jax.random.key(0)).block_until_ready()
+        made.sample(networks, conditions, 0).block_until_ready()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:]) / BATCH
 

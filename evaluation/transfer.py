@@ -20,6 +20,7 @@ from configs.run import Config
 from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
 from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.omnitransfer import Conditions
@@ -43,7 +44,8 @@ class Networks(NamedTuple):
 
 def load(config: Config, folder: str) -> Networks:
     """The networks of a run or of an imported folder."""
-    return Networks(load_models.load_dit(folder, config), load_models.load_alignment(folder, config) if config.alignment.enabled else None)
+    alignment = load_models.load_alignment(folder, config) if config.alignment.enabled else None
+    return Networks(load_models.load_dit(folder, config, make_mesh(config.mesh)), alignment)
 
 
 def held_out(config: Config, task: str, count: int, key: int = 1) -> list[Example]:
@@ -61,7 +63,7 @@ class Transfer:
 
     def __init__(self, config: Config, encoders: Encoders):
         self.config, self.encoders = config, encoders
-        self.sample = jax.jit(self._sample)
+        self.denoise = omnitransfer.denoise_on(make_mesh(config.mesh), config)
 
     def __call__(
         self, networks: Networks, pairs: Sequence[Example], with_reference: bool = True, on_batch: Callable[[int], object] | None = None
@@ -82,8 +84,13 @@ class Transfer:
 
     def make(self, networks: Networks, conditions: Conditions, seed: int) -> Clips:
         """Clips from the conditions of a batch."""
+        return clips.to_bytes(self.encoders.decode(self.sample(networks, conditions, seed)))
+
+    def sample(self, networks: Networks, conditions: Conditions, seed: int) -> jax.Array:
+        """Latents from the conditions of a batch."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
-        return clips.to_bytes(self.encoders.decode(self.sample(networks, conditions, key)))
+        noise = jax.random.normal(key, (len(conditions.text_context), *self.config.video.latent_shape(self.config.vae)))
+        return self.denoise(networks.dit, conditions, noise)
 
     def conditions(self, networks: Networks, *lists: Sequence[Example], with_reference: bool = True) -> Conditions:
         """What the transformer reads of a batch with one list of pairs for each reference, of equal targets and prompts.
@@ -105,11 +112,6 @@ class Transfer:
         image, condition = encoders.first_frames(frames, has_frame)
         references = place_references(config, config.video, latents)
         return Conditions(context, negative, jnp.asarray(image) if has_frame.any() else None, jnp.asarray(condition), references)
-
-    def _sample(self, networks: Networks, conditions: Conditions, key: jax.Array) -> jax.Array:
-        noise = jax.random.normal(key, (conditions.text_context.shape[0], *self.config.video.latent_shape(self.config.vae)))
-        embed_text = omnitransfer.embeds_text(self.config)
-        return omnitransfer.denoise(networks.dit, conditions, noise, self.config.sampler, embed_text=embed_text)
 
 
 def with_control(

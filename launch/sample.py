@@ -25,6 +25,7 @@ from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
 from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.resize import bicubic_resize
@@ -151,17 +152,15 @@ def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> 
     """Latents from noise, with a progress bar."""
     config = encoders.config
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
+    mesh = make_mesh(config.mesh)
     with stage("transformer", encoders):
-        dit = load_models.load_dit(encoders.folder, config)
+        dit = load_models.load_dit(encoders.folder, config, mesh)
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
 
-        def tick(step: int) -> None:
-            bar.update()
+        def show(step: int) -> None:
+            bar.update(step + 1 - bar.n)
 
-        def denoise(dit, conditions, noise):
-            return omnitransfer.denoise(dit, conditions, noise, config.sampler, tick, omnitransfer.embeds_text(config))
-
-        latents = jax.jit(denoise)(dit, conditions, noise).block_until_ready()
+        latents = omnitransfer.denoise_on(mesh, config, show)(dit, conditions, noise).block_until_ready()
         jax.effects_barrier()
     return latents
 

@@ -4,24 +4,26 @@
 an empty `folder` the weights are random.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from configs.errors import require
 from configs.run import Config
 from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.mesh import placed, specs
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import OmniTransfer
 from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.models.umt5 import UMT5Encoder
-from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer
 from omnitransfer_jax.weights.parts import MLLM_TOKENIZER
@@ -29,11 +31,18 @@ from omnitransfer_jax.weights.parts import MLLM_TOKENIZER
 Model = TypeVar("Model", bound=nnx.Module)
 
 
-def load_dit(folder: str, config: Config) -> WanDiT:
-    """The diffusion transformer, its weights in the dtype it computes in, as in the original."""
+def load_dit(folder: str, config: Config, mesh: Mesh) -> WanDiT:
+    """The diffusion transformer, its weights in the dtype it computes in, as in the original, each where it lives on the mesh."""
+
+    def make(rngs: nnx.Rngs) -> WanDiT:
+        return WanDiT(config.dit, rngs=rngs)
+
+    params = flat_params(abstract(make))
+    leaves = placed(mesh, params, specs(params, SHARDING, config.mesh))
+    sharding = {path: leaf.sharding for path, leaf in leaves.items()}
     if run_folder.is_run(folder):
-        return _load_trained(folder, config, "dit", config.dit.dtype)
-    return _load(folder, "dit", lambda rngs: WanDiT(config.dit, rngs=rngs), config.dit.dtype)
+        return _load_trained(folder, config, "dit", config.dit.dtype, sharding)
+    return _load(folder, "dit", make, config.dit.dtype, sharding)
 
 
 def load_alignment(folder: str, config: Config) -> Alignment:
@@ -82,19 +91,28 @@ def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     return load_tokenizer(place)
 
 
-def _load_trained(folder: str, config: Config, part: str, dtype: str | None) -> Any:
+def _load_trained(
+    folder: str, config: Config, part: str, dtype: str | None, sharding: Mapping[str, jax.sharding.Sharding] | None = None
+) -> Any:
     """The part `dit` or `alignment` of the model that the run in `folder` trains."""
     model = getattr(abstract(lambda rngs: OmniTransfer(config, rngs=rngs)), part)
     params = {f"{part}.{path}": leaf for path, leaf in flat_params(model).items()}
-    loaded = run_folder.load_params(folder, params, dtype=dtype)
+    places = None if sharding is None else {f"{part}.{path}": place for path, place in sharding.items()}
+    loaded = run_folder.load_params(folder, params, places, dtype)
     require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
     return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
 
 
-def _load(folder: str, name: str, make: Callable[[nnx.Rngs], Model], dtype: str | None = None) -> Model:
+def _load(
+    folder: str,
+    name: str,
+    make: Callable[[nnx.Rngs], Model],
+    dtype: str | None = None,
+    sharding: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> Model:
     """The part `name` of the weights in `folder`, or of those that the run in `folder` started from; else random ones of a fixed seed."""
     source = run_folder.imported_weights(folder)
     if not source:  # unsafe_rbg compiles several times as fast; its numbers differ between backends, which does not matter here
         return jax.jit(lambda: make(nnx.Rngs(jax.random.key(0, impl="unsafe_rbg"))))()
     model = abstract(make)
-    return with_params(model, model_folder.load_part(source, name, flat_params(model), dtype=dtype))
+    return with_params(model, model_folder.load_part(source, name, flat_params(model), sharding, dtype))

@@ -170,6 +170,6 @@ def per_device(
 
 
 def mean_of_devices(x: jax.Array) -> jax.Array:
-    """The mean over all devices, inside a `shard_map`; over an axis along which all devices computed the same there is nothing to do."""
+    """The mean over all devices, inside a `shard_map`. An axis along which all devices computed the same `x` is left out."""
     axes = tuple(axis for axis in (DATA, CONTEXT) if axis in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pmean(x, axes) if axes else x

@@ -12,9 +12,9 @@ from configs.errors import RequestError
 from launch import embed
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.train import loop
-from omnitransfer_jax.train.step import abstract_params
 from world import scenes
 from world.pairs import draw_pair
 
@@ -90,17 +90,18 @@ def test_a_workdir_keeps_the_name_and_not_the_place(tmp_path, monkeypatch):
     run_folder.write_config(tmp_path, TINY)
     assert run_folder.imported_weights(str(tmp_path)) == str(FOLDER)
     assert not run_folder.is_run("embedded")
-    loop.require_weights(TINY)
+    loop.require_weights(omnitransfer.objective(TINY), TINY)
 
 
 def test_what_the_folder_lacks_starts_from_random_weights(tmp_path, capsys):
     for name in ("vae", "mllm"):
         (tmp_path / f"{name}.safetensors").symlink_to(FOLDER / f"{name}.safetensors")
     model_folder.write_model(tmp_path, {"vae": TINY.vae, "mllm": TINY.mllm})
-    params = abstract_params(TINY)
+    objective = omnitransfer.objective(TINY)
+    params = objective.params
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     place = dict.fromkeys(params, jax.sharding.NamedSharding(mesh, jax.P()))
-    found = loop.imported_params(str(tmp_path), TINY, params, place)
+    found = loop.imported_params(str(tmp_path), objective, params, place)
     assert found.keys() == {path for path in params if path.startswith("alignment.mllm.") and ".lora." not in path}
     stored = load_file(FOLDER / "mllm.safetensors")
     assert all(np.array_equal(x, stored[path.removeprefix("alignment.mllm.")]) for path, x in found.items())

@@ -8,6 +8,7 @@ processes, so a run may go on with another number of processes.
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
 PARAMETERS = ("trainable", "frozen", "ema")
 # The name of a training: what it trains, and the configurations that name it.
 TRAININGS = {"transfer": ("transformer", "stage1, stage2 or stage3"), "vae": ("autoencoder", "vae"), "mllm": ("language model", "mllm")}
+ADDED = re.compile(r".*\.lora_\w+\.\w+")  # parameters of a named adapter
 Run = TypeVar("Run", bound=RunConfig)
 State = TypeVar("State", bound=tuple)  # a NamedTuple like `train.step.TrainState`
 
@@ -172,11 +174,14 @@ def _require_training(workdir: epath.PathLike, found: str, wanted: type[RunConfi
 
 
 def _require_same_shapes(folder: epath.Path, params: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """A `RequestError` unless the parts that `params` and `found` share have the same parameters, of the same shapes."""
+    """A `RequestError` unless the parts that `params` and `found` share have the same parameters, of the same shapes.
+
+    `found` may lack a named adapter (models/lora.py), which a training adds to the model it starts from.
+    """
     shared = {path.partition(".")[0] for path in found} & {path.partition(".")[0] for path in params}
     wrong = sorted(
         path
-        for path in {*params, *found}
+        for path in {*params, *found} - {path for path in params if ADDED.fullmatch(path) and path not in found}
         if path.partition(".")[0] in shared and (path not in params or path not in found or params[path].shape != found[path].shape)
     )
     require(

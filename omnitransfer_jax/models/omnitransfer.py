@@ -155,30 +155,23 @@ def denoise(
 def denoise_on(
     mesh: Mesh, config: Config, on_step: Callable[[int], None] | None = None
 ) -> Callable[[WanDiT, Conditions, Float[Array, "B F H W C"]], Float[Array, "B F H W C"]]:
-    """`denoise` by all devices of `mesh`, compiled: they divide the batch if they can, each sample's tokens, and the parameters.
+    """`denoise` by all devices of `mesh`, compiled: they divide the batch if it divides, each sample's tokens, and the parameters.
 
-    `on_step` may be called by every device; so it should do the same when it is called again.
+    Every device calls `on_step`, so it must not mind being called again for the same step.
     """
-    embed_text = embeds_text(config)
-    blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
+    embed_text, blank = embeds_text(config), abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
     spec = specs(flat_params(blank), wan_dit.SHARDING, config.mesh)
+    shardings = {path: NamedSharding(mesh, each) for path, each in spec.items()}
+
+    def local(params: dict[str, Array], conditions: Conditions, noise: Array, shard: Shard) -> Array:
+        return denoise(with_params(blank, params), conditions, noise, config.sampler, on_step, embed_text, shard)
 
     @partial(jax.jit, static_argnames="batched")
     def run(params: dict[str, Array], conditions: Conditions, noise: Array, batched: bool) -> Array:
-        def local(params: dict[str, Array], conditions: Conditions, noise: Array, shard: Shard) -> Array:
-            return denoise(with_params(blank, params), conditions, noise, config.sampler, on_step, embed_text, shard)
-
         return per_device(local, mesh, spec, "blocks.", batched)(params, conditions, noise)
 
     def denoise_all(dit: WanDiT, conditions: Conditions, noise: Array) -> Array:
-        if mesh.size == 1:
-            return single(dit, conditions, noise)
-        params = jax.device_put(flat_params(dit), {path: NamedSharding(mesh, each) for path, each in spec.items()})
         conditions, noise = jax.device_put((conditions, noise), replicated(mesh))
-        return run(params, conditions, noise, batched=len(noise) % config.mesh.data == 0)
-
-    @jax.jit
-    def single(dit: WanDiT, conditions: Conditions, noise: Array) -> Array:
-        return denoise(dit, conditions, noise, config.sampler, on_step, embed_text)
+        return run(jax.device_put(flat_params(dit), shardings), conditions, noise, batched=len(noise) % config.mesh.data == 0)
 
     return denoise_all

@@ -37,20 +37,25 @@ def group(path: str) -> str:
     return f"{part}/" + ".".join(names[:depth])
 
 
-def memory_table(objective: Objective, config: RunConfig) -> str:
-    """What lies on each device for the whole of a step, in GiB: the abstract state itself, and the gradients."""
+def memory(objective: Objective, config: RunConfig) -> dict[str, int]:
+    """Bytes on each device for the whole of a step: the abstract state itself, and the gradients."""
     spec = specs(objective.params, objective.sharding, config.mesh)
     state = abstract_state(objective, config, make_optimizer(config.optimizer, config.train.steps, objective.matrices))
 
     def held(tree) -> int:
         return bytes_per_device(tree, specs_of(tree, spec), config.mesh)
 
-    sizes = {
+    return {
         "parameters": held(state.trainable) + held(state.frozen),
         "gradients": held(state.trainable),
         "optimizer": held(state.moments),
         "average": held(state.ema),
     }
+
+
+def memory_table(objective: Objective, config: RunConfig) -> str:
+    """`memory` in GiB."""
+    sizes = memory(objective, config)
     lines = [f"{name:<32} {size / GIB:>18.3f}" for name, size in {**sizes, "sum": sum(sizes.values())}.items()]
     title = f"{'GiB per device':<32} {f'mesh {config.mesh.data} x {config.mesh.context}':>18}"
     return "\n".join([title, *lines, f"{'activations':<32} {'not counted':>18}"])

@@ -38,7 +38,7 @@ def assert_same(one, other):
 
 
 def trained_vae(folder, psnr=30.5, **fields):
-    """A workdir as a training of the autoencoder leaves it, and its parameters."""
+    """A workdir as `launch.train --config=vae:tiny` leaves it, and its parameters."""
     folder.mkdir()
     leaves = drawn("vae", 1)
     save_file(leaves, folder / "vae.safetensors")

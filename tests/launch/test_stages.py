@@ -1,4 +1,4 @@
-"""Stage 1 -> 2 -> 3 by their commands: what each leaves alone, what it moves, and what can be done with the result."""
+"""Stage 1 -> 2 -> 3 by their commands: which parameters each changes, and what can be done with the result."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ from data_pipelines import clips, example
 from launch import command, encode, export, sample, train
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import run_folder
-from omnitransfer_jax.train.step import abstract_params
+from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.weights import qwen2_5_vl
 from tests.launch.test_road import SMOKE as ROAD
 from tests.launch.test_road import example_pairs, real_manifest
@@ -29,7 +29,7 @@ def run(module, stage, *args):
 def weights(workdir, config):
     """Everything a run holds, not averaged."""
     config = command._override(config, SMALL, train.FLAGS)  # the configuration the commands were given
-    return run_folder.load_params(workdir, abstract_params(config))
+    return run_folder.load_params(workdir, omnitransfer.objective(config).params)
 
 
 def travel(tmp_path, manifest, pairs):
@@ -55,7 +55,7 @@ def travel(tmp_path, manifest, pairs):
     moved = {path for path in third if (third[path] != second[path]).any()}
     frozen = {path for path in third if path.startswith("alignment.mllm.") and ".lora." not in path}
     assert not moved & frozen
-    dead = {path for path in third if path.endswith("key.bias")}  # a softmax does not see them: their gradient is rounding
+    dead = {path for path in third if path.endswith("key.bias")}  # they cancel in the softmax: their gradient is rounding
     assert not set(third) - frozen - dead - moved
 
     for chosen in [[task] for task in tasks.NAMES] + [["style", "motion"]]:

@@ -1,4 +1,4 @@
-"""The command: what a dry run tells, and what is refused."""
+"""The command: what a dry run prints, and what is refused."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_a_dry_run_of_the_full_size(capsys):
     assert "FLOPs per step: 1.96e+17 (16 samples of 12.25 PFLOP" in out
 
 
-def test_a_dry_run_tells_frozen_from_trainable(capsys):
+def test_a_dry_run_counts_frozen_and_trainable(capsys):
     assert execute("--config=stage1:smoke", "--dry_run", "--train.trainable", "dit/head.*") == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("dit/")}
     assert rows["dit/head"][0] != "0"
@@ -37,7 +37,16 @@ def test_a_dry_run_tells_frozen_from_trainable(capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("config", "rows"), [("vae:tiny", ["encoder/levels", "decoder/middle"]), ("mllm:tiny", ["layers/mlp", "vision/blocks"])]
+)
+def test_a_dry_run_of_the_world_s_trainings(config, rows, capsys):
+    assert execute(f"--config={config}", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{name} " in out for name in (*rows, "total", "GiB per device", "optimizer"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
     [
         (["--data.path=records"], "--workdir: not given"),
         (["--workdir={}", "--mesh.data=4"], "mesh.data=4 times mesh.context=1 is 4 devices"),
@@ -45,9 +54,9 @@ def test_a_dry_run_tells_frozen_from_trainable(capsys):
         (["--workdir={}", "--dry_run", "--train.trainable", "vae/.*"], "'vae/.*' matches no parameter"),
     ],
 )
-def test_refusals_are_one_line(args, told, tmp_path, capsys):
+def test_refusals_are_one_line(args, message, tmp_path, capsys):
     assert execute("--config=stage1:smoke", *(arg.format(tmp_path / "run") for arg in args)) == 2
     err = capsys.readouterr().err
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()

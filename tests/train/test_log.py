@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step whatever was interrupted, every line JSON; the console and TensorBoard tell the same."""
+"""metrics.jsonl: one line a step whatever was interrupted, every line JSON; console and TensorBoard agree."""
 
 import json
 
@@ -53,8 +53,8 @@ def test_what_is_not_finite_is_null(tmp_path, capsys):
     assert "loss not finite" in capsys.readouterr().out
 
 
-def test_waiting_is_told_apart(tmp_path, monkeypatch):
-    clock = iter([0.0, 1.0, 4.0, 10.0, 12.0])  # made, waits from 1 to 4, tells at 10; the next step is told at 12
+def test_waiting_is_counted_apart(tmp_path, monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 10.0, 12.0])  # made at 0, waits from 1 to 4, writes step 1 at 10 and step 2 at 12
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     with RunLog(tmp_path, TrainConfig(steps=8), 0) as log:
         with log.waiting():

@@ -47,7 +47,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The workdir of a run of 8 steps that nothing disturbed."""
+    """The workdir of a run of 8 steps, not interrupted."""
     workdir = tmp_path_factory.mktemp("whole")
     train(TINY, workdir)
     return workdir
@@ -153,11 +153,11 @@ def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
 
     train(TINY, tmp_path)
     assert_same(tmp_path, whole)
-    assert saved_steps(tmp_path) == ["6", "8"]  # nothing is left of a save that was cut off
+    assert saved_steps(tmp_path) == ["6", "8"]  # a save that was cut off left no files
 
 
 def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path, compiled):
-    """Two processes of two devices each; which of them hears the signal does not matter."""
+    """Two processes of two devices each; which of them receives the signal does not matter."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -165,11 +165,11 @@ def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path, compiled):
     both = [start_process(tmp_path, compiled, *options, f"process={i}", devices=2) for i in range(2)]
     wait_for_step(both[0], tmp_path, 2)
     both[1].send_signal(signal.SIGTERM)
-    said = [process.communicate()[0].splitlines()[-1] for process in both]
+    last_lines = [process.communicate()[0].splitlines()[-1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     reached = int(saved_steps(tmp_path)[-1])
     assert reached < 8
-    assert said == [f"stopped after step {reached} of 8; the same command goes on from there"] * 2
+    assert last_lines == [f"stopped after step {reached} of 8; the same command goes on from there"] * 2
 
     train(TINY, tmp_path)
     ours, theirs = left_by(tmp_path), left_by(whole)
@@ -213,16 +213,16 @@ def test_a_finished_run_does_nothing(whole, capsys):
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "told"),
+    ("part", "change", "message"),
     [
         ("train", {"batch_size": 4}, "--train.batch_size=4: the run in .* was started with 2; give that, or another --workdir"),
         ("optimizer", {"learning_rate": 1.0}, "--optimizer.learning_rate=1.0: .* 0.003"),
         ("dit", {"num_heads": 4}, "--dit.num_heads=4: .* 2"),
     ],
 )
-def test_another_run_is_refused(whole, part, change, told):
+def test_another_run_is_refused(whole, part, change, message):
     config = replace(TINY, **{part: replace(getattr(TINY, part), **change)})
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
         run_folder.require_same_run(whole, config)
 
 

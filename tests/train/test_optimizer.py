@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from configs.errors import RequestError
-from configs.run import OptimizerConfig
+from configs.run import MeshConfig, OptimizerConfig
 from configs.wan import I2V_14B
 from omnitransfer_jax.mesh import MESH_AXIS, specs
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
-from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer, matrices
+from omnitransfer_jax.train.optimizer import is_matrix, learning_rate, make_optimizer
 from tests.compare import relative_l2
+
+STEPS = 10
 
 
 def draw(seed, *shape):
@@ -27,7 +29,7 @@ def test_equals_pytorch():
     matrix, vector = [theirs["blocks.up.kernel"], theirs["patch_embedding"]], [theirs["blocks.up.bias"]]
     torch_adamw = torch.optim.AdamW([{"params": matrix, "weight_decay": 0.1}, {"params": vector, "weight_decay": 0.0}], lr=1e-2)
     warm_up = torch.optim.lr_scheduler.LambdaLR(torch_adamw, lambda done: min(1.0, (done + 1) / 4))
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, STEPS)
     ours = jax.tree.map(jnp.asarray, start)
     state = optimizer.init(ours)
     for step in range(6):
@@ -60,12 +62,12 @@ def test_muon_makes_singular_values_equal():
     }
     start = {path: jnp.asarray(draw(i, *shape)) for i, (path, shape) in enumerate(shapes.items())}
     grads = {path: jnp.asarray(draw(9 + i, *shape)) for i, (path, shape) in enumerate(shapes.items())}
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, STEPS)
     state = optimizer.init(start)
     for n, share in ((1, 0.5), (2, 1.0), (3, 1.0)):  # the warm-up; a constant gradient's average is the gradient
         updates, state = optimizer.update(grads, state, start)
         nesterov = 0.9 * (1 - 0.9**n) / (1 - 0.9 ** (n + 1)) + 0.1 / (1 - 0.9**n)  # Dozat 2016, of a constant gradient
-        for path, matrix in matrices(start).items():
+        for path, matrix in is_matrix(start).items():
             if matrix:
                 moved = np.asarray(updates[path] / (0.02 * share) + 0.1 * start[path], np.float64)
                 stack = [x.reshape(-1, moved.shape[-1]) for x in (moved if moved.ndim == 3 else moved[None])]
@@ -85,13 +87,37 @@ def test_muon_makes_singular_values_equal():
 @pytest.mark.parametrize(("warmup", "done", "share"), [(4, 0, 0.25), (4, 3, 1.0), (4, 9, 1.0), (1, 0, 1.0), (0, 0, 1.0)])
 def test_warm_up_is_linear_then_constant(warmup, done, share):
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=warmup)
-    assert float(learning_rate(jnp.int32(done), config)) == pytest.approx(2.0 * share)
+    assert float(learning_rate(jnp.int32(done), config, STEPS)) == pytest.approx(2.0 * share)
+
+
+def test_the_rate_falls_along_half_a_cosine():
+    """From 0 to the highest rate at the end of the warm-up, and to 0 again at the last step; Muon's other rate has the same form."""
+    config = OptimizerConfig(kind="muon", learning_rate=2.0, vector_learning_rate=0.5, warmup_steps=2, schedule="cosine", weight_decay=0.0)
+    expected = [0.0, 0.5, *(0.5 + 0.5 * np.cos(np.pi * np.arange(9) / 8))]
+    rates = [float(learning_rate(jnp.int32(done), config, STEPS)) for done in range(11)]
+    np.testing.assert_allclose(rates, 2.0 * np.array(expected), atol=1e-6)
+    optimizer, start = make_optimizer(config, STEPS), {"bias": jnp.zeros(3)}
+    state, moved = optimizer.init(start), []
+    for _ in range(STEPS):
+        updates, state = optimizer.update({"bias": jnp.full(3, 1e-3)}, state, start)
+        moved.append(-float(updates["bias"][0]))
+    n = np.arange(1, STEPS + 1)
+    nesterov = 0.9 * (1 - 0.9**n) / (1 - 0.9 ** (n + 1)) + 0.1 / (1 - 0.9**n)  # Dozat 2016, of a constant gradient
+    np.testing.assert_allclose(moved, 0.5 * nesterov * expected[:-1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (0.0, [3.0, 4.0])])
+def test_gradients_are_clipped_by_their_norm(limit, expected):
+    """`clip_norm=0` does not clip; AdamW's first moment is a tenth of the gradient after one update."""
+    optimizer, start = make_optimizer(OptimizerConfig(clip_norm=limit), STEPS), {"bias": jnp.zeros(2)}
+    _, state = optimizer.update({"bias": jnp.array([3.0, 4.0])}, optimizer.init(start), start)
+    np.testing.assert_allclose(state[1].mu["bias"], 0.1 * np.array(expected), rtol=1e-6)
 
 
 def test_matrices_are_what_maps_in_to_out():
     params = flat_params(abstract(lambda rngs: WanDiT(I2V_14B, rngs=rngs)))
-    maps = {path for path, spec in specs(params, SHARDING, 1).items() if MESH_AXIS["in"] in tuple(spec)}
-    assert {path for path, decays in matrices(params).items() if decays} == maps
+    maps = {path for path, spec in specs(params, SHARDING, MeshConfig()).items() if MESH_AXIS["in"] in tuple(spec)}
+    assert {path for path, decays in is_matrix(params).items() if decays} == maps
     assert 0 < len(maps) < len(params)
 
 
@@ -107,7 +133,7 @@ def test_adapters_and_queries_move_a_share(kind):
     grads = {path: jnp.asarray(draw(9 + i, *shape)) for i, (path, shape) in enumerate(shapes.items())}
 
     def moved(share: float):
-        optimizer = make_optimizer(OptimizerConfig(kind=kind, adapter_share=share))
+        optimizer = make_optimizer(OptimizerConfig(kind=kind, adapter_share=share), STEPS)
         return optimizer.update(grads, optimizer.init(start), start)[0]
 
     whole, part = moved(1.0), moved(0.25)

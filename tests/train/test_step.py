@@ -1,4 +1,4 @@
-"""The step: what it learns from, what it moves and what it leaves alone."""
+"""The training step: which inputs decide its loss, and which parameters it changes."""
 
 from dataclasses import replace
 from functools import partial
@@ -18,10 +18,15 @@ from omnitransfer_jax.methods.omnitransfer import Drawn, draw, objective
 from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.train.optimizer import make_optimizer
 from omnitransfer_jax.train.step import init_state, make_train_step, placed_state, split_trainable
-from tests.train.tiny_run import EMPTY_TEXT, TINY, batch_of, batches, sample
+from tests.train import tiny_run
+from tests.train.tiny_run import EMPTY_TEXT, TINY, batches, sample
 
 PARTLY = replace(TINY, train=replace(TINY.train, trainable=(r"dit/blocks\..*attention.*", "dit/head.*"), ema=0.2))
 PARAMS = objective(TINY).params
+
+
+def batch_of(*numbers, **fields):
+    return jax.tree.map(jnp.asarray, tiny_run.batch_of(*numbers, **fields))
 
 
 def draw_params():
@@ -41,7 +46,7 @@ class Stepper:
         self.jitted = jax.jit(make_train_step(trained, config, optimizer, mesh, spec), out_shardings=(places, None))
 
     def __call__(self, state, batch, key=0):
-        return self.jitted(state, jax.tree.map(jnp.asarray, batch), jax.random.key(key))
+        return self.jitted(state, batch, jax.random.key(key))
 
     def compilations(self):
         return self.jitted._cache_size()
@@ -108,7 +113,7 @@ def evaluate(params, batch, drawn, config=TINY):
 
 
 def test_the_loss_is_of_the_velocity_at_the_drawn_time():
-    """Against the definition: a network that answers nothing loses the mean square of noise - target."""
+    """By the definition: where the network's output is 0, the loss is the mean square of noise - target."""
     params = draw_params() | {"dit.head.kernel": jnp.zeros((24, 64)), "dit.head.bias": jnp.zeros(64)}
     batch = batch_of(0, 2)
     drawn = draw(TINY, jax.random.key(3), batch)

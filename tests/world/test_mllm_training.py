@@ -1,7 +1,6 @@
-"""The language model's training: what it is asked to say, that it learns to, and that it goes on where it stopped."""
+"""The language model's training: its answers, its loss, that it learns, and that it goes on where it stopped."""
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -14,89 +13,96 @@ from safetensors.numpy import load_file
 from configs import mllm as configs_mllm
 from configs import stage3
 from configs.errors import RequestError
-from configs.run import CheckpointConfig
+from configs.run import CheckpointConfig, TrainConfig
 from data_pipelines import mllm_inputs
 from omnitransfer_jax import load_models
+from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.models.flat_params import flat_params
-from world import mllm_training, part_training, scenes
+from tests.world.every_training import assert_not_finite_is_refused, assert_same_run, lines, stop_after_first_step
+from world import mllm_training, scenes
 from world.pairs import SHARES, draw_pair
 
 MODEL = stage3.get_config("smoke")
 SMALL = replace(
     configs_mllm.TINY,
-    model=MODEL, steps=30, batch_size=4, warmup_steps=2, log_every=2, evaluate_every=10, evaluate_clips=32,
-    checkpoint=CheckpointConfig(every=100), threads=1,
+    model=MODEL, train=TrainConfig(steps=30, batch_size=4, log_every=2, evaluate_every=10),
+    optimizer=replace(configs_mllm.TINY.optimizer, warmup_steps=2),
+    evaluate_clips=32, checkpoint=CheckpointConfig(every=100), threads=1,
 )  # fmt: skip
 VOCABULARY = load_models.load_mllm_vocabulary("")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
+    """The workdir of a run that was not interrupted."""
     workdir = tmp_path_factory.mktemp("whole")
-    mllm_training.train(SMALL, "", workdir)
+    train(workdir)
     return workdir
+
+
+def train(workdir, config=SMALL):
+    mllm_training.train(config, workdir, make_mesh(config.mesh))
+
+
+def of_five(config):
+    return replace(config, train=replace(config.train, batch_size=5))
 
 
 @pytest.fixture(scope="module")
 def first():
     """Weights nobody trained, and a lesson that has every task."""
-    lesson = mllm_training.lesson(replace(SMALL, batch_size=5), VOCABULARY, "train", 0)
+    lesson = mllm_training.lesson(of_five(SMALL), VOCABULARY, "train", 0)
     return flat_params(load_models.load_mllm("", MODEL)), jax.tree.map(jnp.asarray, lesson)
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("task", list(SHARES))
-def test_what_it_is_asked_to_say(task):
-    """All that it is shown; of the target nothing but its first frame and the prompt."""
+def test_the_answer(task):
+    """Captions of its inputs; of the target only the prompt and the first frame are inputs."""
     pair = draw_pair(3, 0, "held_out", task)
-    told, temporal = mllm_training.read(MODEL, VOCABULARY, pair), task in ("motion", "camera", "effect")
-    said = VOCABULARY.decode(told["tokens"][told["answer"]])
+    inputs, temporal = mllm_training.tokens_of(MODEL, VOCABULARY, pair), task in ("motion", "camera", "effect")
+    words = VOCABULARY.decode(inputs["tokens"][inputs["answer"]])
     still = scenes.caption(pair.target._replace(motion=None, camera=None, effect=None))
-    assert said == (f"{scenes.caption(pair.reference)} {still}" if temporal else f"{pair.prompt} {scenes.caption(pair.reference)}")
+    assert words == (f"{scenes.caption(pair.reference)} {still}" if temporal else f"{pair.prompt} {scenes.caption(pair.reference)}")
     before = mllm_inputs.token_inputs(MODEL, VOCABULARY, task, pair.prompt, temporal)
     count = int(before["mask"].sum())
     for name in ("tokens", "positions", "source"):
-        np.testing.assert_array_equal(told[name][..., :count], before[name][..., :count])
-    assert not told["answer"][:count].any()
-    assert told["answer"][count:].all()
-    assert (told["source"][count:] == -1).all()
-    following = told["positions"][:, count - 1 :]  # the words count on behind the last of the turn, as queries do
-    assert (following == following[0, 0] + np.arange(len(said.encode()) + 1)).all()
+        np.testing.assert_array_equal(inputs[name][..., :count], before[name][..., :count])
+    assert not inputs["answer"][:count].any()
+    assert inputs["answer"][count:].all()
+    assert (inputs["source"][count:] == -1).all()
+    following = inputs["positions"][:, count - 1 :]  # the words count on behind the last of the turn, as queries do
+    assert (following == following[0, 0] + np.arange(len(words.encode()) + 1)).all()
 
 
 def test_the_loss_is_of_the_answer_alone(first):
-    """The cross-entropy of each of its words, by hand."""
+    """The cross-entropy of each of its words, by hand; every word counts the same, whatever the length of its answer."""
     params, lesson = first
-    key = jax.random.key(0)
-    log_p = jax.nn.log_softmax(mllm_training.scores(SMALL, params, lesson, jax.random.fold_in(key, 0)))
+    objective = mllm_training.objective(of_five(SMALL), VOCABULARY)
+    drawn = objective.draw(jax.random.key(0), lesson)
+    log_p = jax.nn.log_softmax(mllm_training.scores(SMALL, params, lesson, drawn.noise))
     rows, columns = np.nonzero(np.asarray(lesson.answer))
     expected = -log_p[rows, columns, lesson.tokens[rows, columns]].mean()
-    state = mllm_training.init_state(SMALL, jax.tree.map(jnp.copy, params))
-    _, metrics = mllm_training.make_train_step(SMALL)(1, state, lesson, key)
-    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
+    losses, _ = objective.loss(params, lesson, drawn, UNSHARDED)
+    assert losses.mean() == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_it_does_not_see_what_it_has_to_say(first):
+def test_the_answer_is_no_input(first):
     """The scores are the same whatever words stand in the answer's places, and others with other noise."""
     params, lesson = first
-    score = jax.jit(lambda tokens, key: mllm_training.scores(SMALL, params, lesson._replace(tokens=tokens), key))
-    one = score(lesson.tokens, jax.random.key(1))
-    assert (score(jnp.where(lesson.answer, 7, lesson.tokens), jax.random.key(1)) == one).all()
-    assert not (score(jnp.where(lesson.answer, lesson.tokens, 7), jax.random.key(1)) == one).all()
-    assert not (score(lesson.tokens, jax.random.key(2)) == one).all()
+    noise = jax.random.normal(jax.random.key(1), (2, *lesson.tokens.shape, MODEL.mllm.dim))
+    score = jax.jit(lambda tokens, noise: mllm_training.scores(SMALL, params, lesson._replace(tokens=tokens), noise))
+    one = score(lesson.tokens, noise[0])
+    assert (score(jnp.where(lesson.answer, 7, lesson.tokens), noise[0]) == one).all()
+    assert not (score(jnp.where(lesson.answer, lesson.tokens, 7), noise[0]) == one).all()
+    assert not (score(lesson.tokens, noise[1]) == one).all()
 
 
-def test_it_sees_frame_and_reference(first):
+def test_frame_and_reference_are_inputs(first):
     """The answer's first word depends on both clips where there are both, and on the reference alone where there is no frame."""
     params, lesson = first
+    noise = jnp.zeros((*lesson.tokens.shape, MODEL.mllm.dim))
     score = jax.jit(
-        lambda frames, references: mllm_training.scores(
-            SMALL, params, lesson._replace(frames=frames, references=references), jax.random.key(0)
-        )
+        lambda frames, references: mllm_training.scores(SMALL, params, lesson._replace(frames=frames, references=references), noise)
     )
     at = np.asarray(lesson.answer).argmax(1)
 
@@ -114,7 +120,7 @@ def test_every_parameter_trains(first):
     params, lesson = first
 
     def loss(params):
-        each = mllm_training.scores(SMALL, params, lesson, jax.random.key(0))
+        each = mllm_training.scores(SMALL, params, lesson, jnp.ones((*lesson.tokens.shape, MODEL.mllm.dim)))
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(each, lesson.tokens), where=lesson.answer)
 
     grads = jax.jit(jax.grad(loss))(params)
@@ -135,27 +141,22 @@ def test_it_learns(whole, first):
     assert [line["step"] for line in lines(whole) if "held_out_accuracy" in line] == [10, 20, 30]
 
 
-def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
-    """Bit for bit: weights and losses."""
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(whole, tmp_path, capsys):
+    """Bit for bit: weights, losses, and the reported result."""
+    objective = mllm_training.objective(SMALL, VOCABULARY)
+    stop_after_first_step(objective, SMALL, tmp_path, mllm_training.batches(SMALL, VOCABULARY), capsys)
+    train(tmp_path)
+    assert_same_run(tmp_path, whole, "mllm")
 
-    @contextmanager
-    def after_seven():
-        yield lambda step: step == 7
 
-    with monkeypatch.context() as patch:
-        patch.setattr(part_training, "stop_signals", after_seven)
-        mllm_training.train(SMALL, "", tmp_path)
-    assert not (tmp_path / "mllm.json").exists()
-    mllm_training.train(SMALL, "", tmp_path)
-    ours, theirs = (load_file(folder / "mllm.safetensors") for folder in (tmp_path, whole))
-    assert [name for name in theirs if not np.array_equal(ours[name], theirs[name])] == []
-    ours, theirs = ({line["step"]: line["loss"] for line in lines(folder)} for folder in (tmp_path, whole))
-    assert ours == theirs
+def test_updates_that_are_not_finite_end_the_run(tmp_path):
+    objective = mllm_training.objective(SMALL, VOCABULARY)
+    assert_not_finite_is_refused(objective, SMALL, tmp_path, mllm_training.batches(SMALL, VOCABULARY))
 
 
 def test_wrong_requests(whole):
     with pytest.raises(RequestError, match=r"learning_rate=0\.5: the run in .* was started with 0\.01"):
-        mllm_training.train(replace(SMALL, learning_rate=0.5), "", whole)
+        train(whole, replace(SMALL, optimizer=replace(SMALL.optimizer, learning_rate=0.5)))
     with pytest.raises(RequestError, match=r"evaluate_clips=20: a multiple of 32"):
         replace(SMALL, evaluate_clips=20).validate()
     with pytest.raises(RequestError, match=r"at full size the model is Qwen2\.5-VL, imported"):

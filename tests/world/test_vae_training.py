@@ -1,7 +1,6 @@
-"""The autoencoder's training: it learns, goes on where it stopped, and what it writes is what it says."""
+"""The autoencoder's training: it learns, it goes on where it stopped, and its files reproduce the reported result."""
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -14,10 +13,12 @@ from safetensors.numpy import load_file
 from configs import vae as configs_vae
 from configs.base import VAEConfig
 from configs.errors import RequestError
-from configs.run import CheckpointConfig, VideoConfig
+from configs.run import CheckpointConfig, TrainConfig, VideoConfig
+from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.models.flat_params import abstract, with_params
 from omnitransfer_jax.models.wan_vae import WanVAE
-from world import part_training, pixels, vae_training
+from tests.world.every_training import assert_not_finite_is_refused, assert_same_run, lines, stop_after_first_step
+from world import pixels, vae_training
 from world.pairs import draw_pair
 
 SMALL = replace(
@@ -27,21 +28,22 @@ SMALL = replace(
         latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4,
     ),
     video=VideoConfig(frames=5, height=8, width=8, fps=8),
-    steps=40, batch_size=2, crop=4, whole_share=0.25, warmup_steps=2, kl_weight=1e-3,
-    log_every=4, evaluate_every=20, evaluate_clips=16, statistics_clips=4, checkpoint=CheckpointConfig(every=100), threads=1,
+    train=TrainConfig(steps=40, batch_size=2, log_every=4, evaluate_every=20),
+    optimizer=replace(configs_vae.TINY.optimizer, warmup_steps=2),
+    crop=4, whole_share=0.25, kl_weight=1e-3, evaluate_clips=16, statistics_clips=4, checkpoint=CheckpointConfig(every=100), threads=1,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
+    """The workdir of a run that was not interrupted."""
     workdir = tmp_path_factory.mktemp("whole")
-    vae_training.train(SMALL, workdir)
+    train(workdir)
     return workdir
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def train(workdir, config=SMALL):
+    vae_training.train(config, workdir, make_mesh(config.mesh))
 
 
 def written(workdir) -> WanVAE:
@@ -52,7 +54,14 @@ def written(workdir) -> WanVAE:
 
 
 def first_weights():
-    return vae_training.init_state(SMALL).trainable
+    return jax.jit(vae_training.objective(SMALL).init)()
+
+
+def squared_error(config, clips, crop=None):
+    """That of a step of first weights on whole clips or on crops, over all clips."""
+    objective, batch = vae_training.objective(config), vae_training.Clips(jnp.asarray(clips), crop)
+    drawn = objective.draw(jax.random.key(0), batch)
+    return objective.loss(first_weights(), batch, drawn, UNSHARDED)[1]["squared_error"].mean().item()
 
 
 def decibels(clips, vae: WanVAE) -> float:
@@ -76,30 +85,20 @@ def test_it_learns(whole):
     assert json.loads((whole / "vae.json").read_text())["held_out_psnr"] > before + 2
 
 
-def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
-    """Bit for bit: weights, losses, and what is said of them."""
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(whole, tmp_path, capsys):
+    """Bit for bit: weights, losses, and the reported result."""
+    stop_after_first_step(vae_training.objective(SMALL), SMALL, tmp_path, vae_training.batches(SMALL), capsys)
+    train(tmp_path)
+    assert_same_run(tmp_path, whole, "vae")
 
-    @contextmanager
-    def after_three():
-        yield lambda step: step == 3
 
-    with monkeypatch.context() as patch:
-        patch.setattr(part_training, "stop_signals", after_three)
-        vae_training.train(SMALL, tmp_path)
-    assert not (tmp_path / "vae.json").exists()
-    vae_training.train(SMALL, tmp_path)
-    ours, theirs = (load_file(folder / "vae.safetensors") for folder in (tmp_path, whole))
-    assert [name for name in theirs if not np.array_equal(ours[name], theirs[name])] == []
-    timings = ("seconds", "data_wait")
-    ours, theirs = ([{k: v for k, v in line.items() if k not in timings} for line in lines(folder)] for folder in (tmp_path, whole))
-    assert ours == theirs
-    ours, theirs = (json.loads((folder / "vae.json").read_text()) | {"seconds": 0} for folder in (tmp_path, whole))
-    assert ours == theirs
+def test_updates_that_are_not_finite_end_the_run(tmp_path):
+    assert_not_finite_is_refused(vae_training.objective(SMALL), SMALL, tmp_path, vae_training.batches(SMALL))
 
 
 def test_another_configuration_is_another_run(whole):
     with pytest.raises(RequestError, match=r"kl_weight=0\.5: the run in .* was started with 0\.001"):
-        vae_training.train(replace(SMALL, kl_weight=0.5), whole)
+        train(whole, replace(SMALL, kl_weight=0.5))
 
 
 def test_the_files_reproduce_what_is_reported(whole):
@@ -121,25 +120,18 @@ def test_latents_are_normal_over_the_training_clips(whole):
 
 def test_grey_clips_show_their_first_frame_alone():
     """With all clips grey, the later frames do not matter to a step, and the first one does."""
-    step = vae_training.make_train_step(replace(SMALL, grey_share=1.0))
-    clips = np.stack(clips_of("train", 2))
-
-    def error(clips):
-        return step(vae_training.init_state(SMALL), clips, jax.random.key(0), False)[1]["squared_error"].item()
-
+    grey, clips = replace(SMALL, grey_share=1.0), np.stack(clips_of("train", 2))
     first, later = (np.concatenate([255 - clips[:, :1], clips[:, 1:]], 1), np.concatenate([clips[:, :1], 255 - clips[:, 1:]], 1))
-    assert error(later) == error(clips) != error(first)
+    assert squared_error(grey, later) == squared_error(grey, clips) != squared_error(grey, first)
 
 
 def test_a_crop_is_one_part_of_every_clip():
-    """The step's error is that of a step on whole clips which were cut by hand, at one place for all of them."""
-    step, state, clips = vae_training.make_train_step(SMALL), vae_training.init_state(SMALL), np.stack(clips_of("train", 2))
-
-    def error(clips, crop):
-        return step(jax.tree.map(jnp.copy, state), clips, jax.random.key(0), crop)[1]["squared_error"].item()
-
-    parts = [error(clips[:, :, i : i + 4, j : j + 4], False) for i in range(5) for j in range(5)]
-    assert sum(part == pytest.approx(error(clips, True), rel=1e-6) for part in parts) == 1
+    """The step's video is a part of the clips, cut at one place for all of them."""
+    clips = np.stack(clips_of("train", 2))
+    draw = vae_training.objective(replace(SMALL, grey_share=0.0)).draw
+    video = draw(jax.random.key(0), vae_training.Clips(jnp.asarray(clips), SMALL.crop)).video
+    parts = [clips[:, :, i : i + 4, j : j + 4] / np.float32(127.5) - 1 for i in range(5) for j in range(5)]
+    assert sum(np.allclose(part, video, rtol=0, atol=1e-6) for part in parts) == 1
 
 
 def test_divergence_is_torch_s():
@@ -151,9 +143,14 @@ def test_divergence_is_torch_s():
 
 
 def test_batches_are_the_pairs_of_the_world():
+    """The last quarter of the steps takes whole clips; two processes divide each batch."""
     data = vae_training.batches(SMALL)
-    batches = np.concatenate([next(data) for _ in range(3)])
-    assert np.array_equal(batches, np.stack(clips_of("train", 6)))
+    batches = [next(data) for _ in range(SMALL.train.steps)]
+    assert np.array_equal(np.concatenate([batch.video for batch in batches[:3]]), np.stack(clips_of("train", 6)))
+    assert [batch.crop for batch in batches] == [4] * 30 + [None] * 10
+    four = replace(SMALL, train=replace(SMALL.train, batch_size=4))
+    parts = [next(vae_training.batches(four, index, 2)).video for index in (0, 1)]
+    assert np.array_equal(np.concatenate(parts), np.stack(clips_of("train", 4)))
 
 
 def test_training_posterior_is_what_encode_normalises():
