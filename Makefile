@@ -1,9 +1,18 @@
-# make env: the environment; make test: the whole suite; make demo: three stages at tiny size and a report. Each works in a fresh clone.
+# make env: the environment; make test: the whole suite; make test-newest: a part of it on Python 3.12 with the newest jax and flax;
+# make demo: three stages at tiny size and a report. Each works in a fresh clone.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
+# The first that runs: one on the path, or one of pyenv's.
+FIND_NEWEST := for python in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python3.12; do \
+	"$$python" -c 'import venv' 2>/dev/null && echo "$$python" && break; done
+# Models, a training step on 8 devices, resuming, sampling, weights there and back. None of these files needs PyTorch.
+LAWS := $(addprefix tests/models/,test_wan_dit.py test_references.py test_attend.py test_rope3d.py test_lora.py) \
+	tests/test_mesh.py::test_sharded_equals_single tests/train/test_loop.py::test_resumed_equals_uninterrupted \
+	tests/test_samplers.py tests/launch/test_sample.py tests/weights/test_convert.py tests/data_pipelines/test_clips.py
 
-.PHONY: env test demo lint
+.PHONY: env test test-newest demo lint
 
 env: $(VENV)/ready
 
@@ -16,6 +25,16 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 test: env
 	$(BIN)/python -m pytest
+
+# Pinned to nothing, so that it finds what a user of today would.
+$(NEWEST)/ready: pyproject.toml
+	"$$($(FIND_NEWEST))" -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check -e . pytest pytest-xdist beartype
+	touch $@
+
+test-newest:
+	@if [ -z "$$($(FIND_NEWEST))" ]; then echo "make test-newest: skipped, no Python 3.12 is installed"; else \
+		$(MAKE) --no-print-directory $(NEWEST)/ready && $(NEWEST)/bin/python -m pytest $(LAWS); fi
 
 demo: env
 	$(BIN)/python -m launch.demo --out=out/demo

@@ -68,7 +68,7 @@ from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
-from world.scenes import Example
+from world.pairs import Example
 
 
 class Row(NamedTuple):

@@ -5,6 +5,7 @@ Pixels here are uint8 "T H W 3"; `to_unit` and `to_bytes` go to and from the mod
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps
 from configs.errors import RequestError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+# PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
+REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 EARLIER = 1e-6  # seconds; times closer than that are the same
 
 
@@ -31,7 +34,7 @@ def read_clip(
     picked: list[np.ndarray] = []
     try:
         # A clip may name other files or addresses to play; nothing but the file itself is opened.
-        with av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+        with av.open(str(path), options={"protocol_whitelist": "file"}, **REPLACE_TAGS) as container:
             stream = _video_stream(container, path)
             aspect = stream.sample_aspect_ratio or Fraction(1)
             previous, origin, until = None, None, 0.0

@@ -25,9 +25,9 @@ from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_dit import WanDiT
-from world import scenes
+from world import pixels
 from world.pair_records import example, render
-from world.scenes import Example
+from world.pairs import SHARES, Example
 from world.scores import interval, scores
 
 CONTROLS = ("transfer", "swapped", "none", "still", "copied")
@@ -127,16 +127,16 @@ def with_control(
         case "none":
             return transfer(networks, pairs, with_reference=False, on_batch=on_batch)
         case "still":
-            return np.stack([np.repeat(scenes.render(pair.target, config.video)[:1], config.video.frames, 0) for pair in pairs])
+            return np.stack([np.repeat(pixels.render(pair.target, config.video)[:1], config.video.frames, 0) for pair in pairs])
         case _:
-            return np.stack([scenes.render(pair.reference, config.video) for pair in pairs])
+            return np.stack([pixels.render(pair.reference, config.video) for pair in pairs])
 
 
 def swapped(pairs: Sequence[Example]) -> list[Example]:
     """Each pair with the reference of the next one that shares another value; a `RequestError` if all share the same."""
     found = []
     for i, pair in enumerate(pairs):
-        factor = scenes.SHARES[pair.task]
+        factor = SHARES[pair.task]
         others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
         other = next((o for o in others if getattr(o.target, factor) != getattr(pair.target, factor)), None)
         if other is None:

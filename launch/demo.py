@@ -3,7 +3,7 @@
     make demo
     python -m launch.demo --out=out/demo
 
-Everything happens in the procedural world (world/scenes.py), whose pairs share one known factor, so that every transfer has a
+Everything happens in the procedural world (world/pairs.py), whose pairs share one known factor, so that every transfer has a
 true answer and every score its controls. The pairs that are shown and scored share values that training never sees. Started again it
 goes on where it stopped. DIR/report.html is the page, DIR/scores.json its numbers, DIR/result.webp a
 picture of the first pairs.
@@ -38,7 +38,8 @@ from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.log import METRICS_FILE
-from world import scenes
+from world import pixels, scenes
+from world.pairs import SHARES
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", "out/demo", "folder of records, runs and report", flag_values=FLAGS)
@@ -137,9 +138,9 @@ def combination(made: Transfer, networks: transfer.Networks) -> list[Row]:
         Row(
             f"Pair {i + 1}",
             (
-                Picture("identity from", scenes.render(one.reference, made.config.video)),
-                Picture("style from", scenes.render(two.reference, made.config.video)),
-                Picture("truth", scenes.render(two.target, made.config.video), "truth"),
+                Picture("identity from", pixels.render(one.reference, made.config.video)),
+                Picture("style from", pixels.render(two.reference, made.config.video)),
+                Picture("truth", pixels.render(two.target, made.config.video), "truth"),
                 Picture("generated", clip, "generated"),
             ),
             two.prompt,
@@ -163,9 +164,9 @@ def draw(results: Results, video: VideoConfig, path: Path) -> None:
         picture.Column(
             PARTS[task],
             (
-                scenes.render(pairs[0].reference, video),
+                pixels.render(pairs[0].reference, video),
                 results.clips[task]["transfer"][0],
-                scenes.render(pairs[0].target, video),
+                pixels.render(pairs[0].target, video),
             ),
         )
         for task, pairs in results.pairs.items()
@@ -178,7 +179,7 @@ def page(configs: dict[str, Config], out: Path, results: Results, both: list[Row
     video = configs["stage3"].video
     opening = tuple(
         Row(PARTS[task].capitalize(), (
-            Picture("reference", scenes.render(pairs[0].reference, video)),
+            Picture("reference", pixels.render(pairs[0].reference, video)),
             Picture("generated", results.clips[task]["transfer"][0], "generated"),
         ))
         for task, pairs in results.pairs.items()
@@ -237,12 +238,12 @@ def section(task: str, results: Results, video: VideoConfig) -> Section:
     """One task: its first pairs, and its scores beside those of the controls."""
     rows = []
     for i, pair in enumerate(results.pairs[task][:SHOWN]):
-        truth = scenes.render(pair.target, video)
-        given = [Picture("reference", scenes.render(pair.reference, video))]
+        truth = pixels.render(pair.target, video)
+        given = [Picture("reference", pixels.render(pair.reference, video))]
         given += [Picture("first frame", truth[0])] if pair.is_temporal else []
         clips = results.clips[task]
         made = [Picture("generated", clips["transfer"][i], "generated"), Picture("swapped reference", clips["swapped"][i], "control")]
-        value = " ".join(getattr(pair.target, scenes.SHARES[task]))
+        value = " ".join(getattr(pair.target, SHARES[task]))
         rows.append(Row(value, (*given, Picture("truth", truth, "truth"), *made), pair.prompt))
     known = [name for name in SCORES if name in results.scores[task]["transfer"]]
     table = Table(

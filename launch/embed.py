@@ -1,14 +1,15 @@
-"""The small model that the package holds, as a folder: --config=stage0:tiny --out=DIR [--vae=DIR] [--mllm=DIR] [--base=WORKDIR].
+"""Writes the small model that is part of the package: --config=stage0:tiny --out=DIR [--vae=DIR] [--mllm=DIR] [--base=WORKDIR].
 
     python -m launch.embed --config=stage0:tiny --vae=out/vae --out=out/encoders
     python -m launch.embed --config=stage0:tiny --base=out/stage0 --mllm=out/mllm --out=omnitransfer_jax/embedded
 
---vae and --mllm are runs of launch.train with --config=vae:tiny and --config=mllm:tiny. --base is a run of stage 0: it brings the
-transformer, averaged if it keeps an average, and everything that it started from. What none of them brings is random, drawn from the
-seed: text and image encoder may be, for they are frozen and the transformer learns to read them. Without --base there is no transformer;
-such a folder is what stage 0 and the training of the language model start from.
+--vae and --mllm are workdirs of launch.train with --config=vae:tiny and --config=mllm:tiny. --base is the workdir of a run of stage 0: the
+transformer is its average, or its weights if it keeps no average, and the other parts are those that it started from. All parts that no
+flag gives have random weights, drawn from the seed. Text and image encoder can stay random: they are frozen, and the transformer learns to
+read their features. Without --base the folder has no transformer; stage 0 and mllm:tiny start from such a folder.
 
-DIR is one of omnitransfer_jax/folders/model_folder.py, each part a safetensors file. DIR/made.json tells where every part came from.
+DIR is a model folder (omnitransfer_jax/folders/model_folder.py) with one safetensors file a part. DIR/made.json records the source of
+every part.
 """
 
 import json
@@ -38,9 +39,9 @@ from world.scenes import WORDS
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
-VAE = flags.DEFINE_string("vae", "", "workdir of a training of the autoencoder", flag_values=FLAGS)
+VAE = flags.DEFINE_string("vae", "", "workdir of launch.train --config=vae:tiny", flag_values=FLAGS)
 BASE = flags.DEFINE_string("base", "", "workdir of a training of stage 0", flag_values=FLAGS)
-MLLM_RUN = flags.DEFINE_string("mllm", "", "workdir of a training of the language model", flag_values=FLAGS)
+MLLM_RUN = flags.DEFINE_string("mllm", "", "workdir of launch.train --config=mllm:tiny", flag_values=FLAGS)
 
 LIMIT = 24_000_000  # bytes; the folder is part of the package, and of its history
 MADE_FILE = "made.json"
@@ -50,7 +51,7 @@ Leaves = Mapping[str, np.ndarray]
 
 
 class Made(NamedTuple):
-    """The parameters of a part by path, float32, and where they are from, in words of JSON."""
+    """The parameters of a part by path, float32, and their source as JSON values."""
 
     leaves: Leaves
     source: Any
@@ -73,16 +74,16 @@ def main(config: Config) -> None:
             parts[part.name] = Made(leaves, f"random, seed {config.seed}")
     sizes = {name: model_folder.save_file(out, name, parts[name].leaves).stat().st_size for name in shapes}
     write_vocabularies(out, vocabulary, origin)
-    told = {
+    made = {
         name: {"parameters": sum(x.size for x in parts[name].leaves.values()), "bytes": size, "from": parts[name].source}
         for name, size in sizes.items()
     }
     commands = [*read_made(origin)["commands"], command_line()]
-    (out / MADE_FILE).write_text(json.dumps({"commands": commands, "parts": told}, indent=2) + "\n")
-    model_folder.write_model(out, {name: getattr(config, name) for name in shapes})  # last: now it is a checkpoint
-    for name, entry in told.items():
+    (out / MADE_FILE).write_text(json.dumps({"commands": commands, "parts": made}, indent=2) + "\n")
+    model_folder.write_model(out, {name: getattr(config, name) for name in shapes})  # last: a folder is complete if it has this file
+    for name, entry in made.items():
         print(f"{name:5} {entry['parameters']:>10,} parameters {entry['bytes'] / 1e6:>6.2f} MB  {json.dumps(entry['from'])}")
-    print(f"wrote {out}" + ("" if "dit" in shapes else "; no transformer, which --base brings"))
+    print(f"wrote {out}" + ("" if "dit" in shapes else "; it has no transformer: give --base for one"))
 
 
 def require_small(shapes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -96,7 +97,7 @@ def require_small(shapes: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def given(config: Config, shapes: Mapping[str, Mapping[str, Any]], origin: str) -> dict[str, Made]:
-    """The parts that the flags bring; `origin` is where --base started."""
+    """The parts that the flags give; `origin` is the model folder that --base started from."""
     parts, before = {}, read_made(origin)["parts"]
     if origin:
         for name in model_folder.require_model(origin, config):
@@ -120,13 +121,13 @@ def trained_dit(shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
     """The transformer of --base, and how it was trained."""
     run, step = run_folder.read_config(BASE.value), int(run_folder.latest(BASE.value).name)
     found = run_folder.load_params(BASE.value, {f"dit.{path}": leaf for path, leaf in shapes.items()}, dtype="float32")
-    told = {name: getattr(run.train, name) for name in ("batch_size", "ema", "shift", "weighting")}
-    source = {"steps": step, **told, "optimizer": asdict(run.optimizer)}
+    train = {name: getattr(run.train, name) for name in ("batch_size", "ema", "shift", "weighting")}
+    source = {"steps": step, **train, "optimizer": asdict(run.optimizer)}
     return to_host({path.removeprefix("dit."): leaf for path, leaf in found.items()}), source
 
 
 def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
-    """The autoencoder of --vae, whose latents' statistics the configuration must have: they are a part of the model."""
+    """The autoencoder of --vae, and its source. The configuration must have its latents' statistics: they are part of the model."""
     made = read_result("vae", VAE.value)
     trained = model_folder.configuration(VAEConfig, made.pop("vae"), VAE.value)
     wrong = [f"{name} is {value}" for name, value, _ in model_folder.differences(trained, config.vae)]
@@ -135,7 +136,7 @@ def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]
 
 
 def read_result(name: str, workdir: str) -> dict[str, Any]:
-    """What the training of a part wrote at its end."""
+    """The file that the training of a part wrote at its end."""
     file, command = Path(workdir, f"{name}.json"), f"python -m launch.train --config={name}:tiny --workdir=DIR"
     require(file.is_file(), f"--{name}={workdir}: no {file.name}; train one to its end: {command}")
     return json.loads(file.read_text())
@@ -151,7 +152,7 @@ def to_host(leaves: Mapping[str, jax.Array]) -> Leaves:
 
 
 def write_vocabularies(out: Path, vocabulary: PreTrainedTokenizerFast, origin: str) -> None:
-    """Those the base was trained with, else `vocabulary` for both, text encoder and language model."""
+    """Writes the vocabularies that the base was trained with, or else `vocabulary` for both text encoder and language model."""
     for name in VOCABULARIES:
         if origin and Path(origin, name).is_dir():
             shutil.copytree(Path(origin, name), out / name)
@@ -160,7 +161,7 @@ def write_vocabularies(out: Path, vocabulary: PreTrainedTokenizerFast, origin: s
 
 
 def world_vocabulary(config: Config) -> PreTrainedTokenizerFast:
-    """Every word of a caption, of a task's template and of the language model's turns."""
+    """A vocabulary of all words in captions, task templates and the marks of the language model's turns."""
     vocabulary = word_tokenizer([*WORDS, *(task.template for task in tasks.TASKS), USER, ASSISTANT])
     room = min(config.text.vocab_size, config.mllm.vocab_size)
     require(len(vocabulary) <= room, f"{len(vocabulary)} words: the configuration's vocab_size has room for {room}; raise it")
@@ -168,14 +169,14 @@ def world_vocabulary(config: Config) -> PreTrainedTokenizerFast:
 
 
 def read_made(folder: str) -> dict[str, Any]:
-    """What made.json says of `folder`, as far as there is one."""
+    """The content of made.json in `folder`, empty if there is none."""
     file = Path(folder, MADE_FILE)
     return json.loads(file.read_text()) if folder and file.is_file() else {"commands": [], "parts": {}}
 
 
 def command_line() -> str:
-    told = [f"--{name}={FLAGS[name].value}" for name in ("config", "vae", "base", "mllm", "out") if FLAGS[name].value]
-    return " ".join(["python -m launch.embed", *told])
+    given = [f"--{name}={FLAGS[name].value}" for name in ("config", "vae", "base", "mllm", "out") if FLAGS[name].value]
+    return " ".join(["python -m launch.embed", *given])
 
 
 if __name__ == "__main__":

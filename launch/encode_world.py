@@ -2,7 +2,7 @@
 
     python -m launch.encode_world --config=stage3:tiny --pairs=4000 --out=out/records
 
-The pairs are those of the training split, the tasks in turn; the same --key gives the same pairs everywhere (world/scenes.py).
+The pairs are those of the training split, the tasks in turn; the same --key gives the same pairs everywhere (world/pairs.py).
 Started again it goes on where it stopped: finished shards are kept.
 """
 

@@ -18,6 +18,7 @@ from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.train import loop
 from world import scenes
+from world.pairs import draw_pair
 
 CONFIGS = {"wan": wan, "stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
 TINY = stage2.get_config("tiny")
@@ -79,7 +80,7 @@ def test_its_vocabulary_has_every_word_and_the_tokens_the_configuration_names():
 def test_nothing_the_world_says_is_cut():
     vocabulary = load_models.load_vocabulary("embedded")
     for index in range(60):
-        example = scenes.example(0, index, "train")
+        example = draw_pair(0, index, "train")
         assert len(vocabulary(example.prompt)["input_ids"]) <= TINY.dit.text_len
         instruction = f"{tasks.TASKS[tasks.task_index(example.task)].template} {example.prompt}"
         assert len(vocabulary(instruction, add_special_tokens=False)["input_ids"]) <= TINY.alignment.prompt_tokens

@@ -26,6 +26,7 @@ from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.train.objective import Objective
 from omnitransfer_jax.train.step import init_state, make_train_step, placed_state
 from tests.compare import relative_l2
+from tests.devices import xla_flags
 from tests.train.tiny_run import EMPTY_TEXT, TINY, batch_of
 
 HERE = Path(__file__).parents[1]
@@ -94,8 +95,7 @@ def sampling() -> dict[str, float]:
 
 def on_eight_devices(module: str) -> dict[str, Any]:
     """What `python -m module` prints in its last line, where there are eight devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     done = subprocess.run([sys.executable, "-m", module], env=env, cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

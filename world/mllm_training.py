@@ -36,8 +36,8 @@ from omnitransfer_jax.models.qwen2_5_vl import SHARDING, Qwen2_5VL
 from omnitransfer_jax.tokenizer import clean_prompt
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.objective import Metrics, Objective, Params
-from world import results, scenes
-from world.scenes import Example
+from world import pixels, results, scenes
+from world.pairs import Example, Split, draw_pair
 
 
 class Lesson(NamedTuple):
@@ -97,12 +97,10 @@ def tokens_of(config: Config, vocabulary: PreTrainedTokenizerFast, pair: Example
     }
 
 
-def lesson(
-    config: MLLMTraining, vocabulary: PreTrainedTokenizerFast, split: scenes.Split, number: int, part: int = 0, parts: int = 1
-) -> Lesson:
+def lesson(config: MLLMTraining, vocabulary: PreTrainedTokenizerFast, split: Split, number: int, part: int = 0, parts: int = 1) -> Lesson:
     """Batch `number` of the world, or one of `parts` equal parts of it, padded to the longest pair of the batch."""
     first, size = number * config.train.batch_size, config.train.batch_size // parts
-    pairs = [scenes.example(config.seed, i, split) for i in range(first, first + config.train.batch_size)]
+    pairs = [draw_pair(config.seed, i, split) for i in range(first, first + config.train.batch_size)]
     texts = [tokens_of(config.model, vocabulary, pair) for pair in pairs]
     longest = max(len(text["tokens"]) for text in texts)
     own = slice(part * size, (part + 1) * size)
@@ -118,9 +116,9 @@ def lesson(
     reference = config.model.data.reference
     picked = mllm_inputs.picked_frames(reference.frames, config.model.alignment.frames)
     arrays: dict[str, Any] = {name: together(name) for name in texts[0]}
-    arrays["frames"] = np.stack([scenes.render(pair.target, config.model.video)[0] for pair in pairs])
+    arrays["frames"] = np.stack([pixels.render(pair.target, config.model.video)[0] for pair in pairs])
     arrays["has_frame"] = np.array([pair.is_temporal for pair in pairs], np.float32)
-    arrays["references"] = np.stack([scenes.render(pair.reference, reference)[picked] for pair in pairs])
+    arrays["references"] = np.stack([pixels.render(pair.reference, reference)[picked] for pair in pairs])
     return Lesson(**arrays)
 
 

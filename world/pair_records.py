@@ -11,20 +11,20 @@ from data_pipelines.clips import to_unit
 from data_pipelines.encoders import Encoders
 from data_pipelines.pairs import Clips, encode_batch
 from data_pipelines.records import to_record
-from world import scenes
-from world.scenes import Example, Split
+from world import pixels, scenes
+from world.pairs import Example, Split, draw_pair
 
 
 def example(config: Config, key: int, index: int, split: Split, task: str | None = None) -> Example:
     """Pair `index` of the world; for a network that reads no reference, the prompt describes all of the target."""
-    pair = scenes.example(key, index, split, task)
+    pair = draw_pair(key, index, split, task)
     return pair if config.train.references else pair._replace(prompt=scenes.caption(pair.target))
 
 
 def render(config: Config, pairs: Sequence[Example]) -> Clips:
     """The clips of `pairs`; no accelerator takes part, so that one batch can be rendered while another is encoded."""
-    targets = to_unit(np.stack([scenes.render(pair.target, config.video) for pair in pairs]))
-    references = np.stack([scenes.render(pair.reference, config.data.reference) for pair in pairs]) if config.train.references else None
+    targets = to_unit(np.stack([pixels.render(pair.target, config.video) for pair in pairs]))
+    references = np.stack([pixels.render(pair.reference, config.data.reference) for pair in pairs]) if config.train.references else None
     has_first_frame = np.array([pair.is_temporal for pair in pairs], np.float32)
     return Clips(targets, None if references is None else to_unit(references), targets[:, 0], has_first_frame)
 

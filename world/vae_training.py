@@ -32,7 +32,8 @@ from omnitransfer_jax.models.flat_params import abstract, flat_params, with_para
 from omnitransfer_jax.models.wan_vae import SHARDING, WanVAE
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.objective import Metrics, Objective, Params
-from world import results, scenes
+from world import pixels, results
+from world.pairs import Split, draw_pair
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["video"], meta_fields=["crop"])
@@ -127,17 +128,17 @@ def batches(config: VAETraining, index: int = 0, count: int = 1) -> grain.Datase
     return iter(numbered.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)))
 
 
-def clips(config: VAETraining, split: scenes.Split, count: int) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
+def clips(config: VAETraining, split: Split, count: int) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
     """The first `count` clips of the world in batches."""
     size = config.train.batch_size // 2
     for first in range(0, count // 2, size):
         yield np.concatenate([pair(config.video, config.seed, split, i) for i in range(first, first + size)])
 
 
-def pair(video: VideoConfig, key: int, split: scenes.Split, index: int) -> UInt8[np.ndarray, "2 T H W 3"]:
+def pair(video: VideoConfig, key: int, split: Split, index: int) -> UInt8[np.ndarray, "2 T H W 3"]:
     """Reference and target of one example."""
-    example = scenes.example(key, index, split)
-    return np.stack([scenes.render(scene, video) for scene in (example.reference, example.target)])
+    example = draw_pair(key, index, split)
+    return np.stack([pixels.render(scene, video) for scene in (example.reference, example.target)])
 
 
 def kl_divergence(mean: Float[Array, "*N"], log_variance: Float[Array, "*N"]) -> Float[Array, "*N"]:

@@ -1,7 +1,10 @@
 """The three layers that all models here share. They compute in float32 exactly where the original models do."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -54,3 +57,20 @@ class RMSNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return x * self.scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def exact_gelu(x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+    """x times the normal distribution's cumulative probability at x; the same bits as `jax.nn.gelu(x, approximate=False)`."""
+    return 0.5 * x * _erfc(-x * np.sqrt(0.5).astype(x.dtype))
+
+
+@jax.custom_jvp
+def _erfc(x: Array) -> Array:
+    """`jax.lax.erfc` with the derivative of jax 0.10: that of jax 0.12.0 raises inside a `shard_map` ("varying manual axes")."""
+    return jax.lax.erfc(x)
+
+
+@_erfc.defjvp
+def _erfc_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    return _erfc(x), (-2 / math.sqrt(math.pi)) * (dx * jnp.exp(-jnp.square(x)))

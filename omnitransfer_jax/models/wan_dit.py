@@ -30,7 +30,7 @@ from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.models import lora
 from omnitransfer_jax.models.attend import QKV, Attend, KeysValues, Streams, attention, cached, gathered, joint, plain, recording, split
 from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
-from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
+from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm, exact_gelu
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
 REMAT = {  # what the forward pass keeps for the backward pass, by DiTConfig.remat
@@ -383,7 +383,7 @@ class ImageEmbedder(nnx.Module):
 
     def __call__(self, image: Float[Array, "B I J"]) -> Float[Array, "B I D"]:
         h = self.up(self.norm_in(image).astype(image.dtype))
-        h = self.down(jax.nn.gelu(h, approximate=False))
+        h = self.down(exact_gelu(h))
         return self.norm_out(h).astype(image.dtype)
 
 

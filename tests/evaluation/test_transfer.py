@@ -17,7 +17,8 @@ from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.models.alignment import Alignment
-from world import scenes
+from world import pixels, scenes
+from world.pairs import SHARES
 
 TINY = stage3.get_config("tiny")
 TINY = replace(TINY, sampler=replace(TINY.sampler, steps=2))
@@ -70,7 +71,7 @@ def with_other_references(pairs):
 
 @pytest.mark.parametrize("task", tasks.NAMES)
 def test_another_reference_is_one_of_another_value(task):
-    factor, pairs = scenes.SHARES[task], held_out(TINY, task, 24)
+    factor, pairs = SHARES[task], held_out(TINY, task, 24)
     references = [pair.reference for pair in pairs]
     for pair, other in zip(pairs, swapped(pairs), strict=True):
         assert other.reference in references
@@ -87,7 +88,7 @@ def test_pairs_of_one_value_have_nothing_to_swap():
 def test_held_out_pairs_share_what_training_never_saw():
     for task in tasks.NAMES:
         for pair in held_out(TINY, task, 8):
-            assert getattr(pair.target, scenes.SHARES[task]) in scenes.HELD_OUT[scenes.SHARES[task]]
+            assert getattr(pair.target, SHARES[task]) in scenes.HELD_OUT[SHARES[task]]
             assert pair.task == task
 
 
@@ -145,8 +146,8 @@ def test_two_references_are_both_read(made):
 
 def request_of(*pairs):
     """What launch.sample is asked for to make the transfer that these pairs of one target and prompt ask for."""
-    references = tuple((tasks.task_index(pair.task), scenes.render(pair.reference, TINY.data.reference)) for pair in pairs)
-    frame = scenes.render(pairs[0].target, TINY.video)[0] if any(pair.is_temporal for pair in pairs) else None
+    references = tuple((tasks.task_index(pair.task), pixels.render(pair.reference, TINY.data.reference)) for pair in pairs)
+    frame = pixels.render(pairs[0].target, TINY.video)[0] if any(pair.is_temporal for pair in pairs) else None
     return sample.Request(pairs[0].prompt, frame, references, TINY.video)
 
 
@@ -172,8 +173,8 @@ def test_controls_without_a_network(plain):
     pairs = held_out(TINY, "camera", 2)
     still, copied = (with_control(name, run, networks, pairs) for name in ("still", "copied"))
     for i, pair in enumerate(pairs):
-        assert (still[i] == scenes.render(pair.target, TINY.video)[0]).all()
-        assert (copied[i] == scenes.render(pair.reference, TINY.video)).all()
+        assert (still[i] == pixels.render(pair.target, TINY.video)[0]).all()
+        assert (copied[i] == pixels.render(pair.reference, TINY.video)).all()
 
 
 def test_results_are_of_every_pair_and_control(plain):

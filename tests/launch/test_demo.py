@@ -16,7 +16,7 @@ from evaluation.transfer import CONTROLS, Results
 from launch import command, demo, encode_world
 from omnitransfer_jax import tasks
 from omnitransfer_jax.train.log import METRICS_FILE
-from world import scenes
+from world import pixels
 
 TINY = stage3.get_config("tiny")
 OTHERS = {"id": ("colour", "texture"), "style": ("colour", "texture"), "motion": ("path",), "camera": ("camera",), "effect": ()}
@@ -45,7 +45,7 @@ class Reader(HTMLParser):
 def truths():
     """Pairs of every task, and their true clips under every control."""
     pairs = {task: transfer.held_out(TINY, task, COUNT) for task in tasks.NAMES}
-    clips = {task: np.stack([scenes.render(pair.target, TINY.video) for pair in of_task]) for task, of_task in pairs.items()}
+    clips = {task: np.stack([pixels.render(pair.target, TINY.video) for pair in of_task]) for task, of_task in pairs.items()}
     return pairs, {task: dict.fromkeys(CONTROLS, truth) for task, truth in clips.items()}
 
 

@@ -123,7 +123,7 @@ def test_gradients_reach_adapters_and_no_mask():
 
 def test_every_parameter_of_an_adapted_transformer_has_a_place():
     model = adapted("lora", "lora_motion", num_heads=HEADS)
-    place = specs(flat_params(model), list({*wan_dit.SHARDING, *lora.sharding(r"blocks\.")}), MeshConfig(data=2))
+    place = specs(flat_params(model), wan_dit.SHARDING, MeshConfig(data=2))
     assert place["blocks.self_attention.query.lora_motion.down"] == P(None, "data", None)
     assert place["blocks.self_attention.query.lora.up"] == P(None, None, None)
     assert place["blocks.ffn.up.lora.head_mask"] == P(None, None)

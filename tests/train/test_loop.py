@@ -24,6 +24,7 @@ from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.optimizer import make_optimizer
 from omnitransfer_jax.train.step import init_state, placed_state
+from tests.devices import xla_flags
 from tests.train.tiny_run import EMPTY_TEXT, TINY, batches, sample, train
 
 HERE = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def assert_same(workdir, other, config=TINY):
 def start_process(workdir, compiled, *options, devices=1):
     env = os.environ | {name.upper(): str(value) for name, value in compiled.items()} | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     if devices > 1:  # the default number must not change the flags: they are part of what a compiled program is found by
-        env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
+        env["XLA_FLAGS"] = xla_flags(devices)
     command = [sys.executable, "-m", "tests.train.tiny_run", str(workdir), *options]
     return subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 from configs import wan
@@ -131,6 +130,7 @@ def test_the_published_sizes_cost_nothing_to_check(part, config, parameters, ten
 
 
 def test_types_are_kept_or_converted_as_torch_does(tmp_path):
+    torch = pytest.importorskip("torch")
     theirs = {name: np.random.default_rng(1).standard_normal(shape).astype(F32) for name, shape in THEIRS.items()}
     save_file(theirs, tmp_path / "model.safetensors")
     tensors = files.inspect(files.find(tmp_path))

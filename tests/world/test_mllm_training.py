@@ -20,6 +20,7 @@ from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.models.flat_params import flat_params
 from tests.world.every_training import assert_not_finite_is_refused, assert_same_run, lines, stop_after_first_step
 from world import mllm_training, scenes
+from world.pairs import SHARES, draw_pair
 
 MODEL = stage3.get_config("smoke")
 SMALL = replace(
@@ -54,10 +55,10 @@ def first():
     return flat_params(load_models.load_mllm("", MODEL)), jax.tree.map(jnp.asarray, lesson)
 
 
-@pytest.mark.parametrize("task", list(scenes.SHARES))
+@pytest.mark.parametrize("task", list(SHARES))
 def test_the_answer(task):
     """Captions of its inputs; of the target only the prompt and the first frame are inputs."""
-    pair = scenes.example(3, 0, "held_out", task)
+    pair = draw_pair(3, 0, "held_out", task)
     inputs, temporal = mllm_training.tokens_of(MODEL, VOCABULARY, pair), task in ("motion", "camera", "effect")
     words = VOCABULARY.decode(inputs["tokens"][inputs["answer"]])
     still = scenes.caption(pair.target._replace(motion=None, camera=None, effect=None))

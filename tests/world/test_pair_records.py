@@ -17,8 +17,9 @@ from data_pipelines.pairs import encode_batch
 from launch import encode_world
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder
-from world import scenes
+from world import pixels, scenes
 from world.pair_records import encode, example, render
+from world.pairs import draw_pair
 
 TINY = stage3.get_config("tiny")
 PAIRS = [example(TINY, 3, index, "train") for index in range(5)]  # one of each task
@@ -50,7 +51,7 @@ def test_a_batch_is_the_records_of_its_rows(encoders, monkeypatch):
     monkeypatch.setattr(records, "to_bits", np.asarray)
     found = encode(encoders, PAIRS, render(TINY, PAIRS))
     for pair, record in list(zip(PAIRS, found, strict=True))[1:3]:
-        reference, target = scenes.render(pair.reference, TINY.data.reference), scenes.render(pair.target, TINY.video)
+        reference, target = pixels.render(pair.reference, TINY.data.reference), pixels.render(pair.target, TINY.video)
         nowhere = Clip(Path())
         row = Row(pair.id, pair.task, nowhere, nowhere, pair.prompt)
         expected = pairs.encode(row, pairs.Pixels(reference, target, target[0] if row.is_temporal else None), encoders)
@@ -91,7 +92,7 @@ def test_without_references_the_prompt_describes_the_target(encoders, monkeypatc
     for index in range(5):
         pair, plain = example(config, 3, index, "train"), PAIRS[index]
         assert pair == plain._replace(prompt=scenes.caption(plain.target))
-        assert plain == scenes.example(3, index, "train")
+        assert plain == draw_pair(3, index, "train")
         assert pair.prompt != plain.prompt
     monkeypatch.setattr(encoders, "config", config)
     for record in encode(encoders, PAIRS, render(config, PAIRS)):

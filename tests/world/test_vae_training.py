@@ -18,7 +18,8 @@ from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.models.flat_params import abstract, with_params
 from omnitransfer_jax.models.wan_vae import WanVAE
 from tests.world.every_training import assert_not_finite_is_refused, assert_same_run, lines, stop_after_first_step
-from world import scenes, vae_training
+from world import pixels, vae_training
+from world.pairs import draw_pair
 
 SMALL = replace(
     configs_vae.TINY,
@@ -74,8 +75,8 @@ def decibels(clips, vae: WanVAE) -> float:
 
 
 def clips_of(split, count):
-    examples = [scenes.example(SMALL.seed, i, split) for i in range(count // 2)]
-    return [scenes.render(scene, SMALL.video) for e in examples for scene in (e.reference, e.target)]
+    examples = [draw_pair(SMALL.seed, i, split) for i in range(count // 2)]
+    return [pixels.render(scene, SMALL.video) for e in examples for scene in (e.reference, e.target)]
 
 
 def test_it_learns(whole):
