@@ -32,9 +32,10 @@ def parameter_table(objective: Objective) -> str:
 
 def group(path: str) -> str:
     """The row a parameter is counted in: its part and module, in stacked layers the module of a layer."""
-    part, *names = path.split(".")
+    part, _, rest = path.partition(".")
+    names = rest.split(".")
     depth = {"blocks": 2, "mllm": 3}.get(names[0], 1)
-    return f"{part}/" + ".".join(names[:depth])
+    return "/".join(filter(None, (part, ".".join(names[:depth]))))
 
 
 def memory(objective: Objective, config: RunConfig) -> dict[str, int]:
