@@ -134,9 +134,9 @@ def test_resumed_equals_uninterrupted(whole, tmp_path):
 
 def test_it_starts_from_a_trained_transformer(tmp_path):
     """The adapter, which no other run has, starts as it is drawn; the transformer is the one of the run it starts from."""
-    trained = {path: np.full(leaf.shape, i, np.float32) for i, (path, leaf) in enumerate(omnitransfer.objective(TINY).params.items())}
+    trained = {path: jnp.full(leaf.shape, i, jnp.float32) for i, (path, leaf) in enumerate(omnitransfer.objective(TINY).params.items())}
     with run_folder.open_checkpoints(tmp_path / "base", TINY.checkpoint) as checkpoints:
-        run_folder.save(checkpoints, 1, TrainState(np.int32(1), trained, {}, {"mu": np.zeros(1)}, {}, np.int32(0)), clip(CONFIG))
+        run_folder.save(checkpoints, 1, TrainState(jnp.int32(1), trained, {}, {"mu": jnp.zeros(1)}, {}, jnp.int32(0)), clip(CONFIG))
     run_folder.write_config(tmp_path / "base", TINY)
     config = replace(CONFIG, train=replace(CONFIG.train, init_from=str(tmp_path / "base")))
     objective, optimizer, mesh = clip_adapter(config), make_optimizer(config.optimizer, config.train.steps), make_mesh(config.mesh)
