@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32
 
 from configs.base import CLIPVisionConfig
 from omnitransfer_jax.models.attend import attention
-from omnitransfer_jax.models.layers import LayerNorm, Linear
+from omnitransfer_jax.models.layers import LayerNorm, Linear, exact_gelu
 from omnitransfer_jax.resize import bicubic_resize
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, red green blue (OpenAI CLIP)
@@ -97,4 +97,4 @@ class MLP(nnx.Module):
         self.down = Linear(config.ffn_dim, config.dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(exact_gelu(self.up(x)))

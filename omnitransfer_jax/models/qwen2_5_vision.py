@@ -20,7 +20,7 @@ from configs.base import QwenConfig, QwenVisionConfig
 from configs.errors import require
 from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.clip_vision import MEAN, STD
-from omnitransfer_jax.models.layers import Linear, RMSNorm
+from omnitransfer_jax.models.layers import Linear, RMSNorm, exact_gelu
 
 THETA = 10_000.0  # base of the tower's rotation (Qwen2.5-VL has no field for it)
 WIDEST = 200  # the largest aspect ratio that the hub's processor accepts
@@ -167,7 +167,7 @@ class Merger(nnx.Module):
 
     def __call__(self, x: Float32[Array, "P d"]) -> Float32[Array, "V D"]:
         squares = self.norm(x).astype(self.dtype).reshape(-1, self.width)
-        return self.down(jax.nn.gelu(self.up(squares), approximate=False)).astype(jnp.float32)
+        return self.down(exact_gelu(self.up(squares))).astype(jnp.float32)
 
 
 class Segments(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a line on the console, a line in WORKDIR/metrics.jsonl, and TensorBoard events.
+"""The log of a run: a line on the console, a line in WORKDIR/metrics.jsonl, and TensorBoard events.
 
     {"step": 30, "loss": 0.91, "grad_norm": 0.4, "learning_rate": 1e-05, "skipped": 0, "seconds": 0.52, "data_wait": 0.01}
 
@@ -62,7 +62,7 @@ class RunLog:
         self.waited += time.perf_counter() - before
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tells of `step` if its turn has come (`log_every`, and the last of all)."""
+        """Writes the metrics of `step`, if it is one of every `log_every` or the last of all."""
         if not self.writes or (step % self.config.log_every and step != self.config.steps):
             return
         now = time.perf_counter()

@@ -111,7 +111,7 @@ def inspect(files: Iterable[Path]) -> dict[str, Tensor]:
                 twice.setdefault((tensors[name].file, file), name)
             tensors[name] = tensor
         if size > end:
-            problems.append(f"{file}: {size - end} bytes more than its header tells of; download it again")
+            problems.append(f"{file}: {size - end} bytes more than its header lists; download it again")
     problems += [f"{name} and maybe more is in {one} and in {other}; remove one of them" for (one, other), name in twice.items()]
     if problems:
         raise RequestError("; ".join(problems))
