@@ -88,15 +88,23 @@ def load_params(
     return loaded
 
 
-def require_same_model(workdir: epath.PathLike, config: Config) -> None:
-    """A `RequestError` for the first field in which `config` has another transformer than the run, or another aligned model."""
-    stored = read_config(workdir)
-    parts = ("dit", "mllm", "lora") if stored.alignment.enabled else ("dit",)
-    for part in parts:
-        for name, value, found in model_folder.differences(getattr(stored, part), getattr(config, part)):
-            raise RequestError(
-                f"--{part}.{name}={found!r}: the run in {workdir} has {value!r}; give its --config, or --{part}.{name}={value!r}"
-            )
+def require_same_model(workdir: epath.PathLike, config: RunConfig) -> None:
+    """A `RequestError` for the first field in which `config` has another model than the run, one of the same kind of training."""
+    stored = read_config(workdir, type(config))
+    before, now = (kinds.flat(kinds.select(each, ("model",))) for each in (stored, config))
+    if isinstance(stored, Config):  # the models that a stage trains; it reads the others from records
+        parts = ("dit.", "mllm.", "lora.") if stored.alignment.enabled else ("dit.",)
+        before = {name: value for name, value in before.items() if name.startswith(parts)}
+    for name, value in before.items():
+        require(
+            now[name] == value,
+            f"--{name}={now[name]!r}: the run in {workdir} has {value!r}; give its --config, or --{name}={value!r}",
+        )
+
+
+def training_of(workdir: epath.PathLike) -> str:
+    """The name of the training that wrote a run."""
+    return _content(workdir)["training"]
 
 
 def require_same_run(workdir: epath.PathLike, config: RunConfig) -> None:

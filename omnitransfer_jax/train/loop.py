@@ -120,12 +120,15 @@ def start(
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
         print(f"{workdir}: going on after step {checkpoints.latest.step}", flush=True)
         return run_folder.restore(checkpoints, like, data)
-    place = {path: leaf.sharding for path, leaf in params.items()}
+    place, known = {path: leaf.sharding for path, leaf in params.items()}, objective.models
     weights: Params = {}
-    if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
-        run_folder.require_same_model(origin, objective.models)
+    if run_folder.is_run(
+        origin
+    ):  # 2. else the weights of another run, averaged if it keeps an average,
+        known = config if run_folder.training_of(origin) == config.training else objective.models
+        run_folder.require_same_model(origin, known)
         weights = run_folder.load_params(origin, params, place, jnp.float32)
-    source = run_folder.imported_weights(origin)
+    source = run_folder.imported_weights(origin, type(known))
     if source:  # 3. else imported weights,
         weights |= imported_params(source, objective, {path: leaf for path, leaf in params.items() if path not in weights}, place)
     left = [path for path in params if path not in weights]

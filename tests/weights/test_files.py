@@ -161,7 +161,7 @@ def test_all_damaged_files_are_in_one_message(tmp_path):
     (tmp_path / "2.safetensors").write_bytes(b"not this")
     with pytest.raises(RequestError) as error:
         files.inspect(files.find(tmp_path))
-    for part in ("a and maybe more is in", "4 bytes more than its header tells of", "2.safetensors: no safetensors file"):
+    for part in ("a and maybe more is in", "4 bytes more than its header lists", "2.safetensors: no safetensors file"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
