@@ -3,6 +3,7 @@
 Pixels here are uint8 "T H W 3"; `to_unit` and `to_bytes` go to and from the models' [-1, 1].
 """
 
+import io
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from av.error import FFmpegError
 from PIL import Image, ImageOps
 
 from configs.errors import RequestError
+from data_pipelines.frame_times import EARLIER, FrameTimes
+from omnitransfer_jax.folders.atomic import write_whole
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 # PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
 REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-EARLIER = 1e-6  # seconds; times closer than that are the same
 
 
 def read_clip(
@@ -29,25 +31,25 @@ def read_clip(
     Each frame is the one on the screen at its time; none is taken from `end` seconds on. A clip that is missing, broken, without video or
     too short is a `RequestError` that begins with its path.
     """
-    times = [start + i / fps for i in range(frames)]
-    times = [time for time in times if end is None or time < end - EARLIER]
+    wanted = [Fraction(i) / Fraction(fps).limit_denominator(10**6) for i in range(frames)]
     picked: list[np.ndarray] = []
     try:
         # A clip may name other files or addresses to play; nothing but the file itself is opened.
         with av.open(str(path), options={"protocol_whitelist": "file"}, **REPLACE_TAGS) as container:
             stream = _video_stream(container, path)
             aspect = stream.sample_aspect_ratio or Fraction(1)
-            previous, origin, until = None, None, 0.0
+            times, previous = FrameTimes(container, stream, path), None
             for frame in container.decode(stream):
                 _check_frame(frame, path)
-                origin = frame.time if origin is None else origin
-                now = frame.time - origin
-                while previous is not None and len(picked) < len(times) and times[len(picked)] < now - EARLIER:
+                now = times.of(frame)
+                if previous is None:
+                    wanted = _stretch(wanted, times, start, end)
+                while previous is not None and len(picked) < len(wanted) and wanted[len(picked)] < now - EARLIER:
                     picked.append(_pixels(previous, aspect, height, width))
-                if len(picked) == len(times):
+                if len(picked) == len(wanted):
                     break
-                previous, until = frame, now + _duration(stream)
-            while previous is not None and len(picked) < len(times) and times[len(picked)] < until - EARLIER:
+                previous = frame
+            while previous is not None and len(picked) < len(wanted) and wanted[len(picked)] < times.until - EARLIER:
                 picked.append(_pixels(previous, aspect, height, width))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
@@ -74,13 +76,14 @@ def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream
 def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
     if frame.is_corrupt:  # the decoder filled in what it could not read
         raise RequestError(f"{path}: cannot be decoded (a damaged picture); give an undamaged video file")
-    if frame.time is None:
-        raise RequestError(f"{path}: its frames have no times, as in a raw stream; put it into an mp4 file")
 
 
-def _duration(stream: av.VideoStream) -> float:
-    """Seconds from one frame to the next."""
-    return float(1 / stream.average_rate) if stream.average_rate else 0.0
+def _stretch(steps: list[Fraction], times: FrameTimes, start: float, end: float | None) -> list[Fraction]:
+    """The times, after the first frame, at `steps` from `start` on and before `end`, both counted from the container's zero."""
+    begin = max(times.offset, Fraction(start).limit_denominator(10**6))
+    steps = [step for step in steps if end is None or begin + step < Fraction(end) - EARLIER]
+    after = begin - times.offset
+    return [after + step + (times.slack if times.offset and after else 0) for step in steps]
 
 
 def _pixels(frame: av.VideoFrame, aspect: Fraction, height: int, width: int) -> np.ndarray:
@@ -113,14 +116,15 @@ def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def write_clip(path: str | Path, video: np.ndarray, fps: float) -> None:
-    """Writes uint8 "T H W 3" (even height and width) as an H.264 mp4 that every player opens."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="mp4") as container:
+    """Writes uint8 "T H W 3" (even height and width) as an H.264 mp4 that every player opens; the file is there whole or not at all."""
+    content = io.BytesIO()
+    with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
         for picture in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
+    write_whole(path, content.getvalue())
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:

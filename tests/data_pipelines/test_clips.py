@@ -1,5 +1,8 @@
 """Clips: what is written is read back, in its times and display shape; errors begin with the path."""
 
+import signal
+import subprocess
+import sys
 import wave
 from fractions import Fraction
 
@@ -22,6 +25,39 @@ def test_round_trip(tmp_path):
     back = clips.read_clip(tmp_path / "new" / "a.mp4", frames=12, fps=10, height=48, width=64)
     assert back.shape == (12, 48, 64, 3)
     assert np.abs(back.astype(int) - grey_ramp()).max() <= 3
+
+
+INTERRUPTED = """
+import os, resource, signal, sys
+import numpy as np
+from data_pipelines import clips
+
+class Killed:
+    shape = (9, 48, 64, 3)
+    def __iter__(self):
+        yield from np.zeros((8, 48, 64, 3), np.uint8)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+video = np.random.default_rng(0).integers(0, 256, Killed.shape, dtype=np.uint8)
+if sys.argv[2] == "full disk":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+if sys.argv[2] == "odd size":
+    video = video[:, :47, :63]
+clips.write_clip(sys.argv[1], Killed() if sys.argv[2] == "killed" else video, 10)
+"""
+
+
+@pytest.mark.parametrize("why", ["killed", "full disk", "odd size"])
+def test_an_interrupted_clip_leaves_what_was_there(tmp_path, why):
+    path = tmp_path / "a.mp4"
+    clips.write_clip(path, grey_ramp(), fps=10)
+    before = path.read_bytes()
+    for target in (path, tmp_path / "new.mp4"):
+        command = [sys.executable, "-c", INTERRUPTED, target, why]
+        assert subprocess.run(command, capture_output=True).returncode not in (0, -signal.SIGSEGV)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(("fps", "start", "expected"), [(5, 0, [0, 2, 4, 6]), (10, 0.3, [3, 4, 5, 6]), (20, 0, [0, 0, 1, 1])])
