@@ -12,6 +12,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 from PIL import Image, ImageOps
 
 from configs.errors import RequestError
@@ -62,10 +63,10 @@ def read_clip(
 
 
 def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
-    """The first video stream, set up to be decoded."""
-    if not container.streams.video:
+    """The video stream that a player takes, set up to be decoded; a cover picture is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
         raise RequestError(f"{path}: no video stream; give a clip that has one")
-    stream = container.streams.video[0]
     if stream.codec_context is None:
         raise RequestError(f"{path}: cannot be decoded (its codec is unknown); give an H.264 mp4")
     stream.thread_type = "SLICE"  # frame threads hide damage and dead-lock with fork
@@ -88,15 +89,31 @@ def _stretch(steps: list[Fraction], times: FrameTimes, start: float, end: float 
 
 def _pixels(frame: av.VideoFrame, aspect: Fraction, height: int, width: int) -> np.ndarray:
     """The frame as a player displays it (pixels of `aspect` made square, upright), scaled to cover height x width and centre-cropped."""
-    turned = frame.rotation % 180 != 0
+    turned, flip_rows, flip_columns = _orientation(frame)
     across, down = frame.width * float(aspect), float(frame.height)
     need_across, need_down = (height, width) if turned else (width, height)
     scale = max(need_across / across, need_down / down)
     size = max(need_across, round(across * scale)), max(need_down, round(down * scale))
     picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
-    picture = np.rot90(picture, round(frame.rotation / 90))
+    picture = picture.swapaxes(0, 1) if turned else picture
+    picture = picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
     return picture[top : top + height, left : left + width]
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How the frame is turned upright: whether rows and columns are swapped, then rows reversed, then columns reversed.
+
+    Its display matrix takes a place (x, y) to (a x + c y, b x + d y). Like ffmpeg, one that takes all places to a line is passed over.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist()
+    if a * d == b * c:
+        return False, False, False
+    turned = abs(a) + abs(d) < abs(b) + abs(c)
+    return (True, b < 0, c < 0) if turned else (False, d < 0, a < 0)
 
 
 def read_image(path: str | Path) -> np.ndarray:

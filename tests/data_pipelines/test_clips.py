@@ -1,5 +1,6 @@
 """Clips: what is written is read back, in its times and display shape; errors begin with the path."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
 from configs.errors import RequestError
@@ -85,6 +87,61 @@ def test_anamorphic_pixels_become_square(tmp_path):
         container.mux(stream.encode())
     frame = clips.read_clip(tmp_path / "a.mp4", frames=1, fps=10, height=64, width=128)[0, :, :, 0] > 128
     assert abs(frame.any(0).sum() - frame.any(1).sum()) <= 2
+
+
+COLOURED = np.kron(np.array([[(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(255,) * 3, (0,) * 3, (128,) * 3]], np.uint8), np.ones((32, 32, 1), np.uint8))
+ORIENTATIONS = {  # of the display matrix a, b, c, d, which takes a place (x, y) to (a x + c y, b x + d y)
+    (1, 0, 0, 1): COLOURED,
+    (-1, 0, 0, 1): COLOURED[:, ::-1],
+    (1, 0, 0, -1): COLOURED[::-1],
+    (-1, 0, 0, -1): COLOURED[::-1, ::-1],
+    (0, 1, 1, 0): COLOURED.swapaxes(0, 1),
+    (0, 1, -1, 0): COLOURED.swapaxes(0, 1)[:, ::-1],
+    (0, -1, 1, 0): COLOURED.swapaxes(0, 1)[::-1],
+    (0, -1, -1, 0): COLOURED.swapaxes(0, 1)[::-1, ::-1],
+    (0, 0, 0, 0): COLOURED,  # ffmpeg passes over it
+}
+
+
+@pytest.mark.parametrize(("matrix", "expected"), ORIENTATIONS.items(), ids=str)
+def test_all_eight_orientations(tmp_path, matrix, expected):
+    path, size = tmp_path / "a.mp4", expected.shape[:2]
+    clips.write_clip(path, COLOURED[None], fps=10)
+    content, (a, b, c, d) = path.read_bytes(), (65536 * each for each in matrix)
+    place = content.index(b"tkhd") + 44
+    path.write_bytes(content[:place] + np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], ">i4").tobytes() + content[place + 36 :])
+    picture = clips.read_clip(path, frames=1, fps=10, height=size[0], width=size[1])[0]
+    assert np.abs(picture.astype(int) - expected).mean() < 4
+    if shutil.which("ffmpeg"):
+        command = ["ffmpeg", "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        shown = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.uint8).reshape(picture.shape)
+        assert np.abs(picture.astype(int) - shown).mean() < 1
+
+
+def write_with_cover(path, kind):
+    """A clip whose first video stream is a picture."""
+    with av.open(str(path), "w", format=kind) as container:
+        cover, stream = container.add_stream("mjpeg", rate=1), container.add_stream("libx264", rate=10)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 640, 480, "yuvj420p", Disposition.attached_pic
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for each, pictures in ((cover, np.full((1, 480, 640, 3), 255, np.uint8)), (stream, grey_ramp())):
+            for picture in pictures:
+                container.mux(each.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            container.mux(each.encode())
+    if kind == "mp4":  # there it lies behind the clip; some write it in front
+        content = path.read_bytes()
+        head, cover = content.index(b"trak") - 4, content.index(b"udta") - 4
+        assert head < cover
+        path.write_bytes(content[:head] + content[cover:] + content[head:cover])
+
+
+@pytest.mark.parametrize("kind", ["mp4", "matroska"])
+def test_a_cover_picture_is_not_the_clip(tmp_path, kind):
+    write_with_cover(tmp_path / "a", kind)
+    with av.open(str(tmp_path / "a")) as container:
+        assert container.streams.video[0].codec_context.name == "mjpeg"
+    back = clips.read_clip(tmp_path / "a", frames=12, fps=10, height=48, width=64)
+    assert np.abs(back.astype(int) - grey_ramp()).max() <= 3
 
 
 def test_what_is_wrong_is_said(tmp_path):
