@@ -16,10 +16,12 @@ from av.stream import Disposition
 from PIL import Image, ImageOps
 
 from configs.errors import RequestError
+from data_pipelines import hdr
 from data_pipelines.frame_times import EARLIER, FrameTimes
 from omnitransfer_jax.folders.atomic import write_whole
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+WIDEST = 4  # aspect of a picture
 # PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
 REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
@@ -94,7 +96,9 @@ def _pixels(frame: av.VideoFrame, aspect: Fraction, height: int, width: int) -> 
     need_across, need_down = (height, width) if turned else (width, height)
     scale = max(need_across / across, need_down / down)
     size = max(need_across, round(across * scale)), max(need_down, round(down * scale))
-    picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
+    pixels = "rgb48le" if hdr.is_hdr(frame) else "rgb24"
+    picture = frame.reformat(width=size[0], height=size[1], format=pixels, interpolation="BICUBIC").to_ndarray()
+    picture = hdr.to_bt709(picture, frame.color_trc) if hdr.is_hdr(frame) else picture
     picture = picture.swapaxes(0, 1) if turned else picture
     picture = picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
@@ -120,6 +124,9 @@ def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 "H W 3", turned upright as its EXIF tag says."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if max(image.size) > WIDEST * min(image.size):
+                size = f"{image.width} x {image.height} pixels"
+                raise RequestError(f"{path}: {size}: longer than {WIDEST} times its width; cut it to a picture between 1:{WIDEST} and {WIDEST}:1")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None

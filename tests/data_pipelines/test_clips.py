@@ -214,6 +214,12 @@ def test_images(tmp_path):
     (tmp_path / "b.png").write_text("no")
     with pytest.raises(RequestError, match=r"b\.png: not an image"):
         clips.read_image(tmp_path / "b.png")
+    for size in ((4000, 1), (16, 65)):
+        Image.new("RGB", size).save(tmp_path / "c.png")
+        with pytest.raises(RequestError, match=rf"c\.png: {size[0]} x {size[1]} pixels: longer than 4 times its width; cut it"):
+            clips.read_image(tmp_path / "c.png")
+    Image.new("RGB", (16, 64)).save(tmp_path / "c.png")
+    assert clips.read_image(tmp_path / "c.png").shape == (64, 16, 3)
     assert (clips.to_bytes(clips.to_unit(pixels)) == pixels).all()
 
 
