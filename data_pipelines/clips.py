@@ -21,7 +21,7 @@ from data_pipelines.frame_times import EARLIER, FrameTimes
 from omnitransfer_jax.folders.atomic import write_whole
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-WIDEST = 4  # aspect of a picture
+WIDEST = 4  # longer side of a picture over the shorter one
 # PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
 REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
@@ -31,7 +31,8 @@ def read_clip(
 ) -> np.ndarray:
     """`frames` frames at `fps` from `start` seconds on, scaled to cover `height` x `width` and cropped to its centre: uint8 "T H W 3".
 
-    Each frame is the one on the screen at its time; none is taken from `end` seconds on. A clip that is missing, broken, without video or
+    Each frame is the one on the screen at its time; none is taken from `end` seconds on. Both count from the container's zero, as a
+    player's clock does, and the first frame is the earliest that is read. A clip that is missing, broken, without video or
     too short is a `RequestError` that begins with its path.
     """
     wanted = [Fraction(i) / Fraction(fps).limit_denominator(10**6) for i in range(frames)]
@@ -126,7 +127,7 @@ def read_image(path: str | Path) -> np.ndarray:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > WIDEST * min(image.size):
                 size = f"{image.width} x {image.height} pixels"
-                raise RequestError(f"{path}: {size}: longer than {WIDEST} times its width; cut it to a picture between 1:{WIDEST} and {WIDEST}:1")
+                raise RequestError(f"{path}: {size}: its sides differ by more than {WIDEST} times; cut it to 1:{WIDEST} or less")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None

@@ -27,7 +27,7 @@ class FrameTimes:
     def __init__(self, container: InputContainer, stream: av.VideoStream, path: object) -> None:
         self._path = path
         self._tick = stream.time_base or EARLIER
-        # AVI has no display times. Those that libavformat makes up are wrong with B frames; decoding times in the order of display are right.
+        # AVI has no display times. Those that libavformat makes up are wrong with B frames; decoding times, in display order, are right.
         self._is_avi = container.format.name == "avi"
         self._rate, self._average_rate = stream.guessed_rate, stream.average_rate
         self._zero = None if container.start_time is None else Fraction(container.start_time, av.time_base)

@@ -89,7 +89,8 @@ def test_anamorphic_pixels_become_square(tmp_path):
     assert abs(frame.any(0).sum() - frame.any(1).sum()) <= 2
 
 
-COLOURED = np.kron(np.array([[(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(255,) * 3, (0,) * 3, (128,) * 3]], np.uint8), np.ones((32, 32, 1), np.uint8))
+SIX_COLOURS = np.array([[(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(255,) * 3, (0,) * 3, (128,) * 3]], np.uint8)
+COLOURED = np.kron(SIX_COLOURS, np.ones((32, 32, 1), np.uint8))
 ORIENTATIONS = {  # of the display matrix a, b, c, d, which takes a place (x, y) to (a x + c y, b x + d y)
     (1, 0, 0, 1): COLOURED,
     (-1, 0, 0, 1): COLOURED[:, ::-1],
@@ -216,7 +217,7 @@ def test_images(tmp_path):
         clips.read_image(tmp_path / "b.png")
     for size in ((4000, 1), (16, 65)):
         Image.new("RGB", size).save(tmp_path / "c.png")
-        with pytest.raises(RequestError, match=rf"c\.png: {size[0]} x {size[1]} pixels: longer than 4 times its width; cut it"):
+        with pytest.raises(RequestError, match=rf"c\.png: {size[0]} x {size[1]} pixels: its sides differ by more than 4 times; cut it"):
             clips.read_image(tmp_path / "c.png")
     Image.new("RGB", (16, 64)).save(tmp_path / "c.png")
     assert clips.read_image(tmp_path / "c.png").shape == (64, 16, 3)

@@ -143,7 +143,7 @@ def test_start_counts_from_the_containers_zero(tmp_path, kind):
     assert numbers(path, 5, 12) == numbers(path, 5, 12, start=0.25) == [0, 1, 2, 3, 4]
     size = {"fps": 12, "height": HEIGHT, "width": WIDTH}
     assert len(clips.read_clip(path, frames=6, end=0.95, **size)) == 6
-    with pytest.raises(RequestError, match="6 frames at 12 fps from 0 s to 0.95 s, 7 needed"):
+    with pytest.raises(RequestError, match=r"6 frames at 12 fps from 0 s to 0\.95 s, 7 needed"):
         clips.read_clip(path, frames=7, end=0.95, **size)
 
 

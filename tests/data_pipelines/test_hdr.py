@@ -58,7 +58,8 @@ def test_it_is_near_ffmpegs_own(tmp_path, name):
     chroma = [np.kron(rng.integers(480, 545, (4, 4)), np.ones((8, 8), int)).astype(np.uint16) for _ in range(2)]
     write(tmp_path / "a.mp4", [luma, *chroma], TRANSFERS[name])
     filters = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:peak=4.926:desat=0,zscale=t=bt709,format=gbrp"
-    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.mp4", "-vf", filters, "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    output = ["-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.mp4", "-vf", filters, *output]
     shown = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.uint8).reshape(64, 64, 3)
     picture = clips.read_clip(tmp_path / "a.mp4", frames=1, fps=10, height=64, width=64)[0]
     assert np.abs(picture.astype(int) - shown)[8::16, 8::16].mean() < 4
