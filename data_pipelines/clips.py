@@ -3,6 +3,7 @@
 Pixels here are uint8 "T H W 3"; `to_unit` and `to_bytes` go to and from the models' [-1, 1].
 """
 
+import io
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 from PIL import Image, ImageOps
 
 from configs.errors import RequestError
+from data_pipelines import hdr
+from data_pipelines.frame_times import EARLIER, FrameTimes
+from omnitransfer_jax.folders.atomic import write_whole
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+WIDEST = 4  # longer side of a picture over the shorter one
 # PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
 REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-EARLIER = 1e-6  # seconds; times closer than that are the same
 
 
 def read_clip(
@@ -26,28 +31,29 @@ def read_clip(
 ) -> np.ndarray:
     """`frames` frames at `fps` from `start` seconds on, scaled to cover `height` x `width` and cropped to its centre: uint8 "T H W 3".
 
-    Each frame is the one on the screen at its time; none is taken from `end` seconds on. A clip that is missing, broken, without video or
+    Each frame is the one on the screen at its time; none is taken from `end` seconds on. Both count from the container's zero, as a
+    player's clock does, and the first frame is the earliest that is read. A clip that is missing, broken, without video or
     too short is a `RequestError` that begins with its path.
     """
-    times = [start + i / fps for i in range(frames)]
-    times = [time for time in times if end is None or time < end - EARLIER]
+    wanted = [Fraction(i) / Fraction(fps).limit_denominator(10**6) for i in range(frames)]
     picked: list[np.ndarray] = []
     try:
         # A clip may name other files or addresses to play; nothing but the file itself is opened.
         with av.open(str(path), options={"protocol_whitelist": "file"}, **REPLACE_TAGS) as container:
             stream = _video_stream(container, path)
             aspect = stream.sample_aspect_ratio or Fraction(1)
-            previous, origin, until = None, None, 0.0
+            times, previous = FrameTimes(container, stream, path), None
             for frame in container.decode(stream):
                 _check_frame(frame, path)
-                origin = frame.time if origin is None else origin
-                now = frame.time - origin
-                while previous is not None and len(picked) < len(times) and times[len(picked)] < now - EARLIER:
+                now = times.of(frame)
+                if previous is None:
+                    wanted = _stretch(wanted, times, start, end)
+                while previous is not None and len(picked) < len(wanted) and wanted[len(picked)] < now - EARLIER:
                     picked.append(_pixels(previous, aspect, height, width))
-                if len(picked) == len(times):
+                if len(picked) == len(wanted):
                     break
-                previous, until = frame, now + _duration(stream)
-            while previous is not None and len(picked) < len(times) and times[len(picked)] < until - EARLIER:
+                previous = frame
+            while previous is not None and len(picked) < len(wanted) and wanted[len(picked)] < times.until - EARLIER:
                 picked.append(_pixels(previous, aspect, height, width))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
@@ -60,10 +66,10 @@ def read_clip(
 
 
 def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
-    """The first video stream, set up to be decoded."""
-    if not container.streams.video:
+    """The video stream that a player takes, set up to be decoded; a cover picture is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
         raise RequestError(f"{path}: no video stream; give a clip that has one")
-    stream = container.streams.video[0]
     if stream.codec_context is None:
         raise RequestError(f"{path}: cannot be decoded (its codec is unknown); give an H.264 mp4")
     stream.thread_type = "SLICE"  # frame threads hide damage and dead-lock with fork
@@ -74,32 +80,54 @@ def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream
 def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
     if frame.is_corrupt:  # the decoder filled in what it could not read
         raise RequestError(f"{path}: cannot be decoded (a damaged picture); give an undamaged video file")
-    if frame.time is None:
-        raise RequestError(f"{path}: its frames have no times, as in a raw stream; put it into an mp4 file")
 
 
-def _duration(stream: av.VideoStream) -> float:
-    """Seconds from one frame to the next."""
-    return float(1 / stream.average_rate) if stream.average_rate else 0.0
+def _stretch(steps: list[Fraction], times: FrameTimes, start: float, end: float | None) -> list[Fraction]:
+    """The times, after the first frame, at `steps` from `start` on and before `end`, both counted from the container's zero."""
+    begin = max(times.offset, Fraction(start).limit_denominator(10**6))
+    steps = [step for step in steps if end is None or begin + step < Fraction(end) - EARLIER]
+    after = begin - times.offset
+    return [after + step + (times.slack if times.offset and after else 0) for step in steps]
 
 
 def _pixels(frame: av.VideoFrame, aspect: Fraction, height: int, width: int) -> np.ndarray:
     """The frame as a player displays it (pixels of `aspect` made square, upright), scaled to cover height x width and centre-cropped."""
-    turned = frame.rotation % 180 != 0
+    turned, flip_rows, flip_columns = _orientation(frame)
     across, down = frame.width * float(aspect), float(frame.height)
     need_across, need_down = (height, width) if turned else (width, height)
     scale = max(need_across / across, need_down / down)
     size = max(need_across, round(across * scale)), max(need_down, round(down * scale))
-    picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
-    picture = np.rot90(picture, round(frame.rotation / 90))
+    pixels = "rgb48le" if hdr.is_hdr(frame) else "rgb24"
+    picture = frame.reformat(width=size[0], height=size[1], format=pixels, interpolation="BICUBIC").to_ndarray()
+    picture = hdr.to_bt709(picture, frame.color_trc) if hdr.is_hdr(frame) else picture
+    picture = picture.swapaxes(0, 1) if turned else picture
+    picture = picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
     return picture[top : top + height, left : left + width]
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How the frame is turned upright: whether rows and columns are swapped, then rows reversed, then columns reversed.
+
+    Its display matrix takes a place (x, y) to (a x + c y, b x + d y). Like ffmpeg, one that takes all places to a line is passed over.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist()
+    if a * d == b * c:
+        return False, False, False
+    turned = abs(a) + abs(d) < abs(b) + abs(c)
+    return (True, b < 0, c < 0) if turned else (False, d < 0, a < 0)
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 "H W 3", turned upright as its EXIF tag says."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if max(image.size) > WIDEST * min(image.size):
+                size = f"{image.width} x {image.height} pixels"
+                raise RequestError(f"{path}: {size}: its sides differ by more than {WIDEST} times; cut it to 1:{WIDEST} or less")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
@@ -113,14 +141,15 @@ def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def write_clip(path: str | Path, video: np.ndarray, fps: float) -> None:
-    """Writes uint8 "T H W 3" (even height and width) as an H.264 mp4 that every player opens."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="mp4") as container:
+    """Writes uint8 "T H W 3" (even height and width) as an H.264 mp4 that every player opens; the file is there whole or not at all."""
+    content = io.BytesIO()
+    with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
         for picture in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
+    write_whole(path, content.getvalue())
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:

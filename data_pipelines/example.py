@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines import clips
+from omnitransfer_jax.folders.atomic import write_whole
 
 FRAMES, HEIGHT, WIDTH, FPS = 32, 64, 96, 16
 MANIFEST_FILE = "manifest.jsonl"
@@ -44,7 +45,7 @@ def write_example(folder: Path) -> Path:
             Image.fromarray(target(0.0)).save(folder / row["first_frame"])
         rows.append(row)
     manifest = folder / MANIFEST_FILE
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(manifest, "".join(json.dumps(row) + "\n" for row in rows))
     return manifest
 
 

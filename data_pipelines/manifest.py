@@ -3,7 +3,7 @@
     {"id": "kite", "task": "motion", "reference": "a.mp4", "target": "b.mp4", "prompt": ""}
 
 Optional are "first_frame" (an image, for temporal tasks; else the target's own first frame is taken) and "start" and "end", seconds into
-both clips, or {"reference": seconds, "target": seconds}. Paths are relative to the manifest.
+both clips as a player counts them, or {"reference": seconds, "target": seconds}. Paths are relative to the manifest.
 """
 
 import hashlib

@@ -76,7 +76,7 @@ def weights(config: Config) -> str:
 
 def read_request(config: Config) -> Request:
     """The flags, checked before any weights are touched."""
-    require(OUT.value.endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
+    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
     require(
         len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",

@@ -13,8 +13,12 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    place(partial, target)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        place(partial, target)
+    except BaseException:  # a full disk, Ctrl-C
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def place(partial: epath.PathLike, path: epath.PathLike) -> None:

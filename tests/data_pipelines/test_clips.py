@@ -1,11 +1,16 @@
 """Clips: what is written is read back, in its times and display shape; errors begin with the path."""
 
+import shutil
+import signal
+import subprocess
+import sys
 import wave
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
 from configs.errors import RequestError
@@ -22,6 +27,36 @@ def test_round_trip(tmp_path):
     back = clips.read_clip(tmp_path / "new" / "a.mp4", frames=12, fps=10, height=48, width=64)
     assert back.shape == (12, 48, 64, 3)
     assert np.abs(back.astype(int) - grey_ramp()).max() <= 3
+
+
+INTERRUPTED = """
+import os, resource, signal, sys
+import numpy as np
+from data_pipelines import clips
+
+class Interrupted:
+    shape = (100, 48, 64, 3)
+    def __iter__(self):
+        yield from np.random.default_rng(0).integers(0, 256, self.shape, dtype=np.uint8)
+        os.kill(os.getpid(), {"killed": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "full disk": 0}[sys.argv[2]])
+
+if sys.argv[2] == "full disk":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+clips.write_clip(sys.argv[1], Interrupted(), 10)
+"""
+
+
+@pytest.mark.parametrize("why", ["killed", "Ctrl-C", "full disk"])
+def test_an_interrupted_clip_leaves_what_was_there(tmp_path, why):
+    path = tmp_path / "a.mp4"
+    clips.write_clip(path, grey_ramp(), fps=10)
+    before = path.read_bytes()
+    for target in (path, tmp_path / "new.mp4"):
+        command = [sys.executable, "-c", INTERRUPTED, target, why]
+        assert subprocess.run(command, capture_output=True).returncode not in (0, -signal.SIGSEGV)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(("fps", "start", "expected"), [(5, 0, [0, 2, 4, 6]), (10, 0.3, [3, 4, 5, 6]), (20, 0, [0, 0, 1, 1])])
@@ -52,6 +87,62 @@ def test_anamorphic_pixels_become_square(tmp_path):
         container.mux(stream.encode())
     frame = clips.read_clip(tmp_path / "a.mp4", frames=1, fps=10, height=64, width=128)[0, :, :, 0] > 128
     assert abs(frame.any(0).sum() - frame.any(1).sum()) <= 2
+
+
+SIX_COLOURS = np.array([[(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(255,) * 3, (0,) * 3, (128,) * 3]], np.uint8)
+COLOURED = np.kron(SIX_COLOURS, np.ones((32, 32, 1), np.uint8))
+ORIENTATIONS = {  # of the display matrix a, b, c, d, which takes a place (x, y) to (a x + c y, b x + d y)
+    (1, 0, 0, 1): COLOURED,
+    (-1, 0, 0, 1): COLOURED[:, ::-1],
+    (1, 0, 0, -1): COLOURED[::-1],
+    (-1, 0, 0, -1): COLOURED[::-1, ::-1],
+    (0, 1, 1, 0): COLOURED.swapaxes(0, 1),
+    (0, 1, -1, 0): COLOURED.swapaxes(0, 1)[:, ::-1],
+    (0, -1, 1, 0): COLOURED.swapaxes(0, 1)[::-1],
+    (0, -1, -1, 0): COLOURED.swapaxes(0, 1)[::-1, ::-1],
+    (0, 0, 0, 0): COLOURED,  # ffmpeg passes over it
+}
+
+
+@pytest.mark.parametrize(("matrix", "expected"), ORIENTATIONS.items(), ids=str)
+def test_all_eight_orientations(tmp_path, matrix, expected):
+    path, size = tmp_path / "a.mp4", expected.shape[:2]
+    clips.write_clip(path, COLOURED[None], fps=10)
+    content, (a, b, c, d) = path.read_bytes(), (65536 * each for each in matrix)
+    place = content.index(b"tkhd") + 44
+    path.write_bytes(content[:place] + np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], ">i4").tobytes() + content[place + 36 :])
+    picture = clips.read_clip(path, frames=1, fps=10, height=size[0], width=size[1])[0]
+    assert np.abs(picture.astype(int) - expected).mean() < 4
+    if shutil.which("ffmpeg"):
+        command = ["ffmpeg", "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        shown = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.uint8).reshape(picture.shape)
+        assert np.abs(picture.astype(int) - shown).mean() < 1
+
+
+def write_with_cover(path, kind):
+    """A clip whose first video stream is a picture."""
+    with av.open(str(path), "w", format=kind) as container:
+        cover, stream = container.add_stream("mjpeg", rate=1), container.add_stream("libx264", rate=10)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 640, 480, "yuvj420p", Disposition.attached_pic
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for each, pictures in ((cover, np.full((1, 480, 640, 3), 255, np.uint8)), (stream, grey_ramp())):
+            for picture in pictures:
+                container.mux(each.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            container.mux(each.encode())
+    if kind == "mp4":  # there it lies behind the clip; some write it in front
+        content = path.read_bytes()
+        head, cover = content.index(b"trak") - 4, content.index(b"udta") - 4
+        assert head < cover
+        path.write_bytes(content[:head] + content[cover:] + content[head:cover])
+
+
+@pytest.mark.parametrize("kind", ["mp4", "matroska"])
+def test_a_cover_picture_is_not_the_clip(tmp_path, kind):
+    write_with_cover(tmp_path / "a", kind)
+    with av.open(str(tmp_path / "a")) as container:
+        assert container.streams.video[0].codec_context.name == "mjpeg"
+    back = clips.read_clip(tmp_path / "a", frames=12, fps=10, height=48, width=64)
+    assert np.abs(back.astype(int) - grey_ramp()).max() <= 3
 
 
 def test_what_is_wrong_is_said(tmp_path):
@@ -124,6 +215,12 @@ def test_images(tmp_path):
     (tmp_path / "b.png").write_text("no")
     with pytest.raises(RequestError, match=r"b\.png: not an image"):
         clips.read_image(tmp_path / "b.png")
+    for size in ((4000, 1), (16, 65)):
+        Image.new("RGB", size).save(tmp_path / "c.png")
+        with pytest.raises(RequestError, match=rf"c\.png: {size[0]} x {size[1]} pixels: its sides differ by more than 4 times; cut it"):
+            clips.read_image(tmp_path / "c.png")
+    Image.new("RGB", (16, 64)).save(tmp_path / "c.png")
+    assert clips.read_image(tmp_path / "c.png").shape == (64, 16, 3)
     assert (clips.to_bytes(clips.to_unit(pixels)) == pixels).all()
 
 

@@ -60,8 +60,8 @@ def loaded(monkeypatch):
 
 def test_image_to_video(tmp_path, capsys, loaded):
     """The picture's own shape at the configured area: 32 x 48 pixels are 1,536, and 2:3 fits."""
-    assert run(f"--first_frame={picture(tmp_path / 'a.png')}", "--prompt=a cat", f"--out={tmp_path / 'new' / 'a.mp4'}") == 0
-    assert properties(tmp_path / "new" / "a.mp4") == (5, 32, 48, 8)
+    assert run(f"--first_frame={picture(tmp_path / 'a.png')}", "--prompt=a cat", f"--out={tmp_path / 'new' / 'a.MP4'}") == 0
+    assert properties(tmp_path / "new" / "a.MP4") == (5, 32, 48, 8)
     printed = capsys.readouterr()
     assert "the weights are random" in printed.out
     assert "2/2" in printed.err  # the progress bar
