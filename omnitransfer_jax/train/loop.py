@@ -122,9 +122,7 @@ def start(
         return run_folder.restore(checkpoints, like, data)
     place, known = {path: leaf.sharding for path, leaf in params.items()}, objective.models
     weights: Params = {}
-    if run_folder.is_run(
-        origin
-    ):  # 2. else the weights of another run, averaged if it keeps an average,
+    if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
         known = config if run_folder.training_of(origin) == config.training else objective.models
         run_folder.require_same_model(origin, known)
         weights = run_folder.load_params(origin, params, place, jnp.float32)
