@@ -303,6 +303,10 @@ def variant_of(variants: dict[str, Config], name: str) -> Config:
 
 def record_fields(config: Config) -> dict[str, Any]:
     """What decides what a record holds: the data fields, and those fields of the encoders that change what they compute."""
-    encoders = ("vae", "text", "image", *(["mllm"] if config.alignment.enabled else []))
-    found = select(config, ["data"]) | {name: select(getattr(config, name), FIXED) for name in encoders}
+    found = select(config, ["data"]) | {name: select(getattr(config, name), FIXED) for name in encoder_names(config)}
     return {name: part for name, part in found.items() if name != "alignment" or config.alignment.enabled}
+
+
+def encoder_names(config: Config) -> tuple[str, ...]:
+    """The networks whose outputs a record holds."""
+    return ("vae", "text", "image", *(["mllm"] if config.alignment.enabled else []))

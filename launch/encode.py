@@ -21,13 +21,13 @@ from absl import flags
 from tqdm import tqdm
 
 from configs.errors import RequestError, require
-from configs.run import Config
+from configs.run import Config, encoder_names
 from data_pipelines import records
 from data_pipelines.encoders import RANDOM, Encoders, weights_of
 from data_pipelines.manifest import Row, read_manifest
 from data_pipelines.pairs import encode, prefetch, read_pixels
 from launch import command
-from omnitransfer_jax import tasks
+from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders.atomic import sha256, write_whole
 
 FLAGS = flags.FlagValues()
@@ -48,6 +48,7 @@ def main(config: Config) -> None:
     folder, manifest = Path(OUT.value), Path(MANIFEST.value)
     rows = read_manifest(manifest)
     index, count = process()
+    load_models.require_weights(config.train.init_from, config, encoder_names(config))
     weights = weights_of(config)
     source = {"manifest": sha256(manifest), "weights": weights, "records_per_shard": RECORDS_PER_SHARD.value}
     records.begin(folder, config, source)

@@ -58,6 +58,8 @@ class Request(NamedTuple):
 
 
 def main(config: Config) -> None:
+    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
+    load_models.require_weights(weights(config), config, networks, "--checkpoint")
     request = read_request(config)
     if not weights(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
