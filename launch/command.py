@@ -3,12 +3,14 @@
 A command file defines its flags, then `def main(config: Config) -> None` (or `def main() -> None` if it needs no configuration), and
 ends in `command.run(main)`. Each command keeps its flags in a `FlagValues` of its own, so that tests can run several in one process.
 
-Exit codes: 0 for success; 2 for a `RequestError`, which is printed as one line on stderr; 1 for anything else, with its traceback.
+Exit codes: 0 for success; 2 for a `RequestError`, 1 for an error of the operating system (a full disk, a file that may not be read) and
+130 for Ctrl-C, each printed as one line on stderr; 1 for anything else, with its traceback.
 """
 
 import difflib
 import importlib
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +26,8 @@ import configs
 from configs.errors import RequestError
 
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a field has one type; booleans are given as True or False
-NO_CONFIGS = ("base", "errors", "kinds", "run")  # modules of configs/ that hold what the configurations share
+NO_CONFIGS = ("base", "errors", "kinds", "ranges", "run")  # modules of configs/ that hold what the configurations share
+FULL = ("No space left on device", "Disk quota exceeded")  # libraries that write files themselves raise their own errors with these words
 
 
 def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -36,13 +39,16 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) 
 
     def body(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # absl's default is INFO, at which Orbax logs every file
-        return execute(main, flag_values, argv)
+        code = execute(main, flag_values, argv)
+        if code == 1:  # Python would write once more what stdout did not take
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
 
     app.run(body, flags_parser=parse)
 
 
 def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequence[str]) -> int:
-    """Runs a command in this process and returns its exit code; errors other than `RequestError` are raised."""
+    """Runs a command in this process and returns its exit code; errors that are neither a request's nor the system's are raised."""
     try:
         kind = _config_type(main)
         if kind is not None and "config" not in flag_values:
@@ -58,10 +64,34 @@ def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequ
             config = _override(load_config(str(flag_values["config"].value)), rest, flag_values)
             config.validate()
             main(config)
+        sys.stdout.flush()
     except RequestError as error:
-        print(" ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return _end(2, str(error))
+    except KeyboardInterrupt:
+        return _end(130, "interrupted; what was finished is whole, and the same command goes on or begins again")
+    except Exception as error:
+        if message := _system_message(error):
+            return _end(1, message)
+        raise
     return 0
+
+
+def _end(code: int, message: str) -> int:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _system_message(error: BaseException | None) -> str:
+    """What the operating system refused, if that is why `error` was raised; empty if it is not."""
+    while error is not None:
+        text = str(error)
+        if full := next((words for words in FULL if words in text), ""):
+            file = getattr(error, "filename", None)
+            return f"{file or 'writing'}: {full}; what was finished is whole: free some space and give the same command again"
+        if isinstance(error, OSError):
+            return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text or type(error).__name__
+        error = error.__cause__
+    return ""
 
 
 def load_config(name: str) -> Any:
