@@ -12,9 +12,11 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import fields, is_dataclass
 from io import StringIO
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -27,6 +29,7 @@ from configs.errors import RequestError
 
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a field has one type; booleans are given as True or False
 NO_CONFIGS = ("base", "errors", "kinds", "ranges", "run")  # modules of configs/ that hold what the configurations share
+WRONG_REQUEST, SYSTEM_ERROR, INTERRUPTED = 2, 1, 130  # exit codes
 FULL = ("No space left on device", "Disk quota exceeded")  # libraries that write files themselves raise their own errors with these words
 
 
@@ -39,9 +42,13 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) 
 
     def body(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # absl's default is INFO, at which Orbax logs every file
+        threading.excepthook = _of_thread
+        logging.get_absl_logger().addFilter(lambda record: not record.exc_info)  # Orbax's threads log the errors that they then raise
         code = execute(main, flag_values, argv)
-        if code == 1:  # Python would write once more what stdout did not take
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if code in (SYSTEM_ERROR, INTERRUPTED):  # threads and exit handlers would report the same once more, with tracebacks
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(code)
         return code
 
     app.run(body, flags_parser=parse)
@@ -66,12 +73,12 @@ def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequ
             main(config)
         sys.stdout.flush()
     except RequestError as error:
-        return _end(2, str(error))
+        return _end(WRONG_REQUEST, str(error))
     except KeyboardInterrupt:
-        return _end(130, "interrupted; what was finished is whole, and the same command goes on or begins again")
+        return _end(INTERRUPTED, "interrupted; what was finished is whole, and the same command goes on or begins again")
     except Exception as error:
         if message := _system_message(error):
-            return _end(1, message)
+            return _end(SYSTEM_ERROR, message)
         raise
     return 0
 
@@ -81,13 +88,21 @@ def _end(code: int, message: str) -> int:
     return code
 
 
+def _of_thread(args: threading.ExceptHookArgs) -> None:
+    """Reports the error that ended a thread as that of a command is reported."""
+    if message := _system_message(args.exc_value):
+        _end(SYSTEM_ERROR, message)
+    else:
+        threading.__excepthook__(args)
+
+
 def _system_message(error: BaseException | None) -> str:
     """What the operating system refused, if that is why `error` was raised; empty if it is not."""
     while error is not None:
         text = str(error)
         if full := next((words for words in FULL if words in text), ""):
-            file = getattr(error, "filename", None)
-            return f"{file or 'writing'}: {full}; what was finished is whole: free some space and give the same command again"
+            file = getattr(error, "filename", None) or next(iter(re.findall('"(/[^"]*)"', text)), "writing")
+            return f"{file}: {full}; what was finished is whole: free some space and give the same command again"
         if isinstance(error, OSError):
             return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text or type(error).__name__
         error = error.__cause__
