@@ -25,7 +25,7 @@ import tyro
 from absl import app, flags, logging
 
 import configs
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a field has one type; booleans are given as True or False
 NO_CONFIGS = ("base", "errors", "kinds", "ranges", "run")  # modules of configs/ that hold what the configurations share
@@ -57,18 +57,21 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) 
 def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequence[str]) -> int:
     """Runs a command in this process and returns its exit code; errors that are neither a request's nor the system's are raised."""
     try:
-        kind = _config_type(main)
-        if kind is not None and "config" not in flag_values:
+        kinds = _config_types(main)
+        if kinds and "config" not in flag_values:
             flags.DEFINE_string("config", None, f"NAME[:VARIANT] of {', '.join(_names())}", required=True, flag_values=flag_values)
         if {"--help", "-h", "-help"} & set(argv):
-            _print_help(main, flag_values, kind)
+            _print_help(main, flag_values, kinds)
             return 0
         rest = _parse_flags(flag_values, argv)
-        if kind is None:
+        if not kinds:
             _override(None, rest, flag_values)
             main()
         else:
-            config = _override(load_config(str(flag_values["config"].value)), rest, flag_values)
+            name = str(flag_values["config"].value)
+            config = load_config(name)
+            require(isinstance(config, kinds), f"--config={name}: the configuration of another command; take wan, stage1, stage2 or stage3")
+            config = _override(config, rest, flag_values)
             config.validate()
             main(config)
         sys.stdout.flush()
@@ -121,11 +124,11 @@ def _names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name not in NO_CONFIGS]
 
 
-def _config_type(main: Callable[..., None]) -> type | None:
-    """The configuration that a command takes, the first if it takes one of several; None if it takes none."""
+def _config_types(main: Callable[..., None]) -> tuple[type, ...]:
+    """The configurations of which a command takes one; empty if it takes none."""
     parameters = list(inspect.signature(main).parameters)
     hint = get_type_hints(main)[parameters[0]] if parameters else None
-    return next(iter(get_args(hint)), hint)
+    return get_args(hint) or ((hint,) if hint else ())
 
 
 def _parse_flags(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
@@ -191,7 +194,7 @@ def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
     return f", did you mean {dashes}{close[0]}?" if close else ""
 
 
-def _print_help(main: Callable[..., None], flag_values: flags.FlagValues, kind: type | None) -> None:
+def _print_help(main: Callable[..., None], flag_values: flags.FlagValues, kinds: Sequence[type]) -> None:
     """The command's docstring, its flags, and every field of the configuration with its docstring."""
     module = sys.modules[main.__module__]
     print((module.__doc__ or "").strip())
@@ -200,7 +203,7 @@ def _print_help(main: Callable[..., None], flag_values: flags.FlagValues, kind: 
     for flag in (flag for name in (sys.argv[0], main.__module__, __name__) for flag in by_module.get(name, [])):
         default = "required" if flag.validators else f"default {flag.default}" if flag.default is not None else "optional"
         print(f"  --{flag.name}  {flag.help} ({default})")
-    if kind is not None:
+    for kind in kinds[:1]:
         print(f"\nFields of the configuration, as the full size of {kind.__module__} has them:", flush=True)
         try:
             tyro.cli(kind, default=kind(), args=["--help"], config=MARKERS, use_underscores=True, prog="", description="")

@@ -84,6 +84,8 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
             try:
                 write(encode(row, pixels.result(), encoders))
                 kept[row.task] += 1
+                for note in cut_prompts(row, encoders):
+                    print_line(f"{row.id}: {note}")
             except RequestError as error:
                 rejected.append({"id": row.id, "task": row.task, "shard": path.name, **path_and_reason(error, row)})
                 print_line(f"refused {row.id}: {error}")
@@ -91,6 +93,12 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
             bar.set_postfix(refused=len(rejected))
         write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected}).encode())
     print_line(f"{path.name}: {kept.total()} kept, {len(rejected)} refused, {time.monotonic() - started:.1f} s")
+
+
+def cut_prompts(row: Row, encoders: Encoders) -> list[str]:
+    """Sentences that say by which encoder the end of the row's prompt is not read."""
+    tasks_of = (None, row.task) if encoders.config.alignment.enabled else (None,)
+    return [note for task in tasks_of for note in encoders.cut_prompts({"prompt": row.prompt}, task)]
 
 
 def path_and_reason(error: RequestError, row: Row) -> dict[str, str]:

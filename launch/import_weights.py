@@ -37,6 +37,10 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "keep", ["keep", "float32", "bfloat16"], "type of the stored weights; keep is the source's", flag_values=FLAGS
 )
 
+ABSENT = {
+    "transformer_2": "Wan2.2 runs it at low noise levels; here transformer/ runs at all of them, so the videos will differ"
+}  # what to say of a folder that is not imported
+
 
 class Found(NamedTuple):
     """One part of the source, known from the headers of its files."""
@@ -52,6 +56,7 @@ class Found(NamedTuple):
 def main() -> None:
     source, out = Path(SOURCE.value), epath.Path(OUT.value)
     dtype = None if DTYPE.value == "keep" else next(d for d in DTYPES.values() if d.name == DTYPE.value)
+    unread = unread_folders(source)
     found = [examine(part, paths, layout, dtype) for part, paths, layout in locate(source)]
     problems = [f"{each.part.name}: {problem}" for each in found for problem in each.problems]
     problems += [f"{out / each.part.name} exists already, so give another --out" for each in found if (out / each.part.name).exists()]
@@ -60,6 +65,8 @@ def main() -> None:
     for each in found:
         import_part(each, out, dtype)
     import_tokenizer(source, out)
+    for name in unread:
+        print(f"{name}: not imported; {ABSENT.get(name, 'this project has no such network')}")
     report(out)
 
 
@@ -87,6 +94,12 @@ def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
         )
     for part, pattern in present:
         yield part, files.find(source, pattern), "original"
+
+
+def unread_folders(source: Path) -> list[str]:
+    """The folders of a diffusers source that hold weights and are no part of the model."""
+    known = {part.diffusers[0] for part in (*PARTS, MLLM)}
+    return sorted({path.parent.name for path in source.glob("*/*.safetensors")} - known) if source.is_dir() else []
 
 
 def is_mllm(folder: Path) -> bool:
