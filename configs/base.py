@@ -10,6 +10,7 @@ from configs.errors import require
 from configs.kinds import DATA, RUN, TRAINING, Kind
 from configs.ranges import ANY, FROM_0, PATTERNS, require_ranges
 
+MASK_CHANNELS = 4  # one for each video frame of a latent frame (Wan2.1 image2video.py)
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -69,6 +70,7 @@ class DiTConfig:
         head = self.dim // self.num_heads
         require(head % 2 == 0 and head >= 6, f"dit.dim/dit.num_heads={head}: rotation needs an even head width of at least 6")
         require(self.rope_base >= 1, f"dit.rope_base={self.rope_base}: at least 1, the ratio of the highest frequency to the lowest")
+        require(self.freq_dim % 2 == 0, f"dit.freq_dim={self.freq_dim}: even, as it holds sines and cosines")
         require(
             self.in_channels >= self.out_channels,
             f"dit.in_channels={self.in_channels}: at least dit.out_channels={self.out_channels}, the noisy latent comes first",

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from configs.errors import RequestError, require
 
@@ -42,8 +42,11 @@ def require_ranges(config: Any, at: str) -> None:
 
     Configurations inside it are not looked at: their own `validate` does that.
     """
+    hints = get_type_hints(type(config))
     for field in fields(config):
-        value, name = getattr(config, field.name), f"{at}.{field.name}" if at else field.name
+        value, name, hint = getattr(config, field.name), f"{at}.{field.name}" if at else field.name, hints[field.name]
+        require(hint is not int or isinstance(value, int), f"{name}={value!r}: a whole number")
+        require(hint is not float or isinstance(value, int | float), f"{name}={value!r}: a number")
         values = value if isinstance(value, tuple) else (value,)
         for number in values:
             if isinstance(number, int | float) and not isinstance(number, bool):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from configs.base import AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
+from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
 from configs.errors import require
 from configs.kinds import FIXED, RUN, Kind, select
 from configs.ranges import BELOW_1, FROM_0, FROM_1, PATTERNS, SEED, require_ranges
@@ -287,6 +287,12 @@ class Config(RunConfig):
         require(
             dit.out_channels == vae.z_dim,
             f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",
+        )
+        channels = dit.out_channels + (0 if dit.image_dim is None else MASK_CHANNELS + vae.z_dim)
+        require(
+            dit.in_channels == channels,
+            f"dit.in_channels={dit.in_channels}: {channels}, the noisy latent's channels, and with dit.image_dim "
+            f"{MASK_CHANNELS} of the mask and vae.z_dim={vae.z_dim} of the first frame",
         )
         require(dit.text_dim == self.text.dim, f"dit.text_dim={dit.text_dim}: the text encoder's width is text.dim={self.text.dim}")
         require(

@@ -130,8 +130,10 @@ def candidates(part: Part, config_file: Path, layout: Layout | None) -> list[tup
     """The configurations and layouts that `part` may have: those of its config.json, or all in configs/wan.py."""
     if layout is not None and config_file.exists() and (layout == "diffusers" or part.name == "dit"):
         try:
-            return [(part.table.config_from_json(json.loads(config_file.read_text())), layout)]
-        except (RequestError, KeyError, json.JSONDecodeError) as error:
+            config = part.table.config_from_json(json.loads(config_file.read_text()))
+            config.validate()
+            return [(config, layout)]
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise RequestError(f"{config_file}: {error}; take the file that came with the weights") from None
     sizes = dict.fromkeys(getattr(config, part.name) for config in wan.VARIANTS.values())
     layouts: list[Layout] = [layout] if layout else ["diffusers", "original"]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import clips, example, records
+from data_pipelines import example, records
 from data_pipelines.encoders import Encoders
-from launch import command, encode, export, import_weights, sample, train
+from launch import command, encode, encode_world, export, import_weights, sample, train
+from omnitransfer_jax import tasks
 
 CONFIGS = (*["stage1:smoke", "stage3:smoke", "wan:tiny", "wan:smoke"] * 4, "stage1", "wan:t2v_1_3b", "vae:tiny", "wan:none", "mllm")
 INTS, REALS = ("0", "-1", "1", "2", "3", "8", "10" * 20, "x", ""), ("0", "-1", "0.5", "1", "1e30", "nan", "inf", "x")
@@ -64,7 +65,7 @@ def random_request(draw, folder):
     clip, picture = folder / "clips" / "id_target.mp4", folder / "picture.png"
     paths = [folder / "clips", clip, picture, folder / "empty", folder / "absent", folder / "clips" / "manifest.jsonl"]
     if module is import_weights:
-        return module, [f"--source={draw.choice(paths)}", f"--out={out}", f"--dtype={draw.choice(['keep', 'float16'])}"]
+        return module, [f"--source={draw.choice(paths)}", f"--out={out}", f"--dtype={draw.choice(['keep'] * 4 + ['float16'])}"]
     args = [f"--config={config}", *random_fields(draw, config)]
     if module is train:
         return module, [*args, "--dry_run"]
@@ -75,7 +76,9 @@ def random_request(draw, folder):
     for _ in range(draw.choice([0, 1, 1, 2])):
         task, reference = draw.choice([*["id", "style"] * 4, "motion", "x"]), draw.choice([*[clip] * 20, *paths])
         args += [f"--task={task}", f"--reference={reference}"][: draw.choice([2] * 9 + [1])]
-    args += draw.choice([[], [f"--first_frame={draw.choice([*[picture] * 9, *paths])}"], ["--checkpoint=embedded"], ["--checkpoint=absent"]])
+    args += draw.choice(
+        [[], [f"--first_frame={draw.choice([*[picture] * 9, *paths])}"], ["--checkpoint=embedded"], ["--checkpoint=absent"]]
+    )
     return module, [*args, f"--prompt={draw.choice(TEXTS)}", f"--out={draw.choice([f'{out}.mp4'] * 20 + ['x.gif', ''])}"]
 
 
@@ -99,6 +102,32 @@ def without_networks(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_networks")
+def test_a_prompt_that_is_cut_is_said_for_each_pair(tmp_path, capsys):
+    manifest = example.write_example(tmp_path / "clips")
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows[0]["prompt"] = 99 * "x"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    args = ["--config=stage3:smoke", "--dit.text_len=64", f"--manifest={manifest}", f"--out={tmp_path / 'records'}"]
+    assert command.execute(encode.main, encode.FLAGS, [*args, "--alignment.prompt_tokens=150"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "cut off" in line]
+    assert said == [
+        f"{rows[0]['id']}: prompt has 100 tokens: 64 are read (dit.text_len), the end is cut off",
+        f"{rows[0]['id']}: prompt has {len(tasks.TASKS[0].template) + 100} tokens: 150 are read (alignment.prompt_tokens), the end is cut off",
+    ]
+
+
+@pytest.mark.parametrize("module", [encode, encode_world])
+def test_encoding_at_full_size_needs_weights(module, tmp_path, capsys):
+    manifest = example.write_example(tmp_path / "clips")
+    args = ["--config=stage1", f"--out={tmp_path / 'records'}", *([f"--manifest={manifest}"] if module is encode else [])]
+    assert command.execute(module.main, module.FLAGS, args) == 2
+    error = capsys.readouterr().err
+    assert "--train.init_from='' has no weights for text (5.7 billion parameters) and image (0.6 billion parameters)" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.usefixtures("without_networks")
 def test_random_requests(tmp_path):
     example.write_example(tmp_path / "clips")
     (tmp_path / "empty").mkdir()
@@ -115,4 +144,5 @@ def test_random_requests(tmp_path):
         assert code in (0, 2), f"request {number}: {module.__name__} {args}: {code} {lines}"
         assert len(lines) <= (2 if code else 0), f"request {number}: {module.__name__} {args}: {lines}"
         ends[module.__name__, code] += 1
-    assert min(ends.values()) > 20, ends  # right and wrong requests of every command
+    both = [ends[module.__name__, code] for module in (train, sample, encode) for code in (0, 2)]
+    assert min(both) > 30, ends  # right and wrong requests
