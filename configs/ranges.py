@@ -6,7 +6,7 @@ than 0. A field with another range states it beside its kind: `warmup_steps: int
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NamedTuple, get_type_hints
 
@@ -27,13 +27,13 @@ class Range(NamedTuple):
 
 COUNT = Range(lambda x: x >= 1, "at least 1")
 POSITIVE = Range(lambda x: x > 0, "more than 0")
-FROM_0: Mapping[str, Any] = {"range": Range(lambda x: x >= 0, "at least 0")}
-FROM_1: Mapping[str, Any] = {"range": COUNT}
-BELOW_1: Mapping[str, Any] = {"range": Range(lambda x: 0 <= x < 1, "from 0 to below 1")}
-SHARE: Mapping[str, Any] = {"range": Range(lambda x: 0 <= x <= 1, "a share from 0 to 1")}
-SEED: Mapping[str, Any] = {"range": Range(lambda x: x >= 0, "at least 0", 2**32 - 1)}  # JAX takes larger seeds modulo 2^32
-ANY: Mapping[str, Any] = {"range": Range(lambda x: True, "any number")}
-PATTERNS: Mapping[str, Any] = {"patterns": True}
+FROM_0: dict[str, Any] = {"range": Range(lambda x: x >= 0, "at least 0")}
+FROM_1: dict[str, Any] = {"range": COUNT}
+BELOW_1: dict[str, Any] = {"range": Range(lambda x: 0 <= x < 1, "from 0 to below 1")}
+SHARE: dict[str, Any] = {"range": Range(lambda x: 0 <= x <= 1, "a share from 0 to 1")}
+SEED: dict[str, Any] = {"range": Range(lambda x: x >= 0, "at least 0", 2**32 - 1)}  # JAX takes larger seeds modulo 2^32
+ANY: dict[str, Any] = {"range": Range(lambda x: True, "any number")}
+PATTERNS: dict[str, Any] = {"patterns": True}
 """The field holds regular expressions."""
 
 
@@ -61,7 +61,7 @@ def _require_number(number: float, range: Range, given: str) -> None:
     require(isinstance(number, float) or number <= range.largest, f"{given}: at most {range.largest}")
 
 
-def _require_patterns(patterns: Sequence[str], name: str) -> None:
+def _require_patterns(patterns: Iterable[Any], name: str) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)

@@ -46,7 +46,7 @@ def random_fields(draw, config):
 def random_manifest(draw, folder):
     """Lines of a manifest with up to two things wrong, or bytes that are none."""
     rows = []
-    for row in map(json.loads, (folder / "clips" / "manifest.jsonl").read_text().splitlines()[: draw.randrange(1, 4)]):
+    for row in map(json.loads, (folder / "clips" / "manifest.jsonl").read_text().splitlines()[: draw.choice([1, 1, 2])]):
         for _ in range(draw.choice([0, 0, 0, 0, 1, 2])):
             key = draw.choice([*row, "start", "end", "first_frame", "more"])
             row[key] = draw.choice([*VALUES, *row.values()])
@@ -61,7 +61,7 @@ def random_manifest(draw, folder):
 def random_request(draw, folder):
     """(command, arguments)."""
     config, out = draw.choice(CONFIGS), folder / f"out{draw.randrange(10**9)}"
-    module = draw.choices([train, sample, encode, export, import_weights], [2, 6, 6, 1, 1])[0]
+    module = draw.choices([train, sample, encode, export, import_weights], [1, 5, 5, 2, 2])[0]
     clip, picture = folder / "clips" / "id_target.mp4", folder / "picture.png"
     paths = [folder / "clips", clip, picture, folder / "empty", folder / "absent", folder / "clips" / "manifest.jsonl"]
     if module is import_weights:
@@ -110,9 +110,10 @@ def test_a_prompt_that_is_cut_is_said_for_each_pair(tmp_path, capsys):
     args = ["--config=stage3:smoke", "--dit.text_len=64", f"--manifest={manifest}", f"--out={tmp_path / 'records'}"]
     assert command.execute(encode.main, encode.FLAGS, [*args, "--alignment.prompt_tokens=150"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "cut off" in line]
+    mllm = len(tasks.TASKS[0].template) + 100
     assert said == [
         f"{rows[0]['id']}: prompt has 100 tokens: 64 are read (dit.text_len), the end is cut off",
-        f"{rows[0]['id']}: prompt has {len(tasks.TASKS[0].template) + 100} tokens: 150 are read (alignment.prompt_tokens), the end is cut off",
+        f"{rows[0]['id']}: prompt has {mllm} tokens: 150 are read (alignment.prompt_tokens), the end is cut off",
     ]
 
 
