@@ -62,8 +62,7 @@ def main() -> None:
     problems += [f"{out / each.part.name} exists already, so give another --out" for each in found if (out / each.part.name).exists()]
     if problems:
         raise RequestError(f"nothing imported: {'; '.join(problems)}")
-    for each in found:
-        import_part(each, out, dtype)
+    import_parts(found, out, dtype)
     import_tokenizer(source, out)
     for name in unread:
         print(f"{name}: not imported; {ABSENT.get(name, 'this project has no such network')}")
@@ -140,6 +139,22 @@ def candidates(part: Part, config_file: Path, layout: Layout | None) -> list[tup
     return [(size, name) for size in sizes for name in layouts]
 
 
+def import_parts(found: list[Found], out: epath.Path, dtype: np.dtype | None) -> None:
+    """Writes all parts beside their places and then gives them their names, so that an interrupted import can be run again."""
+    unfinished = out / ".unfinished"
+    if unfinished.exists():
+        unfinished.rmtree()
+    try:
+        for each in found:
+            import_part(each, unfinished, dtype)
+        for each in found:
+            (unfinished / each.part.name).rename(out / each.part.name)
+    finally:
+        if unfinished.exists():
+            unfinished.rmtree()
+    model_folder.write_model(out, {each.part.name: each.config for each in found})
+
+
 def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
     """Reads, converts and writes one part, a few leaves at a time."""
     start, table, shapes = time.monotonic(), found.part.entries(found.config, found.layout), found.part.shapes(found.config)
@@ -152,7 +167,6 @@ def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
 
         # map keeps no reference to a leaf that it has yielded; a generator expression would
         model_folder.save_part(out, found.part.name, map(count, convert.leaves(found.tensors, table, shapes, dtype=dtype)))
-    model_folder.write_model(out, {found.part.name: found.config})
     size = sum(tensor.nbytes for tensor in found.tensors.values())
     print(f"{found.part.name}: {len(found.tensors)} tensors, {size / 1e9:.3g} GB, {time.monotonic() - start:.1f} s", flush=True)
 

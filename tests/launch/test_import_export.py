@@ -251,6 +251,26 @@ def test_an_interrupted_export_can_be_run_again(ours, tmp_path, monkeypatch, cap
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
+def test_an_interrupted_import_can_be_run_again(source, tmp_path, monkeypatch, capfd):
+    save, calls = model_folder.save_part, []
+
+    def full(folder, name, leaves):
+        calls.append(name)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save(folder, name, leaves)
+
+    monkeypatch.setattr(model_folder, "save_part", full)
+    for name in ("transformer", "vae"):
+        shutil.copytree(source / name, tmp_path / "source" / name)
+    assert run_import(tmp_path / "source", tmp_path / "ours") == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("writing: No space left on device")
+    assert not list((tmp_path / "ours").iterdir())
+    (tmp_path / "ours" / ".unfinished" / "dit").mkdir(parents=True)  # a process was killed
+    assert run_import(tmp_path / "source", tmp_path / "ours") == 0
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"dit", "vae", "model.json"}
+
+
 def test_sizes_nobody_published_need_a_config_file(tmp_path, capfd):
     save_file({"blocks.0.modulation": np.zeros((1, 6, 8), np.float32)}, tmp_path / "dit.safetensors")
     assert run_import(tmp_path / "dit.safetensors", tmp_path / "ours") == 2
