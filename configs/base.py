@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 
 from configs.errors import require
 from configs.kinds import DATA, RUN, TRAINING, Kind
+from configs.ranges import ANY, FROM_0, PATTERNS, require_ranges
 
+MASK_CHANNELS = 4  # one for each video frame of a latent frame (Wan2.1 image2video.py)
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -63,12 +65,12 @@ class DiTConfig:
     """What a block stores for the backward pass: everything, the attention outputs, or its input alone."""
 
     def validate(self) -> None:
+        require_ranges(self, "dit")
         require(self.dim % self.num_heads == 0, f"dit.dim={self.dim}: not a multiple of dit.num_heads={self.num_heads}")
         head = self.dim // self.num_heads
         require(head % 2 == 0 and head >= 6, f"dit.dim/dit.num_heads={head}: rotation needs an even head width of at least 6")
-        require(self.num_layers > 0, f"dit.num_layers={self.num_layers}: at least 1")
         require(self.rope_base >= 1, f"dit.rope_base={self.rope_base}: at least 1, the ratio of the highest frequency to the lowest")
-        require(self.rope_top > 0, f"dit.rope_top={self.rope_top}: more than 0")
+        require(self.freq_dim % 2 == 0, f"dit.freq_dim={self.freq_dim}: even, as it holds sines and cosines")
         require(
             self.in_channels >= self.out_channels,
             f"dit.in_channels={self.in_channels}: at least dit.out_channels={self.out_channels}, the noisy latent comes first",
@@ -95,9 +97,12 @@ class VAEConfig:
     """Frames that the encoder takes at a time after the first one; a multiple of the time stride. More are faster but need more memory."""
     decode_frames: int = field(default=1, metadata=RUN)
     """Latent frames that the decoder takes at a time."""
-    latents_mean: tuple[float, ...] = (
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    latents_mean: tuple[float, ...] = field(
+        metadata=ANY,
+        default=(
+            -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+        ),
     )  # fmt: skip
     """Mean of each latent channel over the original's training data (Wan2.1 vae.py)."""
     latents_std: tuple[float, ...] = (
@@ -119,6 +124,7 @@ class VAEConfig:
         return 2 ** len(self.temporal_downsample)
 
     def validate(self) -> None:
+        require_ranges(self, "vae")
         require(
             len(self.temporal_downsample) == len(self.dim_mult) - 1,
             f"vae.temporal_downsample has {len(self.temporal_downsample)} steps: vae.dim_mult has {len(self.dim_mult)} "
@@ -130,10 +136,9 @@ class VAEConfig:
             f"vae.z_dim={self.z_dim} needs as many",
         )
         require(
-            self.encode_frames > 0 and self.encode_frames % self.time_stride == 0,
-            f"vae.encode_frames={self.encode_frames}: a positive multiple of {self.time_stride}, the time stride",
+            self.encode_frames % self.time_stride == 0,
+            f"vae.encode_frames={self.encode_frames}: a multiple of {self.time_stride}, the time stride",
         )
-        require(self.decode_frames > 0, f"vae.decode_frames={self.decode_frames}: at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +169,7 @@ class UMT5Config:
     """Type in which the projections compute."""
 
     def validate(self) -> None:
+        require_ranges(self, "text")
         require(self.relative_buckets % 4 == 0, f"text.relative_buckets={self.relative_buckets}: a multiple of 4")
 
 
@@ -191,6 +197,7 @@ class CLIPVisionConfig:
     """Type in which the projections compute (the original runs this tower in half precision)."""
 
     def validate(self) -> None:
+        require_ranges(self, "image")
         require(
             self.num_layers >= 2, f"image.num_layers={self.num_layers}: at least 2, because the features are the output of the last but one"
         )
@@ -223,7 +230,7 @@ class QwenVisionConfig:
     """Rows and columns of patches that become one token of the language model."""
     window: int = 112
     """Height and width of an attention window, in pixels."""
-    full_attention: tuple[int, ...] = (7, 15, 23, 31)
+    full_attention: tuple[int, ...] = field(default=(7, 15, 23, 31), metadata=FROM_0)
     """Blocks that attend over a whole frame instead of a window."""
     tokens_per_second: int = 2
     """Temporal positions per second of video."""
@@ -231,6 +238,7 @@ class QwenVisionConfig:
     """Epsilon of the norms."""
 
     def validate(self) -> None:
+        require_ranges(self, "mllm.vision")
         unit = self.patch * self.merge
         require(self.window % unit == 0, f"mllm.vision.window={self.window}: a multiple of patch * merge = {unit}")
         require(
@@ -269,11 +277,11 @@ class QwenConfig:
     """Whether the token embedding is also the output projection."""
     eps: float = 1e-6
     """Epsilon of the norms."""
-    image_token: int = 151655
+    image_token: int = field(default=151655, metadata=FROM_0)
     """Token that an image's features replace."""
-    video_token: int = 151656
+    video_token: int = field(default=151656, metadata=FROM_0)
     """Token that a video's features replace."""
-    vision_start: int = 151652
+    vision_start: int = field(default=151652, metadata=FROM_0)
     """Token in front of an image or a video."""
     vision: QwenVisionConfig = field(default_factory=QwenVisionConfig)
     """The vision tower."""
@@ -281,6 +289,7 @@ class QwenConfig:
     """Type in which the projections compute."""
 
     def validate(self) -> None:
+        require_ranges(self, "mllm")
         self.vision.validate()
         require(
             self.dim % self.num_heads == 0 and self.num_heads % self.num_kv_heads == 0,
@@ -302,12 +311,11 @@ class LoRAConfig:
     """Width of the bottleneck (R)."""
     alpha: float = 64.0
     """The adapter's output is scaled by alpha / rank."""
-    targets: tuple[str, ...] = (r"layers\.attention\..*", r"layers\.mlp\..*")
+    targets: tuple[str, ...] = field(default=(r"layers\.attention\..*", r"layers\.mlp\..*"), metadata=PATTERNS)
     """Regular expressions of the paths of the projections that get an adapter."""
 
     def validate(self) -> None:
-        require(self.rank >= 1, f"lora.rank={self.rank}: at least 1")
-        require(self.alpha > 0, f"lora.alpha={self.alpha}: more than 0")
+        require_ranges(self, "lora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,5 +340,4 @@ class AlignmentConfig:
     """What reads the connector's output: Wan's pretrained text projection, or the blocks themselves, whose width it then has."""
 
     def validate(self) -> None:
-        for name in ("queries", "frames", "frame_pixels", "prompt_tokens", "connector_dim"):
-            require(getattr(self, name) >= 1, f"alignment.{name}={getattr(self, name)}: at least 1")
+        require_ranges(self, "alignment")

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from configs.base import AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
+from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
 from configs.errors import require
 from configs.kinds import FIXED, RUN, Kind, select
+from configs.ranges import BELOW_1, FROM_0, FROM_1, PATTERNS, SEED, require_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +35,20 @@ class VideoConfig:
 
     def validate(self, at: str, vae: VAEConfig, patch: tuple[int, int, int]) -> None:
         """`at` is the field's name in messages; the autoencoder and the patch decide which sizes exist."""
+        require_ranges(self, at)
         stride = vae.time_stride
         require(
-            self.frames >= 1 and (self.frames - 1) % stride == 0,
+            (self.frames - 1) % stride == 0,
             f"{at}.frames={self.frames}: the causal autoencoder needs {stride}n+1, "
-            f"the nearest is {max(0, round((self.frames - 1) / stride)) * stride + 1}",
+            f"the nearest is {round((self.frames - 1) / stride) * stride + 1}",
         )
         for name, size, cover in (("height", self.height, patch[1]), ("width", self.width, patch[2])):
             step = vae.space_stride * cover
             require(
-                size > 0 and size % step == 0,
+                size % step == 0,
                 f"{at}.{name}={size}: a multiple of {step}, the pixels one token covers; "
                 f"the nearest is {max(1, round(size / step)) * step}",
             )
-        require(self.fps > 0, f"{at}.fps={self.fps}: more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class SamplerConfig:
     """Denoising steps."""
     shift: float = 3.0
     """Bends the time grid towards noise: 3 at 480p, 5 at 720p."""
-    guidance: float = 5.0
+    guidance: float = field(default=5.0, metadata=FROM_1)
     """Scale of classifier-free guidance; 1 runs no unconditional branch."""
     negative_prompt: str = ""
     """The prompt of the unconditional branch."""
@@ -75,9 +76,7 @@ class SamplerConfig:
     """Several references of one family: if false, all are at the offset of Eq. 2; if true, the k-th is at k times the offset."""
 
     def validate(self) -> None:
-        require(self.steps >= 1, f"sampler.steps={self.steps}: at least 1")
-        require(self.shift > 0, f"sampler.shift={self.shift}: more than 0")
-        require(self.guidance >= 1, f"sampler.guidance={self.guidance}: at least 1 (1 is no guidance)")
+        require_ranges(self, "sampler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ class DataConfig:
     """Folder of records that launch.encode wrote."""
     reference: VideoConfig = field(default_factory=VideoConfig)
     """Size of the reference videos, which may differ from the target's."""
-    text_drop: float = 0.1
+    text_drop: float = field(default=0.1, metadata=BELOW_1)
     """Share of the samples whose prompt is replaced by the empty one, so that the unconditional branch learns."""
     shuffle: bool = True
     """Whether every epoch has a random order."""
@@ -98,8 +97,7 @@ class DataConfig:
     """Reader threads."""
 
     def validate(self) -> None:
-        require(0 <= self.text_drop < 1, f"data.text_drop={self.text_drop}: a share from 0 to below 1")
-        require(self.threads >= 1, f"data.threads={self.threads}: at least 1")
+        require_ranges(self, "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,24 +112,22 @@ class TrainConfig:
     """Samples per step over all devices (paper section 5.1)."""
     init_from: str = ""
     """Where the initial weights come from: a folder of launch.import_weights, or the workdir of another run."""
-    trainable: tuple[str, ...] = (".*",)
+    trainable: tuple[str, ...] = field(default=(".*",), metadata=PATTERNS)
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
-    ema: float = 0.0
+    ema: float = field(default=0.0, metadata=BELOW_1)
     """Decay of the running average of the weights, which sampling uses if there is one; 0 keeps no average.
 
     The decay of update n = 1, 2, ... is min(ema, (1 + n) / (10 + n)), so that the initial weights soon lose their share.
     """
     log_every: int = field(default=1, metadata=RUN)
     """Steps between lines of metrics.jsonl and of the console."""
-    evaluate_every: int = field(default=0, metadata=RUN)
+    evaluate_every: int = field(default=0, metadata=RUN | FROM_0)
     """Steps between evaluations on held-out data, for trainings that have one; with 0 there is one at the end alone."""
 
     def validate(self) -> None:
-        for name in ("steps", "batch_size", "log_every"):
-            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: at least 1")
-        require(0 <= self.ema < 1, f"train.ema={self.ema}: from 0 to below 1")
+        require_ranges(self, "train")
         require(
-            self.evaluate_every >= 0 and self.evaluate_every % self.log_every == 0,
+            self.evaluate_every % self.log_every == 0,
             f"train.evaluate_every={self.evaluate_every}: 0, or a multiple of train.log_every={self.log_every}",
         )
 
@@ -142,7 +138,7 @@ class TransferTrainConfig(TrainConfig):
 
     steps: int = field(default=10_000, metadata=RUN)
     """Optimizer steps (paper section 5.1, stage 1); a run may go on with more, unless its rate falls to 0 at the last one."""
-    trainable: tuple[str, ...] = ("dit/.*",)
+    trainable: tuple[str, ...] = field(default=("dit/.*",), metadata=PATTERNS)
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     shift: float = 3.0
     """Bends the drawn times towards noise, as in sampling."""
@@ -150,10 +146,6 @@ class TransferTrainConfig(TrainConfig):
     """Weight of the squared velocity error at time t: 1, or min(1, 2t)^2, for the error of the clean estimate over max(t, 0.5)^2."""
     references: bool = True
     """Whether targets attend to their references; if not, the network trains as Wan does, without any."""
-
-    def validate(self) -> None:
-        super().validate()
-        require(self.shift > 0, f"train.shift={self.shift}: more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,30 +160,25 @@ class OptimizerConfig:
     """Rate after the warm-up (paper section 5.1)."""
     vector_learning_rate: float = 2e-3
     """With Muon, the rate after the warm-up of all but matrices: biases, norms, modulations, queries."""
-    adapter_share: float = 1.0
+    adapter_share: float = field(default=1.0, metadata=FROM_0)
     """Factor on these rates for the language model's adapters and the queries."""
-    warmup_steps: int = 100
+    warmup_steps: int = field(default=100, metadata=FROM_0)
     """Steps of the linear rise to the highest rate."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up the rate stays, or falls to 0 at the last step along half a cosine."""
-    b1: float = 0.9
+    b1: float = field(default=0.9, metadata=BELOW_1)
     """Decay of the first moment of AdamW; Muon's momentum on matrices is 0.95."""
-    b2: float = 0.999
+    b2: float = field(default=0.999, metadata=BELOW_1)
     """Decay of the second moment."""
-    weight_decay: float = 0.01
+    weight_decay: float = field(default=0.01, metadata=FROM_0)
     """Decoupled weight decay of matrices; vectors have none."""
-    clip_norm: float = 1.0
+    clip_norm: float = field(default=1.0, metadata=FROM_0)
     """Largest global norm of the gradients; with 0 they are not clipped."""
     accumulate: int = 1
     """Number of parts of a batch that are computed one after the other; their gradients are averaged."""
 
     def validate(self) -> None:
-        for name in ("learning_rate", "vector_learning_rate"):
-            require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)}: more than 0")
-        require(self.adapter_share >= 0, f"optimizer.adapter_share={self.adapter_share}: at least 0")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: at least 0")
-        require(self.clip_norm >= 0, f"optimizer.clip_norm={self.clip_norm}: more than 0, or 0 for no clipping")
-        require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate}: at least 1")
+        require_ranges(self, "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +193,7 @@ class CheckpointConfig:
     """How many of the latest checkpoints are kept."""
 
     def validate(self) -> None:
-        require(self.every >= 1, f"checkpoint.every={self.every}: at least 1")
-        require(self.keep >= 1, f"checkpoint.keep={self.keep}: at least 1")
+        require_ranges(self, "checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +208,7 @@ class MeshConfig:
     """Devices that divide the tokens of each sample, target and reference in equal parts."""
 
     def validate(self) -> None:
-        for name in ("data", "context"):
-            require(getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)}: at least 1")
+        require_ranges(self, "mesh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,11 +227,12 @@ class RunConfig:
     """When a training writes checkpoints."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How devices divide the work."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
     """The one root of every random number."""
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
+        require_ranges(self, "")
         for part in (self.train, self.optimizer, self.checkpoint, self.mesh):
             part.validate()
         parts = self.optimizer.accumulate * self.mesh.data
@@ -302,6 +288,12 @@ class Config(RunConfig):
             dit.out_channels == vae.z_dim,
             f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",
         )
+        channels = dit.out_channels + (0 if dit.image_dim is None else MASK_CHANNELS + vae.z_dim)
+        require(
+            dit.in_channels == channels,
+            f"dit.in_channels={dit.in_channels}: {channels}, the noisy latent's channels, and with dit.image_dim "
+            f"{MASK_CHANNELS} of the mask and vae.z_dim={vae.z_dim} of the first frame",
+        )
         require(dit.text_dim == self.text.dim, f"dit.text_dim={dit.text_dim}: the text encoder's width is text.dim={self.text.dim}")
         require(
             dit.image_dim in (None, self.image.dim),
@@ -317,6 +309,10 @@ def variant_of(variants: dict[str, Config], name: str) -> Config:
 
 def record_fields(config: Config) -> dict[str, Any]:
     """What decides what a record holds: the data fields, and those fields of the encoders that change what they compute."""
-    encoders = ("vae", "text", "image", *(["mllm"] if config.alignment.enabled else []))
-    found = select(config, ["data"]) | {name: select(getattr(config, name), FIXED) for name in encoders}
+    found = select(config, ["data"]) | {name: select(getattr(config, name), FIXED) for name in encoder_names(config)}
     return {name: part for name, part in found.items() if name != "alignment" or config.alignment.enabled}
+
+
+def encoder_names(config: Config) -> tuple[str, ...]:
+    """The networks whose outputs a record holds."""
+    return ("vae", "text", "image", *(["mllm"] if config.alignment.enabled else []))

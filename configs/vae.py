@@ -13,6 +13,7 @@ from configs import wan
 from configs.base import VAEConfig
 from configs.errors import require
 from configs.kinds import RUN
+from configs.ranges import FROM_0, SHARE
 from configs.run import OptimizerConfig, RunConfig, TrainConfig, VideoConfig
 
 
@@ -28,11 +29,11 @@ class VAETraining(RunConfig):
     """The clips."""
     crop: int = 16
     """Height and width of the crops in a step: pixels of one clip resemble each other, so more and smaller crops teach more."""
-    whole_share: float = 0.1
+    whole_share: float = field(default=0.1, metadata=SHARE)
     """Share of the steps, at the end, whose clips are not cropped."""
-    grey_share: float = 0.125
+    grey_share: float = field(default=0.125, metadata=SHARE)
     """Share of the clips that are grey from their second frame on, like the condition clip of a given first frame."""
-    kl_weight: float = 1e-5
+    kl_weight: float = field(default=1e-5, metadata=FROM_0)
     """Weight of the divergence from a standard normal, averaged over the latents, beside the mean squared error in [-1, 1]."""
     statistics_clips: int = field(default=512, metadata=RUN)
     """Training clips from which the latents' mean and deviation are computed."""
@@ -50,16 +51,12 @@ class VAETraining(RunConfig):
         require(size % 2 == 0, f"train.batch_size={size}: a multiple of 2, because clips come in pairs")
         for name, unit in (("evaluate_clips", 8 * size), ("statistics_clips", size)):
             count = getattr(self, name)
-            require(count >= unit and count % unit == 0, f"{name}={count}: a multiple of {unit}")
-        require(self.threads >= 1, f"threads={self.threads}: at least 1")
+            require(count % unit == 0, f"{name}={count}: a multiple of {unit}")
         stride = self.vae.space_stride
         require(
-            0 < self.crop <= min(self.video.height, self.video.width) and self.crop % stride == 0,
+            self.crop <= min(self.video.height, self.video.width) and self.crop % stride == 0,
             f"crop={self.crop}: a multiple of {stride}, no larger than a clip",
         )
-        require(0 <= self.whole_share <= 1, f"whole_share={self.whole_share}: a share from 0 to 1")
-        require(0 <= self.grey_share <= 1, f"grey_share={self.grey_share}: a share from 0 to 1")
-        require(self.kl_weight >= 0, f"kl_weight={self.kl_weight}: at least 0")
         require(
             set(self.vae.latents_mean) == {0.0} and set(self.vae.latents_std) == {1.0},
             "vae.latents_mean and vae.latents_std: the training computes them; give 0 and 1",

@@ -4,7 +4,7 @@ pairs.py: pixels and prompts of pairs -> Batch -> records         (launch.encode
 contexts, first frame, latents -> place_references -> Conditions  (launch.sample, evaluation)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from omnitransfer_jax.models.omnitransfer import Reference
 from omnitransfer_jax.models.qwen2_5_vision import QwenVision
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_vae import WanVAE
-from omnitransfer_jax.tokenizer import clean_prompt, tokenize
+from omnitransfer_jax.tokenizer import clean_prompt, token_count, tokenize
 
 RANDOM = "random"  # what records.json says of weights that were not loaded
 NETWORKS = ("vision", "vae", "text_encoder", "image_encoder")  # the vision tower first, while there is memory for its language model
@@ -102,6 +102,22 @@ class Encoders:
         """UMT5's features, zero rows beyond a prompt's end, and how many rows each prompt has."""
         tokens, mask = tokenize(self.vocabulary, [clean_prompt(prompt) for prompt in prompts], self.config.dit.text_len)
         return np.asarray(encode_text(self.text_encoder, jnp.asarray(tokens), jnp.asarray(mask))), mask.sum(1)
+
+    def cut_prompts(self, prompts: Mapping[str, str], task: str | None = None) -> list[str]:
+        """A sentence for each of `prompts`, by the name it has there, that is longer than what its encoder reads.
+
+        The text encoder reads them, or with a `task` the language model, behind the task's template.
+        """
+        config, found = self.config, []
+        for name, prompt in prompts.items():
+            if task is None:
+                count, room, field = token_count(self.vocabulary, clean_prompt(prompt)), config.dit.text_len, "dit.text_len"
+            else:
+                count = len(mllm_inputs.instruction(self.mllm_vocabulary, task, prompt))
+                room, field = config.alignment.prompt_tokens, "alignment.prompt_tokens"
+            if count > room:
+                found.append(f"{name} has {count} tokens: {room} are read ({field}), the end is cut off")
+        return found
 
     def image(self, frames: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B I J"]:
         """CLIP's features of first frames."""

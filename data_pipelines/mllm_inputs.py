@@ -80,6 +80,12 @@ def vision_features(
     return jnp.concatenate([first, jax.vmap(partial(_features, vision, size=video))(references)], axis=1)
 
 
+def instruction(vocabulary: PreTrainedTokenizerFast, task: str, prompt: str) -> list[int]:
+    """The tokens of a task's template and a prompt, however many."""
+    template, prompt = tasks.TASKS[tasks.task_index(task)].template, clean_prompt(prompt)
+    return _text(vocabulary, f"{template} {prompt}" if prompt else template)
+
+
 def picked_frames(available: int, wanted: int) -> np.ndarray:
     """The indices of the frames that are encoded, evenly spaced from the first to the last; some twice if there are too few."""
     return np.rint(np.linspace(0, available - 1, wanted)).astype(int)
@@ -99,13 +105,12 @@ def _features(vision: QwenVision, clip: Float[Array, "T H W 3"], *, size: Size) 
 
 def _instruction(config: Config, vocabulary: PreTrainedTokenizerFast, task: str, prompt: str) -> list[int]:
     """The tokens of template and prompt, as many as there is room for."""
-    room, template, prompt = config.alignment.prompt_tokens, tasks.TASKS[tasks.task_index(task)].template, clean_prompt(prompt)
-    needed = len(_text(vocabulary, template))
+    room, needed = config.alignment.prompt_tokens, len(instruction(vocabulary, task, ""))
     require(
         needed <= room,
         f"alignment.prompt_tokens={room}: the template of {task} alone has {needed}; give --alignment.prompt_tokens={needed} or more",
     )
-    return _text(vocabulary, f"{template} {prompt}" if prompt else template)[:room]
+    return instruction(vocabulary, task, prompt)[:room]
 
 
 def _special(vocabulary: PreTrainedTokenizerFast, name: str) -> list[int]:

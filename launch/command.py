@@ -3,16 +3,20 @@
 A command file defines its flags, then `def main(config: Config) -> None` (or `def main() -> None` if it needs no configuration), and
 ends in `command.run(main)`. Each command keeps its flags in a `FlagValues` of its own, so that tests can run several in one process.
 
-Exit codes: 0 for success; 2 for a `RequestError`, which is printed as one line on stderr; 1 for anything else, with its traceback.
+Exit codes: 0 for success; 2 for a `RequestError`, 1 for an error of the operating system (a full disk, a file that may not be read) and
+130 for Ctrl-C, each printed as one line on stderr; 1 for anything else, with its traceback.
 """
 
 import difflib
 import importlib
 import inspect
+import os
 import pkgutil
+import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import fields, is_dataclass
 from io import StringIO
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -21,10 +25,12 @@ import tyro
 from absl import app, flags, logging
 
 import configs
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a field has one type; booleans are given as True or False
-NO_CONFIGS = ("base", "errors", "kinds", "run")  # modules of configs/ that hold what the configurations share
+NO_CONFIGS = ("base", "errors", "kinds", "ranges", "run")  # modules of configs/ that hold what the configurations share
+WRONG_REQUEST, SYSTEM_ERROR, INTERRUPTED = 2, 1, 130  # exit codes
+FULL = ("No space left on device", "Disk quota exceeded")  # libraries that write files themselves raise their own errors with these words
 
 
 def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -36,32 +42,74 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) 
 
     def body(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # absl's default is INFO, at which Orbax logs every file
-        return execute(main, flag_values, argv)
+        threading.excepthook = _of_thread
+        logging.get_absl_logger().addFilter(lambda record: not record.exc_info)  # Orbax's threads log the errors that they then raise
+        code = execute(main, flag_values, argv)
+        if code in (SYSTEM_ERROR, INTERRUPTED):  # threads and exit handlers would report the same once more, with tracebacks
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(code)
+        return code
 
     app.run(body, flags_parser=parse)
 
 
 def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequence[str]) -> int:
-    """Runs a command in this process and returns its exit code; errors other than `RequestError` are raised."""
+    """Runs a command in this process and returns its exit code; errors that are neither a request's nor the system's are raised."""
     try:
-        kind = _config_type(main)
-        if kind is not None and "config" not in flag_values:
+        kinds = _config_types(main)
+        if kinds and "config" not in flag_values:
             flags.DEFINE_string("config", None, f"NAME[:VARIANT] of {', '.join(_names())}", required=True, flag_values=flag_values)
         if {"--help", "-h", "-help"} & set(argv):
-            _print_help(main, flag_values, kind)
+            _print_help(main, flag_values, kinds)
             return 0
         rest = _parse_flags(flag_values, argv)
-        if kind is None:
+        if not kinds:
             _override(None, rest, flag_values)
             main()
         else:
-            config = _override(load_config(str(flag_values["config"].value)), rest, flag_values)
+            name = str(flag_values["config"].value)
+            config = load_config(name)
+            require(isinstance(config, kinds), f"--config={name}: the configuration of another command; take wan, stage1, stage2 or stage3")
+            config = _override(config, rest, flag_values)
             config.validate()
             main(config)
+        sys.stdout.flush()
     except RequestError as error:
-        print(" ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return _end(WRONG_REQUEST, str(error))
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, "interrupted; what was finished is whole, and the same command goes on or begins again")
+    except Exception as error:
+        if message := _system_message(error):
+            return _end(SYSTEM_ERROR, message)
+        raise
     return 0
+
+
+def _end(code: int, message: str) -> int:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _of_thread(args: threading.ExceptHookArgs) -> None:
+    """Reports the error that ended a thread as that of a command is reported."""
+    if message := _system_message(args.exc_value):
+        _end(SYSTEM_ERROR, message)
+    else:
+        threading.__excepthook__(args)
+
+
+def _system_message(error: BaseException | None) -> str:
+    """What the operating system refused, if that is why `error` was raised; empty if it is not."""
+    while error is not None:
+        text = str(error)
+        if full := next((words for words in FULL if words in text), ""):
+            file = getattr(error, "filename", None) or next(iter(re.findall('"(/[^"]*)"', text)), "writing")
+            return f"{file}: {full}; what was finished is whole: free some space and give the same command again"
+        if isinstance(error, OSError):
+            return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text or type(error).__name__
+        error = error.__cause__
+    return ""
 
 
 def load_config(name: str) -> Any:
@@ -76,11 +124,11 @@ def _names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name not in NO_CONFIGS]
 
 
-def _config_type(main: Callable[..., None]) -> type | None:
-    """The configuration that a command takes, the first if it takes one of several; None if it takes none."""
+def _config_types(main: Callable[..., None]) -> tuple[type, ...]:
+    """The configurations of which a command takes one; empty if it takes none."""
     parameters = list(inspect.signature(main).parameters)
     hint = get_type_hints(main)[parameters[0]] if parameters else None
-    return next(iter(get_args(hint)), hint)
+    return get_args(hint) or ((hint,) if hint else ())
 
 
 def _parse_flags(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
@@ -146,7 +194,7 @@ def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
     return f", did you mean {dashes}{close[0]}?" if close else ""
 
 
-def _print_help(main: Callable[..., None], flag_values: flags.FlagValues, kind: type | None) -> None:
+def _print_help(main: Callable[..., None], flag_values: flags.FlagValues, kinds: Sequence[type]) -> None:
     """The command's docstring, its flags, and every field of the configuration with its docstring."""
     module = sys.modules[main.__module__]
     print((module.__doc__ or "").strip())
@@ -155,7 +203,7 @@ def _print_help(main: Callable[..., None], flag_values: flags.FlagValues, kind: 
     for flag in (flag for name in (sys.argv[0], main.__module__, __name__) for flag in by_module.get(name, [])):
         default = "required" if flag.validators else f"default {flag.default}" if flag.default is not None else "optional"
         print(f"  --{flag.name}  {flag.help} ({default})")
-    if kind is not None:
+    for kind in kinds[:1]:
         print(f"\nFields of the configuration, as the full size of {kind.__module__} has them:", flush=True)
         try:
             tyro.cli(kind, default=kind(), args=["--help"], config=MARKERS, use_underscores=True, prog="", description="")

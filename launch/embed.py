@@ -31,6 +31,7 @@ from configs.run import Config
 from launch import command
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders.atomic import new_folder
 from omnitransfer_jax.models.alignment import ASSISTANT, USER
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.tokenizer import word_tokenizer
@@ -58,8 +59,14 @@ class Made(NamedTuple):
 
 
 def main(config: Config) -> None:
-    out, origin = Path(OUT.value), ""
-    require(not out.exists() or not any(out.iterdir()), f"--out={out}: not empty; give a new folder, or remove this one")
+    with new_folder(Path(OUT.value)) as out:
+        shapes = write(config, out)
+    print(f"wrote {OUT.value}" + ("" if "dit" in shapes else "; it has no transformer: give --base for one"))
+
+
+def write(config: Config, out: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Writes the model folder and prints its parts; returns their shapes."""
+    origin = ""
     if BASE.value:
         run_folder.require_same_model(BASE.value, config)
         origin = run_folder.imported_weights(BASE.value)
@@ -83,7 +90,7 @@ def main(config: Config) -> None:
     model_folder.write_model(out, {name: getattr(config, name) for name in shapes})  # last: a folder is complete if it has this file
     for name, entry in made.items():
         print(f"{name:5} {entry['parameters']:>10,} parameters {entry['bytes'] / 1e6:>6.2f} MB  {json.dumps(entry['from'])}")
-    print(f"wrote {out}" + ("" if "dit" in shapes else "; it has no transformer: give --base for one"))
+    return shapes
 
 
 def require_small(shapes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -21,13 +21,13 @@ from absl import flags
 from tqdm import tqdm
 
 from configs.errors import RequestError, require
-from configs.run import Config
+from configs.run import Config, encoder_names
 from data_pipelines import records
 from data_pipelines.encoders import RANDOM, Encoders, weights_of
 from data_pipelines.manifest import Row, read_manifest
 from data_pipelines.pairs import encode, prefetch, read_pixels
 from launch import command
-from omnitransfer_jax import tasks
+from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders.atomic import sha256, write_whole
 
 FLAGS = flags.FlagValues()
@@ -48,6 +48,7 @@ def main(config: Config) -> None:
     folder, manifest = Path(OUT.value), Path(MANIFEST.value)
     rows = read_manifest(manifest)
     index, count = process()
+    load_models.require_weights(config.train.init_from, config, encoder_names(config))
     weights = weights_of(config)
     source = {"manifest": sha256(manifest), "weights": weights, "records_per_shard": RECORDS_PER_SHARD.value}
     records.begin(folder, config, source)
@@ -83,6 +84,8 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
             try:
                 write(encode(row, pixels.result(), encoders))
                 kept[row.task] += 1
+                for note in cut_prompts(row, encoders):
+                    print_line(f"{row.id}: {note}")
             except RequestError as error:
                 rejected.append({"id": row.id, "task": row.task, "shard": path.name, **path_and_reason(error, row)})
                 print_line(f"refused {row.id}: {error}")
@@ -90,6 +93,12 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
             bar.set_postfix(refused=len(rejected))
         write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected}).encode())
     print_line(f"{path.name}: {kept.total()} kept, {len(rejected)} refused, {time.monotonic() - started:.1f} s")
+
+
+def cut_prompts(row: Row, encoders: Encoders) -> list[str]:
+    """Sentences that say by which encoder the end of the row's prompt is not read."""
+    tasks_of = (None, row.task) if encoders.config.alignment.enabled else (None,)
+    return [note for task in tasks_of for note in encoders.cut_prompts({"prompt": row.prompt}, task)]
 
 
 def path_and_reason(error: RequestError, row: Row) -> dict[str, str]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from configs.run import Config
+from configs.run import Config, encoder_names
 from data_pipelines import records
 from data_pipelines.encoders import Encoders, weights_of
 from data_pipelines.pairs import prefetch
 from launch import command
+from omnitransfer_jax import load_models
 from world.pair_records import encode, example, render
 
 FLAGS = flags.FlagValues()
@@ -35,6 +36,7 @@ def main(config: Config) -> None:
 
 def write(config: Config, folder: Path, pairs: int, key: int) -> None:
     """Writes those records of `pairs` pairs of world `key` that are not in `folder` yet."""
+    load_models.require_weights(config.train.init_from, config, encoder_names(config))
     records.begin(folder, config, {"world": key, "pairs": pairs, "prompts": config.train.references, "weights": weights_of(config)})
     shards = [range(i, min(i + SHARD, pairs)) for i in range(0, pairs, SHARD)]
     paths = [records.shard_path(folder, i, len(shards)) for i in range(len(shards))]

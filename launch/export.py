@@ -23,7 +23,7 @@ from configs.errors import require
 from configs.run import Config
 from launch import command
 from omnitransfer_jax import tasks
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import atomic, model_folder, run_folder
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl
@@ -61,29 +61,34 @@ in the cross-attention of the target (into: {into}); results of several tasks ar
 
 
 def main(config: Config) -> None:
-    checkpoint, layout, out = CHECKPOINT.value, LAYOUT.value, Path(OUT.value)
+    checkpoint, layout = CHECKPOINT.value, LAYOUT.value
     run = epath.Path(checkpoint) if run_folder.is_run(checkpoint) else None
     if run:
         run_folder.require_same_model(run, config)
     imported = run_folder.imported_weights(checkpoint)
     stored = {*(model_folder.require_model(imported, config) if imported else ()), *(["dit"] if run else [])}
-    require(not out.exists() or not any(out.iterdir()), f"{out}: not empty; give a new folder with --out, or empty this one")
     parts = [part for part in PARTS if part.name in stored and (layout != "comfyui" or part.name == "dit")]
     require(
         bool(parts) or layout != "comfyui",
         f"{checkpoint}: this checkpoint has no dit, which is what ComfyUI's layout holds; take --layout=diffusers",
     )
-    for part in parts:
-        export_part(part, config, imported, run if part.name == "dit" else None, out)
-    if layout == "comfyui":
-        return
+    with atomic.new_folder(Path(OUT.value)) as out:
+        for part in parts:
+            export_part(part, config, imported, run if part.name == "dit" else None, out)
+        if layout != "comfyui":
+            export_rest(config, [part.name for part in parts], imported, run, out)
+
+
+def export_rest(config: Config, parts: Sequence[str], imported: str, run: epath.Path | None, out: Path) -> None:
+    """Writes what stands beside the `parts`: the alignment, the vocabulary, and what a diffusers pipeline needs."""
     if run and config.alignment.enabled:
         export_alignment(config, run, out / "alignment")
     has_vocabulary = bool(imported) and (epath.Path(imported) / TOKENIZERS["diffusers"]).exists()
     if has_vocabulary:
-        copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / TOKENIZERS["original" if layout == "original" else "diffusers"])
-    if layout == "diffusers":
-        write_pipeline(config, [part.name for part in parts], has_vocabulary, out)
+        place = TOKENIZERS["original" if LAYOUT.value == "original" else "diffusers"]
+        copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / place)
+    if LAYOUT.value == "diffusers":
+        write_pipeline(config, parts, has_vocabulary, out)
 
 
 def export_part(part: Part, config: Config, imported: str, run: epath.Path | None, out: Path) -> None:

@@ -37,6 +37,10 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "keep", ["keep", "float32", "bfloat16"], "type of the stored weights; keep is the source's", flag_values=FLAGS
 )
 
+ABSENT = {
+    "transformer_2": "Wan2.2 runs it at low noise levels; here transformer/ runs at all of them, so the videos will differ"
+}  # what to say of a folder that is not imported
+
 
 class Found(NamedTuple):
     """One part of the source, known from the headers of its files."""
@@ -52,14 +56,16 @@ class Found(NamedTuple):
 def main() -> None:
     source, out = Path(SOURCE.value), epath.Path(OUT.value)
     dtype = None if DTYPE.value == "keep" else next(d for d in DTYPES.values() if d.name == DTYPE.value)
+    unread = unread_folders(source)
     found = [examine(part, paths, layout, dtype) for part, paths, layout in locate(source)]
     problems = [f"{each.part.name}: {problem}" for each in found for problem in each.problems]
     problems += [f"{out / each.part.name} exists already, so give another --out" for each in found if (out / each.part.name).exists()]
     if problems:
         raise RequestError(f"nothing imported: {'; '.join(problems)}")
-    for each in found:
-        import_part(each, out, dtype)
+    import_parts(found, out, dtype)
     import_tokenizer(source, out)
+    for name in unread:
+        print(f"{name}: not imported; {ABSENT.get(name, 'this project has no such network')}")
     report(out)
 
 
@@ -87,6 +93,12 @@ def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
         )
     for part, pattern in present:
         yield part, files.find(source, pattern), "original"
+
+
+def unread_folders(source: Path) -> list[str]:
+    """The folders of a diffusers source that hold weights and are no part of the model."""
+    known = {part.diffusers[0] for part in (*PARTS, MLLM)}
+    return sorted({path.parent.name for path in source.glob("*/*.safetensors")} - known) if source.is_dir() else []
 
 
 def is_mllm(folder: Path) -> bool:
@@ -117,12 +129,30 @@ def candidates(part: Part, config_file: Path, layout: Layout | None) -> list[tup
     """The configurations and layouts that `part` may have: those of its config.json, or all in configs/wan.py."""
     if layout is not None and config_file.exists() and (layout == "diffusers" or part.name == "dit"):
         try:
-            return [(part.table.config_from_json(json.loads(config_file.read_text())), layout)]
-        except (RequestError, KeyError, json.JSONDecodeError) as error:
+            config = part.table.config_from_json(json.loads(config_file.read_text()))
+            config.validate()
+            return [(config, layout)]
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise RequestError(f"{config_file}: {error}; take the file that came with the weights") from None
     sizes = dict.fromkeys(getattr(config, part.name) for config in wan.VARIANTS.values())
     layouts: list[Layout] = [layout] if layout else ["diffusers", "original"]
     return [(size, name) for size in sizes for name in layouts]
+
+
+def import_parts(found: list[Found], out: epath.Path, dtype: np.dtype | None) -> None:
+    """Writes all parts beside their places and then gives them their names, so that an interrupted import can be run again."""
+    unfinished = out / ".unfinished"
+    if unfinished.exists():
+        unfinished.rmtree()
+    try:
+        for each in found:
+            import_part(each, unfinished, dtype)
+        for each in found:
+            (unfinished / each.part.name).rename(out / each.part.name)
+    finally:
+        if unfinished.exists():
+            unfinished.rmtree()
+    model_folder.write_model(out, {each.part.name: each.config for each in found})
 
 
 def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
@@ -137,7 +167,6 @@ def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
 
         # map keeps no reference to a leaf that it has yielded; a generator expression would
         model_folder.save_part(out, found.part.name, map(count, convert.leaves(found.tensors, table, shapes, dtype=dtype)))
-    model_folder.write_model(out, {found.part.name: found.config})
     size = sum(tensor.nbytes for tensor in found.tensors.values())
     print(f"{found.part.name}: {len(found.tensors)} tensors, {size / 1e9:.3g} GB, {time.monotonic() - start:.1f} s", flush=True)
 

@@ -58,10 +58,14 @@ class Request(NamedTuple):
 
 
 def main(config: Config) -> None:
+    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
+    load_models.require_weights(weights(config), config, networks, "--checkpoint")
     request = read_request(config)
     if not weights(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
     encoders = Encoders(config, weights(config))
+    for note in notes(encoders, request):
+        print(note, flush=True)
     latents = generate(encoders, request.video, encode(encoders, request))
     with stage("video decoder", encoders):
         clips.write_clip(OUT.value, clips.to_bytes(encoders.decode(latents)[0]), request.video.fps)
@@ -103,6 +107,19 @@ def read_request(config: Config) -> Request:
         video = replace(video, height=height, width=width)
     read = [clips.read_clip(path, frames=size.frames, fps=size.fps, height=size.height, width=size.width) for path in REFERENCE.value]
     return Request(clean_prompt(PROMPT.value), frame, tuple(zip(chosen, read, strict=True)), video)
+
+
+def notes(encoders: Encoders, request: Request) -> list[str]:
+    """What the video will lack of what was asked for, or of what the network was trained with."""
+    config, found = encoders.config, []
+    if config.dit.image_dim is not None and request.first_frame is None and not request.references:
+        found.append("no --first_frame: this is an image-to-video network, grey frames take its place; Wan2.1's were not trained so")
+    if config.alignment.enabled:
+        for index, _ in request.references:
+            found += encoders.cut_prompts({"--prompt": request.prompt}, tasks.NAMES[index])
+        return found
+    negative = {"--sampler.negative_prompt": config.sampler.negative_prompt} if config.sampler.guidance > 1 else {}
+    return found + encoders.cut_prompts({"--prompt": request.prompt} | negative)
 
 
 def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from configs.base import MASK_CHANNELS
 from configs.run import Config
 from omnitransfer_jax.models.alignment import MLLMInputs, lengths
-from omnitransfer_jax.models.omnitransfer import MASK_CHANNELS
 
 
 class Batch(NamedTuple):

@@ -4,7 +4,7 @@
 an empty `folder` the weights are random.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +26,29 @@ from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer
-from omnitransfer_jax.weights.parts import MLLM_TOKENIZER
+from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS
 
+RANDOM_LIMIT = 200_000_000  # parameters; the random weights of a larger network are of no use, so the absence of others is a mistake
+INIT_FROM = "--train.init_from"
 Model = TypeVar("Model", bound=nnx.Module)
+
+
+def require_weights(folder: str, config: Config, names: Collection[str], flag: str = INIT_FROM) -> None:
+    """A `RequestError`, before anything is read, if one of the networks `names` would be random and is too large; `flag` gives `folder`."""
+    if not run_folder.imported_weights(folder):
+        trained = ("dit",) if run_folder.is_run(folder) else ()
+        parts = [part for part in (*PARTS, MLLM) if part.name in names and part.name not in trained]
+        require_small({part.name: _size(part.shapes(getattr(config, part.name))) for part in parts}, folder, flag)
+
+
+def require_small(sizes: Mapping[str, int], folder: str = "", flag: str = INIT_FROM) -> None:
+    """A `RequestError` if one of the networks of so many parameters is too large for random weights, the only ones that there are."""
+    large = [f"{name} ({size / 1e9:.1f} billion parameters)" for name, size in sizes.items() if size > RANDOM_LIMIT]
+    require(
+        not large,
+        f"{flag}={folder!r} has no weights for {' and '.join(large)}, too large for random ones: give {flag}=DIR, "
+        f"made with {model_folder.IMPORT}",
+    )
 
 
 def load_dit(folder: str, config: Config, mesh: Mesh) -> WanDiT:
@@ -111,8 +131,14 @@ def _load(
     sharding: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> Model:
     """The part `name` of the weights in `folder`, or of those that the run in `folder` started from; else random ones of a fixed seed."""
-    source = run_folder.imported_weights(folder)
-    if not source:  # unsafe_rbg compiles several times as fast; its numbers differ between backends, which does not matter here
+    source, model = run_folder.imported_weights(folder), abstract(make)
+    if not source:
+        require_small({name: _size(flat_params(model))}, folder)
+        # unsafe_rbg compiles several times as fast; its numbers differ between backends, which does not matter here
         return jax.jit(lambda: make(nnx.Rngs(jax.random.key(0, impl="unsafe_rbg"))))()
-    model = abstract(make)
     return with_params(model, model_folder.load_part(source, name, flat_params(model), sharding, dtype))
+
+
+def _size(params: Mapping[str, Any]) -> int:
+    """The number of parameters."""
+    return sum(leaf.size for leaf in params.values())

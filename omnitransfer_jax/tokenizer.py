@@ -33,6 +33,11 @@ def tokenize(
     return batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(bool)
 
 
+def token_count(tokenizer: PreTrainedTokenizerFast, prompt: str) -> int:
+    """The tokens of a whole prompt, its end token included."""
+    return len(tokenizer(prompt, verbose=False)["input_ids"])
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder (diffusers' layout, the original's, or the tokenizer's own folder), read offline.
 

@@ -2,10 +2,15 @@
 
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 from etils import epath
+
+from configs.errors import require
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
@@ -27,6 +32,29 @@ def place(partial: epath.PathLike, path: epath.PathLike) -> None:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
     epath.Path(partial).replace(epath.Path(path))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write in; if nothing is raised it becomes `path`, which must be new or empty.
+
+    What an earlier process that was killed has written is removed.
+    """
+    target = path.resolve()
+    require(
+        not target.exists() or (target.is_dir() and not any(target.iterdir())),
+        f"{path}: not empty; give a new folder with --out, or empty this one",
+    )
+    require(not target.is_mount(), f"{path}: the root of a disk cannot be replaced; give a new folder in it with --out")
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def sha256(path: Path) -> str:

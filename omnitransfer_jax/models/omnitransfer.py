@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
+from configs.base import MASK_CHANNELS
 from configs.run import Config, SamplerConfig
 from omnitransfer_jax import samplers, tasks
 from omnitransfer_jax.mesh import UNSHARDED, Shard, per_device, replicated, specs
@@ -28,9 +29,6 @@ from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import Reference, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
-
-MASK_CHANNELS = 4  # one for each video frame of a latent frame (Wan2.1 image2video.py)
-
 
 SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
     *((rf"dit\.(?:{pattern})", axes) for pattern, axes in wan_dit.SHARDING),

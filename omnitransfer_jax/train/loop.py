@@ -26,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from configs.errors import require
 from configs.run import Config, RunConfig
+from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
 from omnitransfer_jax.train.log import RunLog
@@ -33,7 +34,6 @@ from omnitransfer_jax.train.objective import Objective, Params
 from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer
 from omnitransfer_jax.train.step import TrainState, init_state, make_train_step, placed_state
 
-RANDOM_LIMIT = 200_000_000  # parameters; a larger network is not worth training from random weights, so their absence is a mistake
 PATIENCE = 10  # updates in a row that may fail to be finite
 
 Evaluate = Callable[[Params], Mapping[str, float]]
@@ -177,12 +177,7 @@ def require_small(objective: Objective, config: RunConfig, paths: Iterable[str])
         part: sum(objective.params[path].size for path in paths if path.startswith(prefix) and ".lora" not in path)
         for prefix, part in objective.imported.items()
     }
-    missing = [f"{part} ({size / 1e9:.1f} billion parameters)" for part, size in sizes.items() if size > RANDOM_LIMIT]
-    require(
-        not missing,
-        f"train.init_from={config.train.init_from!r} has no weights for {' and '.join(missing)}, too large to start from random ones: "
-        f"give --train.init_from=DIR, made with {model_folder.IMPORT}",
-    )
+    load_models.require_small(sizes, config.train.init_from)
 
 
 Step = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]

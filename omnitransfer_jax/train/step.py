@@ -49,8 +49,11 @@ def split_trainable(params: Mapping[str, Any], objective: Objective) -> tuple[di
             any(re.fullmatch(pattern, name) for name in names.values()),
             f"train.trainable: {pattern!r} matches no parameter; they are named like {min(names.values())}",
         )
-    moves = re.compile(rf"(?!{lora.DATA}$)({'|'.join(objective.trainable)})")
-    chosen = {path for path in params if moves.fullmatch(names[path])}
+    chosen = {
+        path
+        for path in params
+        if not re.fullmatch(lora.DATA, names[path]) and any(re.fullmatch(pattern, names[path]) for pattern in objective.trainable)
+    }
     return {p: x for p, x in params.items() if p in chosen}, {p: x for p, x in params.items() if p not in chosen}
 
 

@@ -1,9 +1,11 @@
 """A file written at once: whole under its name or absent, whoever interrupts, and no rest beside it."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
+from configs.errors import RequestError
 from omnitransfer_jax.folders import atomic
 
 
@@ -33,3 +35,27 @@ def test_the_digest_is_that_of_the_content(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"content")
     assert atomic.sha256(path) == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_new_folder_appears_whole_and_can_be_written_again_after_an_interruption(tmp_path):
+    target = tmp_path / "a" / "folder"
+
+    def fail(error):
+        with atomic.new_folder(target) as folder:
+            (folder / "part").write_text("half")
+            raise error
+
+    for error in (KeyboardInterrupt, OSError):
+        with pytest.raises(error):
+            fail(error)
+        assert not list(target.parent.iterdir())
+    (target.parent / ".folder.unfinished" / "part").mkdir(parents=True)  # a process was killed
+    target.mkdir()
+    with atomic.new_folder(target) as folder:
+        assert not list(folder.iterdir())
+        (folder / "file").write_text("whole")
+        assert not list(target.iterdir())
+    assert [path.relative_to(target.parent) for path in sorted(target.parent.rglob("*"))] == [Path("folder"), Path("folder/file")]
+    with pytest.raises(RequestError, match="folder: not empty"), atomic.new_folder(target):
+        pass
+    assert (target / "file").read_text() == "whole"

@@ -59,7 +59,10 @@ def test_a_configuration_by_name_and_variant():
         (["--sampler.shift=2.5", "--sampler.solver=euler"], replace(SMOKE, sampler=replace(SMOKE.sampler, shift=2.5, solver="euler"))),
         (["--dit.patch", "1", "4", "4"], replace(SMOKE, dit=replace(SMOKE.dit, patch=(1, 4, 4)))),
         (["--dit.patch=1", "4", "4"], replace(SMOKE, dit=replace(SMOKE.dit, patch=(1, 4, 4)))),
-        (["--dit.image_dim=None"], replace(SMOKE, dit=replace(SMOKE.dit, image_dim=None))),
+        (
+            ["--dit.image_dim=None", "--dit.in_channels=16"],
+            replace(SMOKE, dit=replace(SMOKE.dit, image_dim=None, in_channels=16)),
+        ),
         (["--sampler.negative_prompt=a b --c"], replace(SMOKE, sampler=replace(SMOKE.sampler, negative_prompt="a b --c"))),
         (["--data.shuffle=False"], replace(SMOKE, data=replace(SMOKE.data, shuffle=False))),
         (["--train.trainable", "dit/a.*", "vae/b"], replace(SMOKE, train=replace(SMOKE.train, trainable=("dit/a.*", "vae/b")))),
@@ -111,6 +114,46 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(capfd, args, message):
     assert not seen or args[-1] == "--out=refuse", "the body ran although the request was wrong"
 
 
+def disk_full():
+    """The error of a library that writes files itself, as Orbax raises it: another one explains it."""
+    inner = ValueError('RESOURCE_EXHAUSTED: Failed writing: "/disk/file": No space left on device')
+    raise RuntimeError("a checkpoint was not written") from inner
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(28, "No space left on device", "a.mp4"), 1, "a.mp4: No space left on device; what was finished is whole: free some"),
+        (disk_full, 1, "/disk/file: No space left on device; what was finished is whole"),
+        (PermissionError(13, "Permission denied", "DIR"), 1, "DIR: Permission denied"),
+        (OSError("two\nlines"), 1, "two lines"),
+        (BrokenPipeError(), 1, "BrokenPipeError"),
+        (KeyboardInterrupt(), 130, "interrupted; what was finished is whole, and the same command goes on or begins again"),
+    ],
+)
+def test_the_system_s_errors_and_ctrl_c_are_one_line(error, code, message, capfd):
+    def fail() -> None:
+        if isinstance(error, BaseException):
+            raise error
+        error()
+
+    assert command.execute(fail, flags.FlagValues(), []) == code
+    stderr = capfd.readouterr().err
+    assert stderr.startswith(message)
+    assert stderr.count("\n") == 1
+
+
+def test_a_mistake_after_a_missing_file_keeps_its_traceback():
+    def fail() -> None:
+        try:
+            open("no such file").close()
+        except OSError:
+            raise KeyError("a mistake of ours")  # noqa: B904 - its context is the OSError, its cause is not
+
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        command.execute(fail, flags.FlagValues(), [])
+
+
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(KeyError, match="a mistake of ours"):
         execute("--config=wan:smoke", "--out=fail")
@@ -136,6 +179,11 @@ def test_help_shows_flags_fields_and_what_they_mean(capfd):
     assert not seen
 
 
+def test_the_configuration_of_another_command_is_refused(capfd):
+    assert execute("--config=vae:tiny", "--out=x") == 2
+    assert capfd.readouterr().err.startswith("--config=vae:tiny: the configuration of another command; take wan, ")
+
+
 def test_a_command_may_take_one_of_several_configurations(capfd):
     def either(config: Config | VAETraining) -> None:
         seen.append(config)
@@ -157,6 +205,34 @@ def test_the_process_ends_with_the_code(tmp_path, args, code, lines):
     )
     assert process.returncode == code, process.stderr
     assert process.stderr.count("\n") == lines, process.stderr
+
+
+def test_neither_threads_nor_exit_handlers_add_to_the_one_line():
+    """As on a full disk, where Orbax logs an error of its threads and TensorBoard's thread and exit handler raise more."""
+    program = """
+import atexit, threading
+from absl import flags, logging
+from launch import command
+full = OSError(28, "No space left on device")
+def fail():
+    raise full
+def log():
+    try:
+        fail()
+    except OSError:
+        logging.exception("a thread raised")
+def main() -> None:
+    atexit.register(fail)
+    thread = threading.Thread(target=log)
+    thread.start()
+    thread.join()
+    print("begun")
+    fail()
+command.run(main, flags.FlagValues())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout) == (1, "begun\n")
+    assert run.stderr == "writing: No space left on device; what was finished is whole: free some space and give the same command again\n"
 
 
 @pytest.mark.parametrize("flag_values", ["flags.FlagValues()", "flags.FLAGS"])

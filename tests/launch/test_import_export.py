@@ -226,6 +226,51 @@ def test_parts_can_come_one_by_one(source, tmp_path, capfd):
     assert set(model_folder.read_model(tmp_path / "ours")) == set(CLASSES)
 
 
+def test_a_second_transformer_is_said_to_be_left_out(source, tmp_path, capfd):
+    for name in ("transformer", "transformer_2"):
+        shutil.copytree(source / "transformer", tmp_path / "source" / name)
+    assert run_import(tmp_path / "source", tmp_path / "ours") == 0
+    assert "transformer_2: not imported; Wan2.2 runs it at low noise levels" in capfd.readouterr().out
+    assert set(model_folder.read_model(tmp_path / "ours")) == {"dit"}
+
+
+def test_an_interrupted_export_can_be_run_again(ours, tmp_path, monkeypatch, capfd):
+    write, calls = export.convert.save, []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(export.convert, "save", full)
+    assert run_export(ours, tmp_path / "theirs") == 1
+    assert only_line(capfd).startswith("writing: No space left on device")
+    assert not list(tmp_path.iterdir())
+    assert run_export(ours, tmp_path / "theirs") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_an_interrupted_import_can_be_run_again(source, tmp_path, monkeypatch, capfd):
+    save, calls = model_folder.save_part, []
+
+    def full(folder, name, leaves):
+        calls.append(name)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save(folder, name, leaves)
+
+    monkeypatch.setattr(model_folder, "save_part", full)
+    for name in ("transformer", "vae"):
+        shutil.copytree(source / name, tmp_path / "source" / name)
+    assert run_import(tmp_path / "source", tmp_path / "ours") == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("writing: No space left on device")
+    assert not list((tmp_path / "ours").iterdir())
+    (tmp_path / "ours" / ".unfinished" / "dit").mkdir(parents=True)  # a process was killed
+    assert run_import(tmp_path / "source", tmp_path / "ours") == 0
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"dit", "vae", "model.json"}
+
+
 def test_sizes_nobody_published_need_a_config_file(tmp_path, capfd):
     save_file({"blocks.0.modulation": np.zeros((1, 6, 8), np.float32)}, tmp_path / "dit.safetensors")
     assert run_import(tmp_path / "dit.safetensors", tmp_path / "ours") == 2
@@ -255,6 +300,8 @@ def test_folders_that_cannot_be_imported(tmp_path, capfd, name, content, message
     [
         (lambda config: config.update(qk_norm="other"), "qk_norm='other'"),
         (lambda config: config.pop("ffn_dim"), "'ffn_dim'"),
+        (lambda config: config.update(num_attention_heads=0), "dit.dim=0: at least 1"),
+        (lambda config: config.update(num_layers="many"), "dit.num_layers='many': a whole number"),
     ],
 )
 def test_a_config_file_we_cannot_follow_is_named(source, tmp_path, capfd, change, message):

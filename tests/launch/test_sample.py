@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import wan
+from configs.errors import RequestError
 from data_pipelines import clips
+from data_pipelines.encoders import Encoders
 from launch import command, sample
-from omnitransfer_jax import load_models
+from omnitransfer_jax import load_models, tasks
 
 SMALL = ["--config=stage1:smoke", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--video.frames=5", "--data.reference.frames=5"]
 QUICK = ["--sampler.steps=2", "--dit.num_layers=1"]
@@ -106,6 +109,53 @@ def test_wrong_requests(tmp_path, capsys, args, words):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_what_is_left_out_is_said_before_sampling(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sample, "encode", lambda encoders, request: None)
+    monkeypatch.setattr(sample, "generate", lambda encoders, video, conditions: None)
+    monkeypatch.setattr(Encoders, "decode", lambda self, latents: np.zeros((1, 5, 32, 48, 3), np.float32))
+    image, out = picture(tmp_path / "a.png"), f"--out={tmp_path / 'a.mp4'}"
+    long, cut = "--prompt=" + 40 * "x", "--prompt has 41 tokens: 32 are read (dit.text_len), the end is cut off"
+    no_picture = "no --first_frame: this is an image-to-video network"
+
+    def said(*args):
+        assert run(out, *args) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("no --first", "--"))]
+
+    assert said(f"--first_frame={image}", f"--prompt={31 * 'x'}") == []
+    assert said(f"--first_frame={image}", long) == [cut]
+    (line,) = said()
+    assert line.startswith(no_picture)
+    assert said("--dit.image_dim=None", "--dit.in_channels=16") == []
+    assert said("--task=style", f"--reference={moving(tmp_path / 'r.mp4')}", f"--sampler.negative_prompt={50 * 'x'}") == [
+        "--sampler.negative_prompt has 51 tokens: 32 are read (dit.text_len), the end is cut off"
+    ]
+    assert said("--task=style", f"--reference={tmp_path / 'r.mp4'}", "--alignment.enabled=True", "--prompt=" + 99 * "x") == [
+        f"--prompt has {len(tasks.TASKS[1].template) + 100} tokens: 96 are read (alignment.prompt_tokens), the end is cut off"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--config=wan"], "no weights for dit (16.4 billion parameters) and text (5.7 billion parameters)"),
+        (["--config=wan:t2v_1_3b"], "no weights for dit (1.4 billion parameters) and text"),
+        (["--config=stage2", "--task=style", "--reference=r.mp4"], "no weights for dit (16.4 billion parameters) and mllm (3.8 billion"),
+    ],
+)
+def test_the_full_size_needs_weights(args, words, capsys, tmp_path):
+    assert command.execute(sample.main, sample.FLAGS, [*args, f"--out={tmp_path / 'a.mp4'}"]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.endswith("give --checkpoint=DIR, made with python -m launch.import_weights --source=DIR --out=DIR\n")
+    assert error.count("\n") == 1
+
+
+def test_no_large_network_is_drawn_at_random():
+    """Wherever it is loaded: commands check before they read anything, this is the last guard."""
+    with pytest.raises(RequestError, match=r"no weights for text \(5.7 billion parameters\), too large for random ones"):
+        load_models.load_text_encoder("", wan.get_config())
 
 
 def test_a_real_picture(shared, tmp_path):
