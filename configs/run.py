@@ -190,6 +190,9 @@ class OptimizerConfig:
             require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)}: more than 0")
         require(self.adapter_share >= 0, f"optimizer.adapter_share={self.adapter_share}: at least 0")
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: at least 0")
+        for name in ("b1", "b2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)}: from 0 to below 1")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: at least 0")
         require(self.clip_norm >= 0, f"optimizer.clip_norm={self.clip_norm}: more than 0, or 0 for no clipping")
         require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate}: at least 1")
 
