@@ -9,7 +9,7 @@ digest made each time.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,13 @@ def _kept(folder: epath.PathLike) -> dict[str, Any]:
 def _stamp(folder: epath.PathLike, name: str) -> str:
     """What changes if the files of a part are replaced: their names, sizes and times."""
     root = epath.Path(folder) / name
-    files = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
-    stats = [(path, path.stat()) for path in files]
+    stats = [(path, path.stat()) for path in (_files(root) if root.is_dir() else ())]
     return _of((str(path.relative_to(root)), f"{stat.length} {stat.mtime}") for path, stat in stats)
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        yield from _files(path) if path.is_dir() else [path]
 
 
 def _of(pairs: Iterable[tuple[str, str]]) -> str:

@@ -231,9 +231,10 @@ def _readable(folder: epath.PathLike) -> Iterator[None]:
 
 
 def write_config(workdir: epath.PathLike, config: RunConfig, data_digest: str = "") -> None:
-    """Writes the configuration, the name of its training, and the digest of its data if it has one."""
+    """Writes the configuration, the name of its training, and the digest of its data if it has one; the first process does."""
     content = {"training": config.training} | ({DATA_DIGEST: data_digest} if data_digest else {}) | asdict(config)
-    atomic.write_whole(epath.Path(workdir) / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    if jax.process_index() == 0:
+        atomic.write_whole(epath.Path(workdir) / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read_config(workdir: epath.PathLike, of: type[Run] = Config) -> Run:

@@ -1,8 +1,8 @@
 """Whether the files of an Orbax checkpoint are all there, as long as they were written; their values are not read.
 
-    STEP/_CHECKPOINT_METADATA    the names of its items, written last
-    STEP/ITEM/_METADATA          the leaves of an item
-    STEP/ITEM/manifest.ocdbt     the root of a B+tree, whose nodes and values lie in other files, each at an offset and of a length
+STEP/_CHECKPOINT_METADATA    the names of its items, written last
+STEP/ITEM/_METADATA          the leaves of an item
+STEP/ITEM/manifest.ocdbt     the root of a B+tree, whose nodes and values lie in other files, each at an offset and of a length
 """
 
 import json
@@ -55,4 +55,3 @@ def _ends(item: epath.Path) -> dict[str, int]:
             node: dict[str, Any] = ts.ocdbt.dump(store, location).result()
             locations += [entry[key] for entry in node["entries"] for key in ("location", "indirect_value") if key in entry]
     return ends
-

@@ -50,9 +50,8 @@ def train(
 ) -> Params | None:
     """All parameters after `config.train.steps`; None if a signal stopped the run before.
 
-    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays. `evaluate` takes all parameters and
-    measures them on held-out data every `train.evaluate_every` steps; what it returns is logged. `data_digest` is of the data's contents:
-    a run goes on with the same data, wherever they lie.
+    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
+    `evaluate` takes all parameters and measures them on held-out data every `train.evaluate_every` steps; what it returns is logged.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -61,14 +60,12 @@ def train(
     with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
         done, steps = checkpoints.latest.step if checkpoints.latest else 0, config.train.steps
         if done:
-            run_folder.require_same_run(workdir, config, data_digest)
-            read_lines(workdir)  # a log that cannot be read is an error now, not when all is loaded and compiled
+            require_same_run(workdir, config, data_digest)
         if done >= steps:
             print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
             return run_folder.restore(checkpoints, like, data).params if done == steps and evaluate else None
         state = start(objective, config, workdir, checkpoints, like, optimizer, data)
-        if jax.process_index() == 0:
-            run_folder.write_config(workdir, config, data_digest)
+        run_folder.write_config(workdir, config, data_digest)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         finite, pending = Finiteness(int(state.skipped)), {}
         step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh)
@@ -104,6 +101,12 @@ def train(
     return state.params
 
 
+def require_same_run(workdir: Path, config: RunConfig, data_digest: str) -> None:
+    """A `RequestError` unless the run in `workdir` can go on, before anything is loaded: it is this one, and its log can be read."""
+    run_folder.require_same_run(workdir, config, data_digest)
+    read_lines(workdir)
+
+
 def evaluates(config: RunConfig, n: int) -> bool:
     """Whether step `n` is followed by an evaluation."""
     return config.train.evaluate_every > 0 and n % config.train.evaluate_every == 0
@@ -125,9 +128,7 @@ def start(
         return run_folder.restore(checkpoints, like, data)
     place, known = {path: leaf.sharding for path, leaf in params.items()}, objective.models
     weights: Params = {}
-    if run_folder.is_run(
-        origin
-    ):  # 2. else the weights of another run, averaged if it keeps an average,
+    if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
         known = config if run_folder.training_of(origin) == config.training else objective.models
         run_folder.require_same_model(origin, known)
         weights = run_folder.load_params(origin, params, place, jnp.float32)

@@ -86,9 +86,7 @@ def test_a_run_goes_on_as_it_was_started(tmp_path, config, message):
 
 def test_run_fields_may_change(tmp_path):
     run_folder.write_config(tmp_path, SMOKE)
-    longer = replace(
-        SMOKE, train=replace(SMOKE.train, steps=99, log_every=3), dit=replace(SMOKE.dit, remat="full", references="joint")
-    )
+    longer = replace(SMOKE, train=replace(SMOKE.train, steps=99, log_every=3), dit=replace(SMOKE.dit, remat="full", references="joint"))
     run_folder.require_same_run(tmp_path, longer)
 
 
