@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from configs.errors import RequestError
+from configs.errors import require
 from configs.run import TrainConfig
 from omnitransfer_jax.folders.atomic import write_whole
 
@@ -103,7 +103,8 @@ def _parsed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if text.endswith("\n"):
             try:
                 line = json.loads(text)
-                line["step"] + 0
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise RequestError(f"{path}:{number}: {text[:60]!r} is no line of this log; remove it") from None
+            except (ValueError, RecursionError):
+                line = None
+            known = isinstance(line, dict) and isinstance(line.get("step"), int)
+            require(known, f"{path}:{number}: {text[:60]!r} is no line of this log; remove it")
             yield text, line
