@@ -63,6 +63,7 @@ def main(config: Config) -> None:
     out, origin = Path(OUT.value), ""
     require(not out.exists() or not any(out.iterdir()), f"--out={out}: not empty; give a new folder, or remove this one")
     if BASE.value:
+        run_folder.read_config(BASE.value)  # weights that no run trained are no base
         run_folder.require_same_function(BASE.value, config)
         origin = run_folder.imported_weights(BASE.value)
     shapes = {part.name: part.shapes(getattr(config, part.name)) for part in (*PARTS, MLLM) if part.name != "dit" or BASE.value}

@@ -44,15 +44,14 @@ def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> ocp.t
 
     Damaged ones that are newer than the newest whole one get another name, so that the run goes on from that.
     """
-    if jax.process_index() == 0:
-        newest, damaged = _newest_whole(workdir)
-        for folder in damaged:
-            _require_one(newest, damaged)
-            aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.damaged{n}")).exists())
-            folder.rename(aside)
-            print(f"{folder}: damaged, {damaged[folder]}; it is {aside.name} now", flush=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints have another name")
+    newest, damaged = _newest_whole(workdir)
+    _require_one(newest, damaged)
+    _wait_for_all("looked for damaged checkpoints")
+    for folder, reason in damaged.items() if jax.process_index() == 0 else ():
+        aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.damaged{n}")).exists())
+        folder.rename(aside)
+        print(f"{folder}: damaged, {reason}; it is {aside.name} now", flush=True)
+    _wait_for_all("renamed damaged checkpoints")
     latest: Any = ocp.training.preservation_policies.LatestN(config.keep)
     return ocp.training.Checkpointer(
         epath.Path(workdir).absolute() / CHECKPOINTS,
@@ -211,6 +210,12 @@ def _require_one(newest: epath.Path | None, damaged: Mapping[epath.Path, str]) -
     """A `RequestError` if all checkpoints that there are are damaged."""
     found = "; ".join(f"{folder}: damaged, {reason}" for folder, reason in damaged.items())
     require(newest is not None or not damaged, f"{found}; no other checkpoint is whole: restore it from a copy, or remove it")
+
+
+def _wait_for_all(done: str) -> None:
+    """Returns when all processes have `done` it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(done)
 
 
 @cache
