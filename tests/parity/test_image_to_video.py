@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideo
 from PIL import Image
 from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-import configs.base as ours
+from configs import base, run
 from data_pipelines import clips
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.clip_vision import CLIPVision
@@ -23,11 +23,11 @@ from tests.parity.bridge import port, randomise
 
 PROMPTS = ["A  fox &amp; a hare  run", "blurry, still"]
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
-SAMPLER = ours.SamplerConfig(steps=4, shift=3.0, guidance=5.0)
-DIT = ours.DiTConfig(dim=48, ffn_dim=64, num_layers=2, num_heads=2, text_dim=32, image_dim=32, freq_dim=32, dtype="float32")
-VAE = ours.VAEConfig(base_dim=8)
-TEXT = ours.UMT5Config(vocab_size=384, dim=32, head_dim=8, ffn_dim=48, num_layers=2, num_heads=4, dtype="float32")
-IMAGE = ours.CLIPVisionConfig(dim=32, ffn_dim=48, num_layers=3, num_heads=2, image_size=28, dtype="float32")
+SAMPLER = run.SamplerConfig(steps=4, shift=3.0, guidance=5.0)
+DIT = base.DiTConfig(dim=48, ffn_dim=64, num_layers=2, num_heads=2, text_dim=32, image_dim=32, freq_dim=32, dtype="float32")
+VAE = base.VAEConfig(base_dim=8)
+TEXT = base.UMT5Config(vocab_size=384, dim=32, head_dim=8, ffn_dim=48, num_layers=2, num_heads=4, dtype="float32")
+IMAGE = base.CLIPVisionConfig(dim=32, ffn_dim=48, num_layers=3, num_heads=2, image_size=28, dtype="float32")
 
 
 class OriginalGrid(UniPCMultistepScheduler):
