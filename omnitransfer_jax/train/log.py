@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from configs.errors import require
+from configs.errors import RequestError
 from configs.run import TrainConfig
 from omnitransfer_jax.folders.atomic import write_whole
 
@@ -105,6 +105,6 @@ def _parsed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 line = json.loads(text)
             except (ValueError, RecursionError):
                 line = None
-            known = isinstance(line, dict) and isinstance(line.get("step"), int)
-            require(known, f"{path}:{number}: {text[:60]!r} is no line of this log; remove it")
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise RequestError(f"{path}:{number}: {text[:60]!r} is no line of this log; remove it")
             yield text, line
