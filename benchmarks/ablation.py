@@ -63,11 +63,11 @@ from evaluation.transfer import BATCH, Networks, Transfer
 from launch import command, encode_world
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder, run_folder
-from omnitransfer_jax.folders.atomic import sha256, write_whole
+from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
-from omnitransfer_jax.train.log import METRICS_FILE
+from omnitransfer_jax.train.log import read_lines
 from world.pairs import Example
 
 
@@ -111,6 +111,7 @@ Estimate = tuple[float, float, float]
 DRAWS = 4000  # of the bootstrap
 CHANCE = 0.125  # of retrieval: one of eight
 SETTINGS_FILE = "settings.json"
+AGAIN = "restore it from a copy, or give another --out"
 PROSE = ("<!-- prose -->", "<!-- end of prose -->")  # the text between them in ablation.md is kept when the page is written again
 
 
@@ -158,7 +159,7 @@ def require_settings(out: Path, asked: dict[str, Any]) -> None:
     path = out / SETTINGS_FILE
     if not path.exists():
         write_whole(path, json.dumps(asked, indent=2).encode())
-    found = json.loads(path.read_text())
+    found = read_json(path, AGAIN)
     changed = [f"{name}={found[name]} there, {value} now" for name, value in asked.items() if found[name] != value]
     require(not changed, f"{out}: begun with other settings ({'; '.join(changed)}); give those, or another --out")
 
@@ -256,7 +257,7 @@ def train(config: Config, workdir: Path, skip: int) -> float:
     loop.train(omnitransfer.objective(config, empty_text(config)), config, workdir, make_mesh(config.mesh), data)
     if int(run_folder.latest(workdir).name) < config.train.steps:
         raise SystemExit("stopped; the same command resumes here")
-    lines = [json.loads(line)["seconds"] for line in (workdir / METRICS_FILE).read_text().splitlines()]
+    lines = [line["seconds"] for line in read_lines(workdir)]
     return statistics.median(lines[1:] or lines)
 
 
@@ -358,13 +359,13 @@ def values_of(jobs: Jobs, row: str, column: Column, minus: str | None = None) ->
 
 def read_jobs(out: Path) -> Jobs:
     """The jobs that are done."""
-    found = [json.loads(path.read_text()) for path in (out / "jobs").glob("*.json")]
+    found = [read_json(path, "remove it, and the job runs again") for path in (out / "jobs").glob("*.json")]
     return {(job["row"], job["seed"]): job for job in found}
 
 
 def report(out: Path, docs: Path) -> None:
     """Prints the tables and writes them: ablation.md and ablation.svg into `docs`, ablation.json into `out`."""
-    jobs, made = read_jobs(out), json.loads((out / SETTINGS_FILE).read_text())
+    jobs, made = read_jobs(out), read_json(out / SETTINGS_FILE, AGAIN)
     require(bool(jobs), f"--out={out}: no job is done yet; run it without --report")
     written = tables(jobs)
     print(f"\n{written}")

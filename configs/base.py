@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from configs.errors import require
-from configs.kinds import DATA, RUN, TRAINING, Kind
+from configs.kinds import DATA, METHOD, RUN, TRAINING, Kind
 from configs.ranges import ANY, FROM_0, PATTERNS, require_ranges
 
 MASK_CHANNELS = 4  # one for each video frame of a latent frame (Wan2.1 image2video.py)
@@ -52,14 +52,14 @@ class DiTConfig:
     """Type in which the projections compute; norms, modulation, rotation, softmax and the residual stream are always float32."""
     attention: Literal["auto", "chunked", "cudnn", "splash"] = field(default="auto", metadata=RUN)
     """Kernel of the self-attention: `auto` takes the fused kernel of the backend, or `chunked` if it has none."""
-    references: Literal["split", "joint", "bidirectional"] = field(default="split", metadata=TRAINING)
+    references: Literal["split", "joint", "bidirectional"] = field(default="split", metadata={**METHOD, "same": {"joint": "split"}})
     """How a target attends to references that are not cached.
 
     `split`: two attention calls. `joint`: the same function in one call over all tokens, under a one-directional mask. `bidirectional`:
     another function, the paper's baseline: plain Wan over target and references as one sequence. References then attend to the target,
     have its time and attend to the context. They differ at every step, so sampling has no cache, whatever `sampler.reference_cache` is.
     """
-    offsets: Literal["task", "frames"] = field(default="task", metadata=TRAINING)
+    offsets: Literal["task", "frames"] = field(default="task", metadata=METHOD)
     """Positions of references: the offsets of their task (Eq. 2), or all after the target in time, the paper's baseline."""
     remat: Literal["none", "attention", "full"] = field(default="attention", metadata=RUN)
     """What a block stores for the backward pass: everything, the attention outputs, or its input alone."""

@@ -35,6 +35,11 @@ def empty_text(config: Config) -> np.ndarray:
     return records.empty_text(_folder(config), config.dit.text_len)
 
 
+def data_digest(config: Config) -> str:
+    """The digest of the records, by which a run that goes on knows them."""
+    return records.digest(_folder(config), config)
+
+
 def _folder(config: Config) -> Path:
     require(bool(config.data.path), f"data.path is empty: give --data.path=DIR, a folder of {records.ENCODE}")
     return Path(config.data.path)

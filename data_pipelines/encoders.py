@@ -6,7 +6,6 @@ contexts, first frame, latents -> place_references -> Conditions  (launch.sample
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,8 +18,7 @@ from configs.run import Config, VideoConfig
 from data_pipelines import mllm_inputs
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.batch import sample_spec
-from omnitransfer_jax.folders import model_folder, run_folder
-from omnitransfer_jax.folders.atomic import sha256
+from omnitransfer_jax.folders import fingerprint, model_folder, run_folder
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.alignment import Alignment, MLLMInputs
 from omnitransfer_jax.models.clip_vision import CLIPVision
@@ -29,6 +27,7 @@ from omnitransfer_jax.models.qwen2_5_vision import QwenVision
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import clean_prompt, token_count, tokenize
+from omnitransfer_jax.weights.parts import MLLM_TOKENIZER, TOKENIZERS
 
 RANDOM = "random"  # what records.json says of weights that were not loaded
 NETWORKS = ("vision", "vae", "text_encoder", "image_encoder")  # the vision tower first, while there is memory for its language model
@@ -49,8 +48,11 @@ class Encoders:
     """
 
     def __init__(self, config: Config, folder: str):
-        """`folder` as in `load_models`. Templates that do not fit and a wrong vocabulary are a `RequestError` before anything is loaded."""
+        """`folder` as in `load_models`. Weights of other models than those of `config`, templates that do not fit and a wrong vocabulary
+        are a `RequestError` before anything is loaded."""
         self.config, self.folder = config, folder
+        if source := run_folder.imported_weights(folder):
+            model_folder.require_model(source, config)
         if config.alignment.enabled:
             for task in tasks.NAMES:
                 mllm_inputs.token_inputs(config, self.mllm_vocabulary, task, "", has_first_frame=True)
@@ -201,9 +203,10 @@ def place_references(
 
 
 def weights_of(config: Config) -> str | dict[str, str]:
-    """Which weights the encoders have, as records.json says it: the imported folder and its digest, or `RANDOM`."""
+    """Which weights and vocabularies the encoders have, as records.json says it: a digest of each, or `RANDOM`."""
     folder = run_folder.imported_weights(config.train.init_from)
     if not folder:
         return RANDOM
     model_folder.require_model(folder, config)
-    return {"path": str(Path(folder).resolve()), model_folder.MODEL_FILE: sha256(Path(folder) / model_folder.MODEL_FILE)}
+    aligned = ("mllm", MLLM_TOKENIZER) if config.alignment.enabled else ()
+    return fingerprint.of_model(folder, ("vae", "text", "image", *aligned[:1]), (TOKENIZERS["diffusers"], *aligned[1:]))

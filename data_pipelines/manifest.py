@@ -11,12 +11,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from omnitransfer_jax import tasks
 
 REQUIRED = ("id", "task", "reference", "target", "prompt")
 OPTIONAL = ("first_frame", "start", "end")
 CLIPS = ("reference", "target")
+LISTED = 8  # problems that a message names; it counts the others
 
 
 class Clip(NamedTuple):
@@ -45,12 +46,16 @@ class Row(NamedTuple):
 
 
 def read_manifest(path: str | Path) -> list[Row]:
-    """The rows of a manifest, in its order; one `RequestError` lists everything that is wrong in it, by file and line."""
+    """The rows of a manifest, in its order; one `RequestError` lists what is wrong in it, by file and line, up to `LISTED` problems."""
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: not a manifest that can be read ({_reason(error)}); give a file of JSON lines") from None
+    require(
+        not "".join(lines[:1000]).lstrip().startswith("["),
+        f"{path}: a JSON array; give one object a line, without brackets around them and without commas between them",
+    )
     rows: list[Row] = []
     problems: list[str] = []
     first_line: dict[str, int] = {}
@@ -59,13 +64,14 @@ def read_manifest(path: str | Path) -> list[Row]:
             continue
         row, wrong = _parse(line, path.parent)
         if row is not None and row.id in first_line:
-            wrong = [f"id {row.id!r}: line {first_line[row.id]} has it too; every id once"]
+            wrong = [f"id {_short(row.id)}: line {first_line[row.id]} has it too; every id once"]
         problems += [f"{path}:{number}: {problem}" for problem in wrong]
         if row is not None and not wrong:
             first_line[row.id] = number
             rows.append(row)
     if problems:
-        raise RequestError("; ".join(problems))
+        more = f"; and {len(problems) - LISTED} more problems" if len(problems) > LISTED else ""
+        raise RequestError("; ".join(problems[:LISTED]) + more)
     if not rows:
         raise RequestError(f"{path}: no rows; give one JSON object a line, with {', '.join(REQUIRED)}")
     return rows

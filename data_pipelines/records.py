@@ -30,13 +30,15 @@ from configs.kinds import flat
 from configs.run import Config, record_fields
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
-from omnitransfer_jax.folders.atomic import place, write_whole
+from omnitransfer_jax.folders.atomic import place, read_json, write_whole
+from omnitransfer_jax.folders.model_folder import MODEL_FILE
 from omnitransfer_jax.models.alignment import MLLMInputs
 
 FORMAT = 1
 NAME, SPLIT = "records", "train"
 TFDS_FILES = ("dataset_info.json", "features.json")
 MADE_FILE, EMPTY_TEXT_FILE = "records.json", "empty_text.npy"
+SAMPLED = 16  # records that the digest of a data set reads
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read, as random access wants it
 ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
 
@@ -112,7 +114,10 @@ def begin(folder: Path, config: Config, source: Mapping[str, Any]) -> None:
     """
     made = {"format": FORMAT, "config": _configuration(config), "source": json.loads(json.dumps(source))}
     if (folder / MADE_FILE).exists():
-        known, now = flat(read_made(folder)), flat(made)
+        before, weights = read_made(folder), made["source"].get("weights")
+        if isinstance(weights, dict) and MODEL_FILE in (before["source"].get("weights") or {}):
+            before["source"]["weights"] = weights  # earlier versions wrote the digest of model.json, which "config" has too, and a path
+        known, now = flat(before), flat(made)
         changed = [f"{key}={known.get(key)} there, {now.get(key)} now" for key in {**known, **now} if known.get(key) != now.get(key)]
         require(not changed, f"{folder}: begun as other records ({'; '.join(changed)}); give another folder, or remove this one")
         return
@@ -124,11 +129,12 @@ def begin(folder: Path, config: Config, source: Mapping[str, Any]) -> None:
 def read_made(folder: Path) -> dict[str, Any]:
     """The content of records.json: what the records of `folder` were made of."""
     try:
-        made = json.loads((folder / MADE_FILE).read_text())
+        made = read_json(folder / MADE_FILE, f"restore it from a copy, or make the records again: {ENCODE}", "config", "source")
     except OSError:
         raise RequestError(f"{folder}: no records, {MADE_FILE} is absent; make some: {ENCODE}") from None
     require(
-        made["format"] == FORMAT, f"{folder}: records of format {made['format']}, this version reads {FORMAT}; make them again: {ENCODE}"
+        made.get("format") == FORMAT,
+        f"{folder}: records of format {made.get('format')}, this version reads {FORMAT}; make them again: {ENCODE}",
     )
     return made
 
@@ -164,21 +170,18 @@ def finish(folder: Path, config: Config, lengths: Sequence[int]) -> None:
     tfds.folder_dataset.write_metadata(data_dir=folder, features=schema(config), split_infos=[split], check_data=False)
 
 
-def require_alignment(folder: Path, made: Mapping[str, Any], config: Config) -> None:
-    """A `RequestError` unless the records hold inputs for the language model of `config`."""
-    require(
-        "alignment" in made["config"],
-        f"{folder}: records without inputs for the language model, which alignment.enabled needs; "
-        f"make others with a configuration that has it: {ENCODE}",
-    )
-    now = _configuration(config)
-    needs, found = (flat({name: fields.get(name) for name in ("alignment", "mllm")}) for fields in (now, made["config"]))
+def require_same_encoding(folder: Path, made: Mapping[str, Any], config: Config) -> None:
+    """A `RequestError` unless the records hold what the encoders of `config` make of videos of its rate and size.
+
+    The precision may change, the models may not; how long texts may be is compared by the caller.
+    """
+    found = flat(made["config"])
     changed = [
-        f"{key}={found.get(key)} there, {needs.get(key)} now"
-        for key in {**found, **needs}
-        if found.get(key) != needs.get(key) and key != "mllm.dtype"  # the precision may change, the model may not
+        f"{key}={found[key]} there, {value} now"
+        for key, value in flat(_configuration(config)).items()
+        if found.get(key, value) != value and key != "dit.text_len" and not key.endswith(".dtype")
     ]
-    require(not changed, f"{folder}: records for another alignment ({'; '.join(changed)}); give those numbers, or make others: {ENCODE}")
+    require(not changed, f"{folder}: records of another encoding ({'; '.join(changed)}); give those numbers, or make others: {ENCODE}")
 
 
 class Records:
@@ -192,8 +195,11 @@ class Records:
         builder: Any = tfds.builder_from_directory(folder)
         features: Any = schema(config)
         found, needs = builder.info.features.shape, features.shape
-        if config.alignment.enabled:
-            require_alignment(folder, made, config)
+        require(
+            "alignment" in made["config"] or not config.alignment.enabled,
+            f"{folder}: records without inputs for the language model, which alignment.enabled needs; "
+            f"make others with a configuration that has it: {ENCODE}",
+        )
         wrong = [f"{name} is {_times(found[name])}, not {_times(needs[name])}" for name in needs if found[name] != needs[name]]
         rows, length = made["config"]["dit"]["text_len"], config.dit.text_len
         wrong += [f"prompts have up to {rows} rows, dit.text_len is {length}"] if rows > length else []
@@ -202,6 +208,7 @@ class Records:
                 f"{folder}: not records of this configuration: {'; '.join(wrong)}; "
                 f"give the --config they were made for (its numbers are in {MADE_FILE}), or make others: {ENCODE}"
             )
+        require_same_encoding(folder, made, config)
         self.folder, self.split = folder, builder.info.splits[SPLIT]
         self._source = builder.as_data_source(SPLIT)
 
@@ -218,6 +225,20 @@ class Records:
                 f"{path}: record {index} of the dataset cannot be read ({error}); "
                 "remove this shard and run the command that makes them again, it writes what is not there"
             ) from None
+
+
+def digest(folder: Path, config: Config) -> str:
+    """A digest of the records of `folder`, wherever it lies: of what they were made of, their number, and the arrays of some of them.
+
+    A data set may have terabytes, so of all records `SAMPLED` are read, evenly spaced. The order in which a record stores its arrays
+    does not matter.
+    """
+    records, made = Records(folder, config), flat(read_made(folder))
+    found = hashlib.sha256(json.dumps([len(records), {key: made[key] for key in sorted(made) if key != "source.weights.path"}]).encode())
+    for index in dict.fromkeys(np.linspace(0, len(records) - 1, SAMPLED).round().astype(int).tolist() if len(records) else []):
+        for name, value in sorted(records[index].items()):
+            found.update(name.encode() + (value if isinstance(value, bytes) else np.ascontiguousarray(value).tobytes()))
+    return found.hexdigest()[:32]
 
 
 def empty_text(folder: Path, length: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from configs.errors import RequestError
 from configs.run import Config, VideoConfig
-from data_pipelines.batches import batches, empty_text
+from data_pipelines.batches import batches, data_digest, empty_text
 from data_pipelines.encoders import Encoders
 from evaluation import transfer
 from evaluation.report import page as report
@@ -37,7 +37,7 @@ from omnitransfer_jax import tasks
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
-from omnitransfer_jax.train.log import METRICS_FILE
+from omnitransfer_jax.train.log import read_lines
 from world import pixels, scenes
 from world.pairs import SHARES
 
@@ -65,7 +65,7 @@ def main() -> None:
             data = batches(config, seed=config.seed)
             try:
                 objective = omnitransfer.objective(config, empty_text(config))
-                loop.train(objective, config, out / stage, make_mesh(config.mesh), data)
+                loop.train(objective, config, out / stage, make_mesh(config.mesh), data, data_digest=data_digest(config))
             except RequestError as error:
                 raise RequestError(f"{error}; to begin anew, remove {out}") from None
     with clock.part("transfers", f"{SCORED.value} held-out pairs of each task, with their controls"):
@@ -270,7 +270,7 @@ def curves(configs: dict[str, Config], out: Path) -> tuple[Curve, ...]:
     """The training losses of all stages in one chart."""
     series = {}
     for stage in configs:
-        lines = [json.loads(line) for line in (out / stage / METRICS_FILE).read_text().splitlines()]
+        lines = read_lines(out / stage)
         series[stage] = ([line["step"] for line in lines], [line["loss"] for line in lines])
     return (Curve("Training loss of the stages", "step", "weighted velocity error", series),)
 

@@ -27,11 +27,12 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.base import VAEConfig
 from configs.errors import require
+from configs.kinds import differences
 from configs.run import Config
 from launch import command
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder, run_folder
-from omnitransfer_jax.folders.atomic import new_folder
+from omnitransfer_jax.folders.atomic import new_folder, read_json
 from omnitransfer_jax.models.alignment import ASSISTANT, USER
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.tokenizer import word_tokenizer
@@ -68,7 +69,8 @@ def write(config: Config, out: Path) -> Mapping[str, Mapping[str, Any]]:
     """Writes the model folder and prints its parts; returns their shapes."""
     origin = ""
     if BASE.value:
-        run_folder.require_same_model(BASE.value, config)
+        run_folder.read_config(BASE.value)  # weights that no run trained are no base
+        run_folder.require_same_function(BASE.value, config)
         origin = run_folder.imported_weights(BASE.value)
     shapes = {part.name: part.shapes(getattr(config, part.name)) for part in (*PARTS, MLLM) if part.name != "dit" or BASE.value}
     require_small(shapes)
@@ -137,7 +139,7 @@ def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]
     """The autoencoder of --vae, and its source. The configuration must have its latents' statistics: they are part of the model."""
     made = read_result("vae", VAE.value)
     trained = model_folder.configuration(VAEConfig, made.pop("vae"), VAE.value)
-    wrong = [f"{name} is {value}" for name, value, _ in model_folder.differences(trained, config.vae)]
+    wrong = [f"{name} is {value}" for name, value, _ in differences(trained, config.vae, ("model",))]
     require(not wrong, f"--vae={VAE.value}: another autoencoder than the configuration's: {'; '.join(wrong)}; put that in configs/wan.py")
     return load(VAE.value, "vae", shapes), made
 
@@ -146,7 +148,7 @@ def read_result(name: str, workdir: str) -> dict[str, Any]:
     """The file that the training of a part wrote at its end."""
     file, command = Path(workdir, f"{name}.json"), f"python -m launch.train --config={name}:tiny --workdir=DIR"
     require(file.is_file(), f"--{name}={workdir}: no {file.name}; train one to its end: {command}")
-    return json.loads(file.read_text())
+    return read_json(file, f"train again: {command}")
 
 
 def load(folder: str | Path, name: str, shapes: Mapping[str, Any]) -> Leaves:
@@ -178,7 +180,7 @@ def world_vocabulary(config: Config) -> PreTrainedTokenizerFast:
 def read_made(folder: str) -> dict[str, Any]:
     """The content of made.json in `folder`, empty if there is none."""
     file = Path(folder, MADE_FILE)
-    return json.loads(file.read_text()) if folder and file.is_file() else {"commands": [], "parts": {}}
+    return read_json(file, "restore it from a copy", "parts") if folder and file.is_file() else {"commands": [], "parts": {}}
 
 
 def command_line() -> str:

@@ -28,7 +28,7 @@ from data_pipelines.manifest import Row, read_manifest
 from data_pipelines.pairs import encode, prefetch, read_pixels
 from launch import command
 from omnitransfer_jax import load_models, tasks
-from omnitransfer_jax.folders.atomic import sha256, write_whole
+from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
 
 FLAGS = flags.FlagValues()
 MANIFEST = flags.DEFINE_string("manifest", None, "the pairs, one JSON object a line (docs/data.md)", required=True, flag_values=FLAGS)
@@ -126,7 +126,7 @@ def is_done(path: Path) -> bool:
 
 def finish(folder: Path, paths: Sequence[Path], config: Config) -> None:
     """Prints how many pairs were kept and refused, and writes the dataset's metadata if all shards are complete."""
-    tallies = [json.loads(tally_path(path).read_text()) for path in paths if is_done(path)]
+    tallies = [read_json(tally_path(path), "remove it, and its shard is made again", "kept") for path in paths if is_done(path)]
     rejected = [entry for tally in tallies for entry in tally["rejected"]]
     write_whole(folder / REJECTED_FILE, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
     kept = sum((Counter(tally["kept"]) for tally in tallies), Counter())

@@ -63,10 +63,9 @@ in the cross-attention of the target (into: {into}); results of several tasks ar
 def main(config: Config) -> None:
     checkpoint, layout = CHECKPOINT.value, LAYOUT.value
     run = epath.Path(checkpoint) if run_folder.is_run(checkpoint) else None
-    if run:
-        run_folder.require_same_model(run, config)
+    run_folder.require_same_function(checkpoint, config)
     imported = run_folder.imported_weights(checkpoint)
-    stored = {*(model_folder.require_model(imported, config) if imported else ()), *(["dit"] if run else [])}
+    stored = {*(model_folder.read_model(imported) if imported else ()), *(["dit"] if run else [])}
     parts = [part for part in PARTS if part.name in stored and (layout != "comfyui" or part.name == "dit")]
     require(
         bool(parts) or layout != "comfyui",

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from configs import wan
 from configs.errors import RequestError
+from configs.kinds import differences
 from launch import command
-from omnitransfer_jax.folders import model_folder
+from omnitransfer_jax.folders import fingerprint, model_folder
 from omnitransfer_jax.weights import convert, files
 from omnitransfer_jax.weights.files import DTYPES, Tensor
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, MLLM_TOKENIZER_FILES, PARTS, TOKENIZERS, Layout, Part
@@ -115,7 +116,8 @@ def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtyp
     attempts = []
     for config, name in sizes:
         table, shapes = part.entries(config, name), part.shapes(config)
-        selected, expected = convert.select(tensors, table, part.prefixes, part.ignored), convert.specs(table, shapes)
+        selected = convert.select(tensors, table, part.prefixes, part.ignored, part.copies)
+        expected = convert.specs(table, shapes)
         misshaped = [key for key, spec in expected.items() if key in selected and selected[key].shape != spec.shape]
         distance = len(set(selected) ^ set(expected)) + len(misshaped)
         attempts.append((distance, Found(part, config, name, selected, convert.problems(selected, table, shapes, dtype))))
@@ -145,19 +147,20 @@ def import_parts(found: list[Found], out: epath.Path, dtype: np.dtype | None) ->
     if unfinished.exists():
         unfinished.rmtree()
     try:
-        for each in found:
-            import_part(each, unfinished, dtype)
-        for each in found:
+        digests = [import_part(each, unfinished, dtype) for each in found]
+        for each, digest in zip(found, digests, strict=True):
             (unfinished / each.part.name).rename(out / each.part.name)
+            fingerprint.keep(out, each.part.name, digest)
     finally:
         if unfinished.exists():
             unfinished.rmtree()
     model_folder.write_model(out, {each.part.name: each.config for each in found})
 
 
-def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
-    """Reads, converts and writes one part, a few leaves at a time."""
+def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> fingerprint.Digest:
+    """Reads, converts and writes one part, a few leaves at a time; returns the digest of its values."""
     start, table, shapes = time.monotonic(), found.part.entries(found.config, found.layout), found.part.shapes(found.config)
+    digest = fingerprint.Digest()
     total = sum(math.prod(leaf.shape) for leaf in shapes.values())
     with tqdm(total=total, unit=" parameters", unit_scale=True, desc=found.part.name, disable=None) as bar:
 
@@ -166,9 +169,11 @@ def import_part(found: Found, out: epath.Path, dtype: np.dtype | None) -> None:
             return item
 
         # map keeps no reference to a leaf that it has yielded; a generator expression would
-        model_folder.save_part(out, found.part.name, map(count, convert.leaves(found.tensors, table, shapes, dtype=dtype)))
+        leaves = map(digest.add, convert.leaves(found.tensors, table, shapes, dtype=dtype))
+        model_folder.save_part(out, found.part.name, map(count, leaves))
     size = sum(tensor.nbytes for tensor in found.tensors.values())
     print(f"{found.part.name}: {len(found.tensors)} tensors, {size / 1e9:.3g} GB, {time.monotonic() - start:.1f} s", flush=True)
+    return digest
 
 
 def import_tokenizer(source: Path, out: epath.Path) -> None:
@@ -201,7 +206,7 @@ def report(out: epath.Path) -> None:
     fits = [
         variant
         for variant, config in wan.VARIANTS.items()
-        if not any(model_folder.differences(model, getattr(config, name)) for name, model in stored.items())
+        if not any(any(differences(model, getattr(config, name), ("model",))) for name, model in stored.items())
     ]
     if not fits:
         print(f"No variant of configs/wan.py has these sizes; {out / model_folder.MODEL_FILE} lists them, for a variant of your own")

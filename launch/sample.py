@@ -25,6 +25,7 @@ from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
 from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax.folders import run_folder
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
@@ -60,6 +61,7 @@ class Request(NamedTuple):
 def main(config: Config) -> None:
     networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
     load_models.require_weights(weights(config), config, networks, "--checkpoint")
+    run_folder.require_same_function(weights(config), config)
     request = read_request(config)
     if not weights(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)

@@ -17,7 +17,7 @@ from configs.errors import require
 from configs.mllm import MLLMTraining
 from configs.run import Config
 from configs.vae import VAETraining
-from data_pipelines.batches import batches, empty_text
+from data_pipelines.batches import batches, data_digest, empty_text
 from launch import command
 from omnitransfer_jax import load_models
 from omnitransfer_jax.mesh import data_share, make_mesh
@@ -52,7 +52,8 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
         case Config():
             index, count = data_share(mesh)
             data = batches(config, seed=config.seed, process_index=index, process_count=count)
-            loop.train(omnitransfer.objective(config, empty_text(config)), config, workdir, mesh, data)
+            trained = omnitransfer.objective(config, empty_text(config))
+            loop.train(trained, config, workdir, mesh, data, data_digest=data_digest(config))
 
 
 def objective(config: Config | VAETraining | MLLMTraining) -> Objective:

@@ -53,6 +53,7 @@ def require_small(sizes: Mapping[str, int], folder: str = "", flag: str = INIT_F
 
 def load_dit(folder: str, config: Config, mesh: Mesh) -> WanDiT:
     """The diffusion transformer, its weights in the dtype it computes in, as in the original, each where it lives on the mesh."""
+    run_folder.require_same_function(folder, config)
 
     def make(rngs: nnx.Rngs) -> WanDiT:
         return WanDiT(config.dit, rngs=rngs)
@@ -67,6 +68,7 @@ def load_dit(folder: str, config: Config, mesh: Mesh) -> WanDiT:
 
 def load_alignment(folder: str, config: Config) -> Alignment:
     """The language model with its adapters, the queries and the connector, from a run of stage 2 or 3."""
+    run_folder.require_same_function(folder, config)
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "alignment", None)
     require(not folder, f"{folder}: imported weights have no queries and no connector; give the workdir of a stage 2 or 3 training")

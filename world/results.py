@@ -9,7 +9,7 @@ import numpy as np
 
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.folders.atomic import write_whole
-from omnitransfer_jax.train.log import METRICS_FILE
+from omnitransfer_jax.train.log import read_lines
 from omnitransfer_jax.train.objective import Params
 
 
@@ -22,6 +22,6 @@ def write(workdir: Path, name: str, params: Params, result: Mapping[str, Any]) -
 
 def trained_seconds(workdir: Path) -> float:
     """The time of all steps of a run, pauses between its processes not counted."""
-    lines = [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
+    lines = read_lines(workdir)
     steps = np.diff([0, *(line["step"] for line in lines)])
     return float(steps @ np.array([line["seconds"] for line in lines]))

@@ -1,16 +1,18 @@
 """Files that are there whole or not at all, whenever a process dies and whoever else writes the same file; and their digests."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from etils import epath
 
-from configs.errors import require
+from configs.errors import RequestError, require
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
@@ -55,6 +57,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def read_json(path: epath.PathLike, remedy: str, *keys: str) -> dict[str, Any]:
+    """The object in a JSON file that has `keys`, each an object; one that was cut off or changed is a `RequestError` with `remedy`."""
+    try:
+        content = json.loads(epath.Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not JSON ({error}); {remedy}") from None
+    for name, value in {"the file": content, **{key: content.get(key) for key in keys if isinstance(content, dict)}}.items():
+        if not isinstance(value, dict):
+            raise RequestError(f"{path}: {name} is no JSON object; {remedy}")
+    return content
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ DIR/dit.safetensors, with the same names of parameters. Such are the parts of th
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -127,9 +127,9 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(folder) / MODEL_FILE
     if not path.exists():
         raise RequestError(f"{folder}: no checkpoint, {MODEL_FILE} is absent; make one: {IMPORT}")
-    content = json.loads(path.read_text())
-    if content["format"] != FORMAT:
-        raise RequestError(f"{path}: format {content['format']}, this version reads {FORMAT}; import again: {IMPORT}")
+    content = atomic.read_json(path, f"import again: {IMPORT}", "parts")
+    if content.get("format") != FORMAT:
+        raise RequestError(f"{path}: format {content.get('format')}, this version reads {FORMAT}; import again: {IMPORT}")
     types, parts = get_type_hints(Config), {}
     for name, values in content["parts"].items():
         require(name in types, f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
@@ -137,11 +137,11 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
     return parts
 
 
-def require_model(folder: epath.PathLike, config: Config) -> Sequence[str]:
-    """The names of the parts in `folder`; a `RequestError` for the first model field in which `config` differs."""
+def require_model(folder: epath.PathLike, config: Config, of: Collection[kinds.Kind] = ("model",)) -> Sequence[str]:
+    """The names of the parts in `folder`; a `RequestError` for the first field of these kinds in which `config` differs."""
     stored = read_model(folder)
     for name, part in stored.items():
-        for field, value, found in differences(part, getattr(config, name)):
+        for field, value, found in kinds.differences(part, getattr(config, name), of):
             raise RequestError(
                 f"{folder}: made with {name}.{field}={value!r}, the configuration has {found!r}; "
                 f"give the --config it was made for, or --{name}.{field}={value!r}"
@@ -149,14 +149,9 @@ def require_model(folder: epath.PathLike, config: Config) -> Sequence[str]:
     return tuple(stored)
 
 
-def differences(part: Any, other: Any) -> list[tuple[str, Any, Any]]:
-    """The model fields in which `other` differs from `part`, each by its dotted name and with the values of `part` and `other`."""
-    values, others = (kinds.flat(kinds.select(config, ["model"])) for config in (part, other))
-    return [(name, value, others[name]) for name, value in values.items() if others[name] != value]
-
-
-def configuration(of: Any, values: Mapping[str, Any], at: str, remedy: str = f"import again: {IMPORT}") -> Any:
+def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {IMPORT}") -> Any:
     """A configuration of type `of` from JSON; `at` and `remedy` begin and end the message about fields that it does not have."""
+    require(isinstance(values, Mapping), f"{at}: {str(values)[:60]} is no {of.__name__}; {remedy}")
     unknown = sorted(set(values) - {field.name for field in fields(of)})
     require(not unknown, f"{at}: {', '.join(unknown)} of {of.__name__} is unknown to this version; {remedy}")
     hints, found = get_type_hints(of), {}

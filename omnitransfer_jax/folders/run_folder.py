@@ -1,6 +1,6 @@
 """The folder of a training run: its configuration, and checkpoints that it, another run and sampling start from.
 
-    WORKDIR/config.json          which training wrote it, and the whole configuration
+    WORKDIR/config.json          which training wrote it, the digest of its data, and the whole configuration
     WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped) and data
 
 A checkpoint is whole or absent: Orbax writes it under another name first. `data` is the number of batches read, the same for all
@@ -9,21 +9,28 @@ processes, so a run may go on with another number of processes.
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 import grain
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from configs import kinds
 from configs.errors import RequestError, require
 from configs.run import CheckpointConfig, Config, RunConfig
 from omnitransfer_jax.folders import atomic, model_folder
+from omnitransfer_jax.folders.whole import damage
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
+DATA_DIGEST = "data_digest"  # in config.json, beside the fields of the configuration
+NETWORKS = ("dit", "vae", "text", "image", "mllm", "lora", "alignment")  # fields of `Config`; the last three belong to the alignment
 PARAMETERS = ("trainable", "frozen", "ema")
 # The name of a training: what it trains, and the configurations that name it.
 TRAININGS = {"transfer": ("transformer", "stage1, stage2 or stage3"), "vae": ("autoencoder", "vae"), "mllm": ("language model", "mllm")}
@@ -33,7 +40,18 @@ State = TypeVar("State", bound=tuple)  # a NamedTuple like `train.step.TrainStat
 
 
 def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> ocp.training.Checkpointer:
-    """The run's checkpoints, without what interrupted saves left behind. Closing it waits for a save that is still being written."""
+    """The run's checkpoints, without what interrupted saves left behind. Closing it waits for a save that is still being written.
+
+    Damaged ones that are newer than the newest whole one get another name, so that the run goes on from that.
+    """
+    newest, damaged = _newest_whole(workdir)
+    _require_one(newest, damaged)
+    _wait_for_all("looked for damaged checkpoints")
+    for folder, reason in damaged.items() if jax.process_index() == 0 else ():
+        aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.damaged{n}")).exists())
+        folder.rename(aside)
+        print(f"{folder}: damaged, {reason}; it is {aside.name} now", flush=True)
+    _wait_for_all("renamed damaged checkpoints")
     latest: Any = ocp.training.preservation_policies.LatestN(config.keep)
     return ocp.training.Checkpointer(
         epath.Path(workdir).absolute() / CHECKPOINTS,
@@ -49,7 +67,8 @@ def save(checkpoints: ocp.training.Checkpointer, step: int, state: tuple, data: 
 
 def restore(checkpoints: ocp.training.Checkpointer, like: State, data: grain.DatasetIterator) -> State:
     """The latest state, with the shapes and shardings of `like`; `data` goes on behind the last batch that was read."""
-    items = checkpoints.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data.get_state()})
+    with _readable(latest(checkpoints.directory.parent)):
+        items = checkpoints.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data.get_state()})
     data.set_state(items["data"])
     fields: Any = like
     rest = [name for name in fields._fields if name not in PARAMETERS]
@@ -84,21 +103,41 @@ def load_params(
         name, leaf = found[path]
         target = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path])
         others = dict.fromkeys((p for p, (part, _) in found.items() if part == name), ocp.PLACEHOLDER)
-        loaded[path] = ocp.load(folder, others | {path: target}, checkpointable_name=name)[path]
+        with _readable(folder):
+            loaded[path] = ocp.load(folder, others | {path: target}, checkpointable_name=name)[path]
     return loaded
 
 
 def require_same_model(workdir: epath.PathLike, config: RunConfig) -> None:
-    """A `RequestError` for the first field in which `config` has another model than the run, one of the same kind of training."""
+    """A `RequestError` for the first field in which `config` has another model than the run, one of the same kind of training.
+
+    A training may add the alignment to a run that had none.
+    """
+    _require_same(workdir, config, ("model",), except_for=("alignment.enabled",))
+
+
+def require_same_function(folder: str, config: Config) -> None:
+    """A `RequestError` unless the networks of `config` compute what those in `folder`, a run or imported weights, were made to compute.
+
+    Every command that uses weights calls it before it loads any; an empty `folder` stands for random weights.
+    """
+    if is_run(folder):
+        _require_same(folder, config, ("model", "method", "data"))
+    if imported := imported_weights(folder):
+        model_folder.require_model(imported, config, ("model",) if is_run(folder) else ("model", "method"))
+
+
+def _require_same(workdir: epath.PathLike, config: RunConfig, of: Collection[kinds.Kind], except_for: Collection[str] = ()) -> None:
+    """A `RequestError` for the first field of the networks, of these kinds, in which `config` differs from the run."""
     stored = read_config(workdir, type(config))
-    before, now = (kinds.flat(kinds.select(each, ("model",))) for each in (stored, config))
-    if isinstance(stored, Config):  # the models that a stage trains; it reads the others from records
-        parts = ("dit.", "mllm.", "lora.") if stored.alignment.enabled else ("dit.",)
-        before = {name: value for name, value in before.items() if name.startswith(parts)}
-    for name, value in before.items():
+    for name, value, now in kinds.differences(stored, config, of):
+        if isinstance(stored, Config) and isinstance(config, Config):
+            part, aligned = name.partition(".")[0], stored.alignment.enabled and config.alignment.enabled
+            if part not in NETWORKS[: None if aligned else -3] and name != "alignment.enabled":
+                continue
         require(
-            now[name] == value,
-            f"--{name}={now[name]!r}: the run in {workdir} has {value!r}; give its --config, or --{name}={value!r}",
+            name in except_for,
+            f"--{name}={now!r}: the run in {workdir} has {value!r}; give its --config, or --{name}={value!r}",
         )
 
 
@@ -107,17 +146,23 @@ def training_of(workdir: epath.PathLike) -> str:
     return _content(workdir)["training"]
 
 
-def require_same_run(workdir: epath.PathLike, config: RunConfig) -> None:
-    """A `RequestError` for the first field that makes `config` another run than the one in `workdir`."""
-    before, now = read_config(workdir, type(config)), kinds.flat(kinds.select(config, kinds.FIXED))
+def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: str = "") -> None:
+    """A `RequestError` for the first field that makes `config` another run than the one in `workdir`, or for other data.
+
+    The data may lie elsewhere by now if both digests are known; runs of earlier versions have none.
+    """
+    before, digest = read_config(workdir, type(config)), _content(workdir).get(DATA_DIGEST, "")
+    known = bool(digest and data_digest)
+    require(
+        not known or digest == data_digest,
+        f"{workdir}: was started with other records than --data.path has now; give those, or another --workdir",
+    )
+    changed = [each for each in kinds.differences(before, config, kinds.FIXED) if each[0] != "data.path" or not known]
     if config.optimizer.schedule == "cosine":  # the rate falls to 0 at the last step, so all rates depend on their number
-        now["train.steps"] = config.train.steps
-    stored = kinds.flat(asdict(before))
-    for name, value in now.items():
-        require(
-            stored[name] == value,
-            f"--{name}={value!r}: the run in {workdir} was started with {stored[name]!r}; give that, or another --workdir",
-        )
+        steps = kinds.differences(before.train, config.train, ("run",), "train.")
+        changed += [each for each in steps if each[0] == "train.steps"]
+    for name, value, now in changed:
+        raise RequestError(f"--{name}={now!r}: the run in {workdir} was started with {value!r}; give that, or another --workdir")
 
 
 def is_run(folder: str) -> bool:
@@ -139,24 +184,69 @@ def imported_weights(folder: str, of: type[RunConfig] = Config) -> str:
 
 
 def latest(workdir: epath.PathLike) -> epath.Path:
-    """The folder of the newest complete checkpoint."""
-    root = epath.Path(workdir).absolute() / CHECKPOINTS
-    steps = [found.step for found in ocp.path.step.standard_name_format().find_all(root)] if root.exists() else []
-    if not steps:
+    """The folder of the newest whole checkpoint; a line is printed for each newer one that is damaged."""
+    newest, damaged = _newest_whole(workdir)
+    _require_one(newest, damaged)
+    if newest is None:
         raise RequestError(f"{workdir}: this run has no checkpoint yet; wait for its first, or start from what it started from")
-    return root / str(max(steps))
+    for folder, reason in damaged.items():
+        _print_once(f"{folder}: damaged, {reason}; checkpoint {newest.name} is taken")
+    return newest
 
 
-def write_config(workdir: epath.PathLike, config: RunConfig) -> None:
-    """Writes the configuration and the name of its training."""
-    content = {"training": config.training} | asdict(config)
-    atomic.write_whole(epath.Path(workdir) / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+def _newest_whole(workdir: epath.PathLike) -> tuple[epath.Path | None, dict[epath.Path, str]]:
+    """The newest whole checkpoint, None if there is none, and by newer ones what is wrong with them."""
+    root, damaged = epath.Path(workdir).absolute() / CHECKPOINTS, {}
+    steps = [found.step for found in ocp.path.step.standard_name_format().find_all(root)] if root.exists() else []
+    for step in sorted(steps, reverse=True):
+        folder = root / str(step)
+        if not (reason := damage(folder)):
+            return folder, damaged
+        damaged[folder] = reason
+    return None, damaged
+
+
+def _require_one(newest: epath.Path | None, damaged: Mapping[epath.Path, str]) -> None:
+    """A `RequestError` if all checkpoints that there are are damaged."""
+    found = "; ".join(f"{folder}: damaged, {reason}" for folder, reason in damaged.items())
+    require(newest is not None or not damaged, f"{found}; no other checkpoint is whole: restore it from a copy, or remove it")
+
+
+def _wait_for_all(done: str) -> None:
+    """Returns when all processes have `done` it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(done)
+
+
+@cache
+def _print_once(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def _readable(folder: epath.PathLike) -> Iterator[None]:
+    """Makes a `RequestError` of what Orbax raises, of many types, if the bytes of a checkpoint are not those that were written."""
+    try:
+        yield
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise RequestError(f"{folder}: cannot be read ({reason}); move it elsewhere, and the checkpoint before it is taken") from None
+
+
+def write_config(workdir: epath.PathLike, config: RunConfig, data_digest: str = "") -> None:
+    """Writes the configuration, the name of its training, and the digest of its data if it has one; the first process does."""
+    content = {"training": config.training} | ({DATA_DIGEST: data_digest} if data_digest else {}) | asdict(config)
+    if jax.process_index() == 0:
+        atomic.write_whole(epath.Path(workdir) / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read_config(workdir: epath.PathLike, of: type[Run] = Config) -> Run:
     """The configuration that a run was started with; a run of another training than `of.training` is a `RequestError`."""
     content = _content(workdir)
     _require_training(workdir, content.pop("training"), of)
+    content.pop(DATA_DIGEST, None)
     return model_folder.configuration(of, content, str(epath.Path(workdir) / CONFIG_FILE), "use the one that wrote it")
 
 
@@ -164,7 +254,7 @@ def _content(workdir: epath.PathLike) -> dict[str, Any]:
     """config.json as it is. Earlier versions wrote no name of the training; it follows from the fields."""
     path = epath.Path(workdir) / CONFIG_FILE
     require(path.exists(), f"{workdir}: no training run, {CONFIG_FILE} is absent; give another folder")
-    content = json.loads(path.read_text())
+    content = atomic.read_json(path, "restore it from a copy, or give another folder")
     return {"training": "transfer" if "dit" in content else "mllm" if "model" in content else "vae"} | content
 
 

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
 
+from configs.errors import RequestError
 from configs.run import TrainConfig
 from omnitransfer_jax.folders.atomic import write_whole
 
@@ -85,5 +87,24 @@ def truncate(path: Path, step: int) -> None:
     """Takes the lines of steps after `step` out of the file, and a last line that was not written to its end."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [text for text, line in _parsed(path) if line["step"] <= step]
     write_whole(path, "".join(kept))
+
+
+def read_lines(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, without a last one that was not written to its end; another that is no such line is a `RequestError`."""
+    path = workdir / METRICS_FILE
+    return [line for _, line in _parsed(path)] if path.exists() else []
+
+
+def _parsed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line of the file, as it is and read."""
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
+        if text.endswith("\n"):
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                line = None
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise RequestError(f"{path}:{number}: {text[:60]!r} is no line of this log; remove it")
+            yield text, line

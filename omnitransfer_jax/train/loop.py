@@ -29,7 +29,7 @@ from configs.run import Config, RunConfig
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
-from omnitransfer_jax.train.log import RunLog
+from omnitransfer_jax.train.log import RunLog, read_lines
 from omnitransfer_jax.train.objective import Objective, Params
 from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer
 from omnitransfer_jax.train.step import TrainState, init_state, make_train_step, placed_state
@@ -46,11 +46,12 @@ def train(
     mesh: Mesh,
     data: grain.DatasetIterator[Any],
     evaluate: Evaluate | None = None,
+    data_digest: str = "",
 ) -> Params | None:
     """All parameters after `config.train.steps`; None if a signal stopped the run before.
 
-    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays. `evaluate` takes all parameters and
-    measures them on held-out data every `train.evaluate_every` steps; what it returns is logged.
+    `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
+    `evaluate` takes all parameters and measures them on held-out data every `train.evaluate_every` steps; what it returns is logged.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -59,13 +60,12 @@ def train(
     with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
         done, steps = checkpoints.latest.step if checkpoints.latest else 0, config.train.steps
         if done:
-            run_folder.require_same_run(workdir, config)
+            require_same_run(workdir, config, data_digest)
         if done >= steps:
             print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
             return run_folder.restore(checkpoints, like, data).params if done == steps and evaluate else None
         state = start(objective, config, workdir, checkpoints, like, optimizer, data)
-        if jax.process_index() == 0:
-            run_folder.write_config(workdir, config)
+        run_folder.write_config(workdir, config, data_digest)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         finite, pending = Finiteness(int(state.skipped)), {}
         step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh)
@@ -99,6 +99,12 @@ def train(
                     print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)
                     return None
     return state.params
+
+
+def require_same_run(workdir: Path, config: RunConfig, data_digest: str) -> None:
+    """A `RequestError` unless the run in `workdir` can go on, before anything is loaded: it is this one, and its log can be read."""
+    run_folder.require_same_run(workdir, config, data_digest)
+    read_lines(workdir)
 
 
 def evaluates(config: RunConfig, n: int) -> bool:

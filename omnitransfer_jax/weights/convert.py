@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,16 @@ NAMED = 6  # how many tensors a message names; it counts the others
 
 
 def select(
-    tensors: Mapping[str, Tensor], table: Sequence[Entry], prefixes: Sequence[str] = (), ignored: Sequence[str] = ()
+    tensors: Mapping[str, Tensor],
+    table: Sequence[Entry],
+    prefixes: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+    copies: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """`tensors` by the names that `table` has for them, without those that it has no name for and a pattern of `ignored` matches.
 
-    A name in the checkpoint, in the table or in a pattern may have one of `prefixes` or leave it off.
+    A name in the checkpoint, in the table or in a pattern may have one of `prefixes` or leave it off. An ignored tensor that `copies`
+    names as the copy of another takes its place if that is absent.
     """
 
     def bare(name: str) -> str:
@@ -34,14 +40,16 @@ def select(
 
     names = {bare(entry.theirs): entry.theirs for entry in table}
     selected: dict[str, Tensor] = {}
+    unused: dict[str, Tensor] = {}
     for stored, tensor in tensors.items():
         name, spellings = names.get(bare(stored), stored), (bare(stored), *(prefix + bare(stored) for prefix in prefixes))
         if bare(stored) not in names and any(fnmatch(spelling, pattern) for spelling in spellings for pattern in ignored):
+            unused[stored] = tensor
             continue
         if name in selected:
             raise RequestError(f"{tensor.file}: {selected[name].name} and {stored} are the same tensor; remove one of them")
         selected[name] = tensor
-    return selected
+    return {name: unused[copy] for copy, name in copies.items() if copy in unused and name in names.values()} | selected
 
 
 def problems(tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abstract, dtype: np.dtype | None = None) -> list[str]:

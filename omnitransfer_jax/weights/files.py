@@ -63,7 +63,7 @@ def find(source: Path, pattern: str = "*.safetensors") -> list[Path]:
         raise RequestError(f"{source}: no such file or folder; give the one that holds the .safetensors files")
     indices = sorted(source.glob(f"{pattern}.index.json"))
     if len(indices) == 1:
-        names = set(json.loads(indices[0].read_text())["weight_map"].values())
+        names = set(atomic.read_json(indices[0], "download it again", "weight_map")["weight_map"].values())
         absent = sorted(name for name in names if not (source / name).is_file())
         if absent:
             raise RequestError(f"{source}: {indices[0].name} names {', '.join(absent)}, absent here; download the folder again")

@@ -5,7 +5,7 @@ The language model of the alignment is one more part, which is published by itse
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 from flax import nnx
@@ -43,6 +43,8 @@ class Part(NamedTuple):
     """Prefixes of tensor names that a file may have or leave off."""
     ignored: Sequence[str] = ()
     """fnmatch patterns of tensors that a file may hold and the table does not."""
+    copies: Mapping[str, str] = MappingProxyType({})
+    """By the name of an ignored tensor that of the table which it may take the place of."""
 
     def shapes(self, config: Any) -> Mapping[str, Any]:
         """The leaves of the model of this configuration, as shapes."""
@@ -80,6 +82,7 @@ PARTS = (
         original="models_t5_umt5-xxl-enc-bf16",
         absent="no prompt can be encoded",
         ignored=umt5.IGNORED,
+        copies=umt5.COPIES,
     ),
     Part(
         name="image",

@@ -9,6 +9,9 @@ from omnitransfer_jax.weights.table import LINEAR, SAME, Entry
 IGNORED = ("encoder.embed_tokens.weight", "decoder.*", "lm_head.weight")
 """fnmatch patterns of what a checkpoint may hold beside the table: a second copy of `shared.weight`, and the decoder of google/umt5."""
 
+COPIES = {"encoder.embed_tokens.weight": "shared.weight"}
+"""Names that a checkpoint may have in the place of the table's: one tensor has both, and some tools save it under the other alone."""
+
 OUTSIDE = (  # ours, transformers', Wan's
     ("token_embedding", "shared", "token_embedding"),
     ("norm.scale", "encoder.final_layer_norm", "norm"),

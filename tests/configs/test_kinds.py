@@ -1,4 +1,4 @@
-"""Every configuration field is of one of four kinds, and what must agree follows from them."""
+"""Every configuration field is of one of five kinds, and what must agree follows from them."""
 
 import json
 from dataclasses import replace
@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 from configs import kinds, mllm, stage3, vae, wan
+from configs.errors import RequestError
 from configs.run import Config, OptimizerConfig, record_fields
 
 RUN = {
@@ -39,12 +40,13 @@ def test_a_training_that_goes_on_may_change_these_fields():
     own = {name for name in kinds.flat(kinds.select(vae.TINY, ["run"])) if "." not in name}
     assert own == {"threads", "evaluate_clips", "statistics_clips"}
     assert "train.steps" not in kinds.flat(kinds.select(vae.TINY, ["run"])), "whole clips come in a share of all steps"
-    assert not kinds.select(OptimizerConfig(), ["model", "data", "run"])
+    assert not kinds.select(OptimizerConfig(), ["model", "method", "data", "run"])
 
 
 def test_what_a_checkpoint_need_not_agree_in():
     """Training may compute in another type, and read references in another way, with the same weights."""
-    other = set(kinds.flat(kinds.select(wan.I2V_480P.dit, ["data", "training", "run"])))
+    other = set(kinds.flat(kinds.select(wan.I2V_480P.dit, ["method", "data", "training", "run"])))
+    assert set(kinds.select(wan.I2V_480P.dit, ["method"])) == {"references", "offsets"}
     assert other == {"dtype", "attention", "references", "offsets", "remat", "text_len"}
 
 
@@ -63,3 +65,23 @@ def test_records_depend_on_data_fields_and_encoders():
     assert set(aligned["alignment"]) == {"frames", "frame_pixels", "prompt_tokens"}
     assert set(aligned) - set(fields) == {"alignment", "mllm"}
     assert json.loads(json.dumps(aligned))["mllm"]["vision"]["patch"] == 14
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("clip_norm", -1.0), ("clip_norm", float("nan")), ("b1", 1.0), ("b2", -0.1), ("weight_decay", -0.01), ("learning_rate", 0.0)],
+)
+def test_an_optimizer_that_cannot_learn_is_refused(name, value):
+    OptimizerConfig(clip_norm=0.0, b1=0.0, weight_decay=0.0).validate()
+    with pytest.raises(RequestError, match=f"optimizer.{name}={value}: "):
+        OptimizerConfig(**{name: value}).validate()
+
+
+def test_two_spellings_of_one_function_do_not_differ():
+    dit = wan.I2V_480P.dit
+    joint, other = (replace(dit, references=name) for name in ("joint", "bidirectional"))
+    assert list(kinds.differences(dit, joint, kinds.FIXED)) == []
+    assert list(kinds.differences(joint, other, kinds.FIXED)) == [("references", "joint", "bidirectional")]
+    assert list(kinds.differences(wan.I2V_480P, replace(wan.I2V_480P, dit=other), ["method"])) == [
+        ("dit.references", "split", "bidirectional")
+    ]

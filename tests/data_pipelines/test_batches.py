@@ -1,6 +1,7 @@
 """Batches: the same for any number of processes and threads, each epoch a new order, and restored where they stood."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from configs.errors import RequestError
 from data_pipelines import batches, records
+from launch import command, train
 from omnitransfer_jax.batch import Batch, batch_spec
 from tests.data_pipelines.conftest import SMOKE, random_record
 
@@ -107,3 +109,19 @@ def test_a_wrong_request(write_records):
         batches.batches(SMOKE, seed=0)
     with pytest.raises(RequestError, match=r"train\.batch_size=4: a multiple of the 3 processes"):
         batches.batches(reading(write_records(1)), seed=0, process_count=3)
+
+
+def test_a_training_is_given_the_digest_of_its_records(write_records, tmp_path, monkeypatch):
+    """launch.train: the same for moved records, another for other records at the old path."""
+    found = []
+    monkeypatch.setattr(train.loop, "train", lambda *args, data_digest: found.append(data_digest))
+
+    def run(path):
+        args = ["--config=stage1:smoke", f"--workdir={tmp_path / 'run'}", f"--data.path={path}"]
+        assert command.execute(train.main, train.FLAGS, args) == 0
+
+    run(old := write_records(2).data.path)
+    Path(old).rename(tmp_path / "moved")
+    run(tmp_path / "moved")
+    run(write_records(3).data.path)
+    assert found[0] == found[1] != found[2]

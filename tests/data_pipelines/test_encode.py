@@ -1,6 +1,7 @@
 """Clips to records and back: the command end to end, what each record holds, and runs that are killed, shared or wrong."""
 
 import json
+import shutil
 import wave
 from collections import Counter
 from dataclasses import replace
@@ -20,6 +21,8 @@ from launch import encode as launch_encode
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.models import omnitransfer
+from omnitransfer_jax.tokenizer import byte_tokenizer
+from omnitransfer_jax.weights.parts import PARTS
 
 SMOKE = stage1.get_config("smoke")
 
@@ -229,19 +232,60 @@ def test_other_work_in_the_same_folder_is_refused(run, clips_manifest, mixed_man
     assert len(open_records(tmp_path / "r")) == 5
 
 
-def test_the_records_know_their_weights(run, clips_manifest, tmp_path, capfd):
-    model, out = tmp_path / "model", tmp_path / "r"
-    model_folder.write_model(model, {"vae": SMOKE.vae, "text": SMOKE.text, "image": SMOKE.image})
-    assert run(clips_manifest, out, f"--train.init_from={model}") == 0
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder with random numbers for encoders; the fixture `run` takes others in their place."""
+    folder = tmp_path_factory.mktemp("model")
+    rng = np.random.default_rng(0)
+    for part in PARTS[1:]:
+        shapes = part.shapes(getattr(SMOKE, part.name))
+        model_folder.save_part(folder, part.name, [(path, rng.random(leaf.shape, np.float32)) for path, leaf in shapes.items()])
+    model_folder.write_model(folder, {part.name: getattr(SMOKE, part.name) for part in PARTS[1:]})
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def test_records_know_their_weights_by_content(run, clips_manifest, model, tmp_path, capfd):
+    """Moved weights are the same, others at the same path are not; so of the vocabulary."""
+    folder, out = shutil.copytree(model, tmp_path / "model"), tmp_path / "r"
+    assert run(clips_manifest, out, f"--train.init_from={folder}") == 0
     assert "the encoders are random" not in capfd.readouterr().out
-    assert records.read_made(out)["source"]["weights"]["path"] == str(model)
+    assert records.read_made(out)["source"]["weights"].keys() == {"vae", "text", "image", "tokenizer"}
+    assert str(tmp_path) not in (out / "records.json").read_text()
+    folder = folder.rename(tmp_path / "moved")
+    assert run(clips_manifest, out, f"--train.init_from={folder}") == 0
     assert run(clips_manifest, out) == 2
-    assert f"source.weights.path={model} there, None now" in capfd.readouterr().err
-    model_folder.write_model(model, {"text": replace(SMOKE.text, num_layers=3)})
-    assert run(clips_manifest, out, f"--train.init_from={model}") == 2
+    assert "begun as other records" in capfd.readouterr().err
+    for change, words in ((other_vae, "source.weights.vae="), (other_words, "source.weights.tokenizer=")):
+        change(folder)
+        assert run(clips_manifest, out, f"--train.init_from={folder}") == 2
+        assert words in capfd.readouterr().err
+    model_folder.write_model(folder, {"text": replace(SMOKE.text, num_layers=3)})
+    assert run(clips_manifest, out, f"--train.init_from={folder}") == 2
     assert "made with text.num_layers=3, the configuration has 2" in capfd.readouterr().err
-    assert run(clips_manifest, out, f"--train.init_from={model}", "--text.num_layers=3") == 2
-    assert "source.weights.model.json=" in capfd.readouterr().err
+
+
+def other_vae(folder):
+    leaves = {path: leaf + np.float32(path.endswith("bias")) for path, leaf in model_folder.read_part(folder, "vae")}
+    shutil.rmtree(folder / "vae")
+    model_folder.save_part(folder, "vae", leaves.items())
+
+
+def other_words(folder):
+    text = (folder / "tokenizer" / "tokenizer.json").read_text()
+    (folder / "tokenizer" / "tokenizer.json").write_text(text + " ")
+
+
+def test_records_that_an_earlier_version_began_go_on(run, clips_manifest, model, tmp_path, capfd):
+    """It wrote the path of the weights and the digest of model.json."""
+    out = tmp_path / "r"
+    assert run(clips_manifest, out, f"--train.init_from={model}") == 0
+    made = json.loads((out / "records.json").read_text())
+    made["source"]["weights"] = {"path": "/where/they/were", "model.json": "0" * 64}
+    (out / "records.json").write_text(json.dumps(made))
+    assert run(clips_manifest, out, f"--train.init_from={model}") == 0
+    assert run(clips_manifest, out) == 2
+    assert "source.weights" in capfd.readouterr().err
 
 
 def test_nothing_left_is_an_error(run, tmp_path, capfd):

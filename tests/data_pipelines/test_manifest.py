@@ -77,7 +77,22 @@ def test_all_wrong_lines_are_told_at_once(write):
         read_manifest(path)
     places = [part.split(": ")[0] for part in str(error.value).split("; ") if part.startswith(str(path))]
     assert places == [f"{path}:2", f"{path}:2", f"{path}:3", f"{path}:4"]
-    assert f"{path}:4: id 'a': line 1 has it too" in str(error.value)
+    assert f'{path}:4: id "a": line 1 has it too' in str(error.value)
+
+
+def test_a_message_is_short_however_much_is_wrong(write):
+    """A JSON array over many lines, a manifest of another kind, a row of many keys."""
+    array = json.dumps([{**ROW, "id": str(i)} for i in range(2_000)], indent=2)
+    for lines, words in (
+        ((array,), ": a JSON array; give one object a line"),
+        (("id,task,reference",) * 2_000, "; and 1992 more problems"),
+        (({**ROW} | {f"key{i}": 0 for i in range(2_000)},), "; and 1992 more problems"),
+        (({**ROW, "id": "a" * 10_000},) * 2, "line 1 has it too"),
+    ):
+        with pytest.raises(RequestError) as error:
+            read_manifest(write(*lines))
+        assert words in str(error.value)
+        assert len(str(error.value)) < 3_000
 
 
 def test_no_manifest(write, tmp_path):

@@ -236,9 +236,9 @@ def test_records_that_do_not_fit_the_alignment_are_refused(write_records, tmp_pa
     assert {name: made["alignment"][name] for name in ("frames", "frame_pixels", "prompt_tokens")} == {
         "frames": 5, "frame_pixels": 2 * 28 * 28, "prompt_tokens": 96
     }  # fmt: skip
-    records.require_alignment(folder, records.read_made(folder), ALIGNED)
+    records.require_same_encoding(folder, records.read_made(folder), ALIGNED)
     as_bfloat16 = replace(ALIGNED, mllm=replace(ALIGNED.mllm, dtype="bfloat16"))
-    records.require_alignment(folder, records.read_made(folder), as_bfloat16)
+    records.require_same_encoding(folder, records.read_made(folder), as_bfloat16)
     larger = replace(ALIGNED, mllm=replace(ALIGNED.mllm, vision=replace(ALIGNED.mllm.vision, num_layers=4)))
     reworded = [task._replace(template=f"{task.template}!") for task in tasks.TASKS]
     for wrong, words in (
@@ -247,14 +247,14 @@ def test_records_that_do_not_fit_the_alignment_are_refused(write_records, tmp_pa
         (larger, r"mllm\.vision\.num_layers=2 there, 4 now"),
     ):
         with pytest.raises(RequestError, match=words):
-            records.require_alignment(folder, records.read_made(folder), wrong)
+            records.require_same_encoding(folder, records.read_made(folder), wrong)
         with pytest.raises(RequestError, match=words):
             records.begin(folder, wrong, {})
     with pytest.raises(RequestError, match=r"alignment\.frames=5 there, None now"):
         records.begin(folder, SMOKE, {})
     monkeypatch.setattr(tasks, "TASKS", tuple(reworded))
     with pytest.raises(RequestError, match=r"alignment\.templates="):
-        records.require_alignment(folder, records.read_made(folder), ALIGNED)
+        records.require_same_encoding(folder, records.read_made(folder), ALIGNED)
 
 
 def test_a_template_that_does_not_fit_is_an_error_before_the_weights_are_loaded(monkeypatch):

@@ -1,5 +1,6 @@
 """Records: what is written is read, a shard is there whole or not at all, and what does not fit is reported with both values."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,55 @@ def test_a_folder_that_is_no_dataset(write_records, tmp_path):
         (tmp_path / missing / missing).unlink()
         with pytest.raises(RequestError, match="unfinished records"):
             open_records(config)
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 1, "config": {"di', "[1]", '{"format": 1, "config": 3, "source": {}}', "{}"])
+def test_a_cut_description_is_one_short_line(write_records, content):
+    config = write_records(1)
+    file = Path(config.data.path) / "records.json"
+    file.write_text(content)
+    for use in (open_records, lambda config: records.begin(file.parent, config, {"world": "random"})):
+        with pytest.raises(RequestError, match=rf"^{file}: .* JSON.*; restore it from a copy, or make the records again") as error:
+            use(config)
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("vae", {"latents_mean": (0.0,) * 16}, r"vae\.latents_mean="),
+        ("text", {"relative_max_distance": 64}, r"text\.relative_max_distance=128 there, 64 now"),
+        ("image", {"num_heads": 4}, r"image\.num_heads=2 there, 4 now"),
+        ("video", {"fps": 16}, r"video\.fps=8 there, 16 now"),
+    ],
+)
+def test_records_of_another_encoding_of_equal_shape_are_refused(write_records, part, change, words):
+    config = write_records(1)
+    with pytest.raises(RequestError, match=f"records of another encoding .*{words}"):
+        open_records(replace(config, **{part: replace(getattr(config, part), **change)}))
+    assert len(open_records(replace(config, vae=replace(config.vae, encode_frames=8), text=replace(config.text, dtype="bfloat16")))) == 1
+
+
+def test_the_digest_is_of_the_contents(write_records, tmp_path):
+    """Moved records keep it; one array, one record more or other weights change it."""
+
+    def digest(config):
+        return records.digest(Path(config.data.path), config)
+
+    config = write_records(2, 1)
+    before = digest(config)
+    moved = Path(config.data.path).rename(tmp_path / "moved")
+    assert digest(replace(config, data=replace(config.data, path=str(moved)))) == before
+    assert digest(write_records(2, 2)) != before
+    config = write_records(2, 1, name="other")
+    assert digest(config) == before
+    made = json.loads((tmp_path / "other" / "records.json").read_text())
+    (tmp_path / "other" / "records.json").write_text(json.dumps(made | {"source": {"world": "another"}}))
+    assert digest(config) != before
+    config = write_records(2, 1, name="changed")
+    with records.shard_writer(records.shard_path(tmp_path / "changed", 1, 2), records.schema(SMOKE)) as append:
+        append(random_record(7))
+    assert digest(config) != before
 
 
 def test_a_damaged_record_is_reported_with_its_shard(write_records):

@@ -11,7 +11,10 @@ import pytest
 from configs import mllm, stage1, stage2, vae
 from configs.errors import RequestError
 from configs.run import CheckpointConfig, OptimizerConfig, RunConfig
-from omnitransfer_jax.folders import run_folder
+from launch import command as launch_command
+from launch import export, sample
+from omnitransfer_jax import load_models
+from omnitransfer_jax.folders import model_folder, run_folder
 
 SMOKE = stage1.get_config("smoke")
 
@@ -71,7 +74,7 @@ def test_imported_weights_are_found_behind_runs_of_any_training(tmp_path):
     [
         (replace(SMOKE, seed=1), r"--seed=1: the run in .* was started with 0; give that, or another --workdir"),
         (replace(SMOKE, dit=replace(SMOKE.dit, dtype="bfloat16")), "--dit.dtype='bfloat16'"),
-        (replace(SMOKE, dit=replace(SMOKE.dit, references="joint")), "--dit.references='joint'"),
+        (replace(SMOKE, dit=replace(SMOKE.dit, references="bidirectional")), "--dit.references='bidirectional'"),
         (replace(SMOKE, data=replace(SMOKE.data, reference=replace(SMOKE.data.reference, fps=9))), "--data.reference.fps=9"),
     ],
 )
@@ -83,8 +86,126 @@ def test_a_run_goes_on_as_it_was_started(tmp_path, config, message):
 
 def test_run_fields_may_change(tmp_path):
     run_folder.write_config(tmp_path, SMOKE)
-    longer = replace(SMOKE, train=replace(SMOKE.train, steps=99, log_every=3), dit=replace(SMOKE.dit, remat="full"))
+    longer = replace(SMOKE, train=replace(SMOKE.train, steps=99, log_every=3), dit=replace(SMOKE.dit, remat="full", references="joint"))
     run_folder.require_same_run(tmp_path, longer)
+
+
+def field(config, name, value):
+    """`config` with the field of this dotted name set."""
+    part, _, rest = name.partition(".")
+    return replace(config, **{part: field(getattr(config, part), rest, value) if rest else value})
+
+
+ALIGNED = stage2.get_config("smoke")
+OTHER_FUNCTIONS = [
+    (SMOKE, "dit.references", "bidirectional"),
+    (SMOKE, "dit.offsets", "frames"),
+    (SMOKE, "dit.num_heads", 4),
+    (SMOKE, "dit.rope_top", 2.0),
+    (SMOKE, "dit.eps", 1e-5),
+    (SMOKE, "dit.text_len", 64),
+    (SMOKE, "vae.latents_mean", (0.0,) * 16),
+    (SMOKE, "text.relative_max_distance", 64),
+    (SMOKE, "image.num_heads", 4),
+    (SMOKE, "alignment.enabled", True),
+    (ALIGNED, "alignment.enabled", False),
+    (ALIGNED, "alignment.into", "blocks"),
+    (ALIGNED, "alignment.frames", 3),
+    (ALIGNED, "lora.alpha", 8.0),
+    (ALIGNED, "mllm.rope_theta", 1e4),
+]
+
+
+@pytest.mark.parametrize(("config", "name", "value"), OTHER_FUNCTIONS)
+def test_a_run_is_used_as_the_function_it_was_trained_to_be(tmp_path, config, name, value):
+    run_folder.write_config(tmp_path, config)
+    run_folder.require_same_function(str(tmp_path), config)
+    with pytest.raises(RequestError, match=rf"^--{name}=.*: the run in .* has .*; give its --config, or --{name}="):
+        run_folder.require_same_function(str(tmp_path), field(config, name, value))
+
+
+@pytest.mark.parametrize(("config", "name", "value"), OTHER_FUNCTIONS)
+@pytest.mark.parametrize("command", [sample, export])
+def test_no_command_uses_a_run_as_another_function(tmp_path, capsys, monkeypatch, command, config, name, value):
+    """The whole command: an error before anything is loaded."""
+    workdir, out = tmp_path / "run", tmp_path / "out.mp4"
+    run_folder.write_config(workdir, config)
+    monkeypatch.setattr(load_models, "_load", None)
+    monkeypatch.setattr(run_folder, "load_params", None)
+    stage = "stage2" if config is ALIGNED else "stage1"
+    given = [*map(str, value)] if isinstance(value, tuple) else [str(value)]
+    args = [f"--config={stage}:smoke", f"--checkpoint={workdir}", f"--out={out}", f"--{name}", *given]
+    assert launch_command.execute(command.main, command.FLAGS, args) == 2
+    assert f"the run in {workdir} has" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dit.references", "joint"),
+        ("dit.dtype", "bfloat16"),
+        ("dit.attention", "chunked"),
+        ("vae.encode_frames", 8),
+        ("video.frames", 5),
+        ("sampler.steps", 3),
+        ("seed", 7),
+        ("alignment.queries", 4),  # without the alignment
+    ],
+)
+def test_what_leaves_the_function_alone_may_change(tmp_path, name, value):
+    run_folder.write_config(tmp_path, SMOKE)
+    run_folder.require_same_function(str(tmp_path), field(SMOKE, name, value))
+
+
+def test_a_training_may_start_from_weights_of_another_method(tmp_path):
+    """As the rows of benchmarks.ablation do; the model itself stays."""
+    run_folder.write_config(tmp_path / "run", SMOKE)
+    model_folder.write_model(tmp_path / "model", {"dit": SMOKE.dit, "vae": SMOKE.vae})
+    for other in (field(SMOKE, "dit.references", "bidirectional"), field(SMOKE, "dit.offsets", "frames")):
+        run_folder.require_same_model(tmp_path / "run", other)
+        assert model_folder.require_model(tmp_path / "model", other) == ("dit", "vae")
+        with pytest.raises(RequestError, match=r"made with dit\.(references|offsets)="):
+            run_folder.require_same_function(str(tmp_path / "model"), other)
+    run_folder.require_same_model(tmp_path / "run", ALIGNED)
+    for name, value in (("dit.rope_base", 20.0), ("vae.latents_std", (1.0,) * 16), ("dit.num_heads", 4)):
+        with pytest.raises(RequestError, match=f"--{name}="):
+            run_folder.require_same_model(tmp_path / "run", field(SMOKE, name, value))
+
+
+def test_a_run_behind_a_base_of_another_method_is_used(tmp_path):
+    """The transformer is the run's own; the method of the base that it started from does not matter."""
+    model_folder.write_model(tmp_path / "base", {"dit": SMOKE.dit, "vae": SMOKE.vae})
+    joint = started_from(field(SMOKE, "dit.references", "bidirectional"), tmp_path / "base")
+    run_folder.write_config(tmp_path / "run", joint)
+    run_folder.require_same_function(str(tmp_path / "run"), joint)
+
+
+def test_a_run_goes_on_with_the_same_records_wherever_they_are(tmp_path):
+    def at(path):
+        return replace(SMOKE, data=replace(SMOKE.data, path=path))
+
+    run_folder.write_config(tmp_path, at("here"), "digest")
+    assert run_folder.read_config(tmp_path) == at("here")
+    run_folder.require_same_run(tmp_path, at("elsewhere"), "digest")
+    with pytest.raises(RequestError, match=r"started with other records than --data\.path has now"):
+        run_folder.require_same_run(tmp_path, at("here"), "other")
+    run_folder.write_config(tmp_path, at("here"))  # as earlier versions did
+    run_folder.require_same_run(tmp_path, at("here"), "digest")
+    with pytest.raises(RequestError, match=r"--data\.path='elsewhere': the run in .* was started with 'here'"):
+        run_folder.require_same_run(tmp_path, at("elsewhere"), "digest")
+
+
+@pytest.mark.parametrize("content", ["", '{"training": "transfer", "dit": {"di', "[1]", "3", "[" * 100_000])
+def test_a_cut_configuration_is_one_short_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    for read in (run_folder.read_config, run_folder.training_of, lambda folder: run_folder.imported_weights(str(folder))):
+        with pytest.raises(RequestError, match=rf"^{tmp_path}/config.json: .* JSON.*; restore it from a copy") as error:
+            read(tmp_path)
+        assert len(str(error.value)) < 300
+    (tmp_path / "config.json").write_text('{"training": "transfer", "dit": 3}')
+    with pytest.raises(RequestError, match=r"config.json: 3 is no DiTConfig; use the one that wrote it"):
+        run_folder.read_config(tmp_path)
 
 
 def test_the_steps_of_a_falling_rate_may_not_change(tmp_path):

@@ -5,8 +5,9 @@ import json
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from configs.errors import RequestError
 from configs.run import TrainConfig
-from omnitransfer_jax.train.log import RunLog
+from omnitransfer_jax.train.log import RunLog, read_lines
 
 METRICS = {"loss": 0.5, "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": 0}
 
@@ -36,6 +37,24 @@ def test_a_restart_repeats_no_step(tmp_path):
         file.write('{"step": 6, "lo')  # killed while writing
     write(tmp_path, 3, [4, 5, 6])
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("bad", ["{", "", "3", "[]", '{"loss": 1.0}', '{"step": "two"}', "[" * 100_000, "\udcff"])
+def test_a_line_that_is_none_is_one_short_line(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bad.encode(errors="surrogateescape") + b'\n{"step": 2}\n{"st')
+    before = path.read_bytes()
+    for use in (lambda: write(tmp_path, 1, [2]), lambda: read_lines(tmp_path)):
+        with pytest.raises(RequestError, match=rf"^{path}:2: .* is no line of this log; remove it") as error:
+            use()
+        assert len(str(error.value)) < 300
+        assert path.read_bytes() == before
+
+
+def test_the_lines_of_a_run_are_read_without_a_cut_one(tmp_path):
+    assert read_lines(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_lines(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 def test_only_every_nth_step_and_the_last(tmp_path):

@@ -111,6 +111,24 @@ def test_every_part_goes_both_ways(tmp_path, part, layout, dtype):
     assert_same_bits(convert.load(tensors, table, part.shapes(config)), ours)
 
 
+@pytest.mark.parametrize("names", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens"), ()])
+def test_umt5s_embedding_under_either_name(tmp_path, names):
+    """transformers ties the two, and tools save the one, the other, or both."""
+    part, config = PARTS[2], wan.VARIANTS["smoke"].text
+    shapes = {path: leaf.shape for path, leaf in part.shapes(config).items()}
+    ours, table = random_bits(shapes, F32), part.entries(config, "diffusers")
+    convert.save(ours.items(), params_of(shapes, F32), table, tmp_path / "shared", "model")
+    theirs = read_all(tmp_path / "shared")
+    embedding = theirs.pop("shared.weight")
+    (tmp_path / "other").mkdir()
+    save_file(theirs | {f"{name}.weight": embedding.copy() for name in names}, tmp_path / "other" / "model.safetensors")
+    tensors = convert.select(files.inspect(files.find(tmp_path / "other")), table, part.prefixes, part.ignored, part.copies)
+    if names:
+        assert_same_bits(convert.load(tensors, table, part.shapes(config)), ours)
+    else:
+        assert convert.problems(tensors, table, part.shapes(config)) == ["1 missing: shared.weight"]
+
+
 @pytest.mark.parametrize(
     ("part", "config", "parameters", "tensors"),
     [
