@@ -268,7 +268,7 @@ def test_an_interrupted_import_can_be_run_again(source, tmp_path, monkeypatch, c
     assert not list((tmp_path / "ours").iterdir())
     (tmp_path / "ours" / ".unfinished" / "dit").mkdir(parents=True)  # a process was killed
     assert run_import(tmp_path / "source", tmp_path / "ours") == 0
-    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"dit", "vae", "model.json"}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"dit", "vae", "model.json", "digests.json"}
 
 
 def test_sizes_nobody_published_need_a_config_file(tmp_path, capfd):
