@@ -20,7 +20,7 @@ from data_pipelines import hdr
 from data_pipelines.frame_times import EARLIER, FrameTimes
 from omnitransfer_jax.folders.atomic import write_whole
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP")
 WIDEST = 4  # longer side of a picture over the shorter one
 # PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
 REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -122,17 +122,30 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 "H W 3", turned upright as its EXIF tag says."""
+    """An image file as uint8 "H W 3", turned upright as its EXIF tag says; transparent pixels are white, 16 bits are scaled to 8."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > WIDEST * min(image.size):
                 size = f"{image.width} x {image.height} pixels"
                 raise RequestError(f"{path}: {size}: its sides differ by more than {WIDEST} times; cut it to 1:{WIDEST} or less")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return _to_rgb(ImageOps.exif_transpose(image), path)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except (OSError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path}: not an image that can be read ({error}); give a PNG, JPEG or WebP") from None
+        raise RequestError(f"{path}: not an image that can be read ({error}); give a PNG, JPEG, WebP, AVIF, TIFF or BMP") from None
+
+
+def _to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
+    """uint8 "H W 3" of a picture of any mode."""
+    if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise RequestError(f"{path}: numbers without a known range (mode {image.mode}); save it with 8 or 16 bits a channel")
+        return np.repeat(np.rint(grey / 257).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        print(f"{path}: its transparent pixels are taken as white", flush=True)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -232,3 +232,37 @@ def test_real_clips_have_their_display_shape(shared):
         coded = next(container.decode(video=0)).to_image()
     squeezed = np.asarray(coded.resize((136, 180), Image.Resampling.BICUBIC))
     assert np.abs(video[0].astype(int) - squeezed).mean() < 3
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], np.uint16).repeat(4, 0)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    assert (clips.read_image(tmp_path / "grey.png") == np.array([0, 1, 128, 255], np.uint8)[None, :, None]).all()
+    Image.fromarray(np.full((4, 4), 1e6, np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(RequestError, match="numbers without a known range"):
+        clips.read_image(tmp_path / "float.tiff")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "palette.png", "grey.png"])
+def test_transparent_pixels_are_white(tmp_path, name, capsys):
+    """Whatever lies under them; half transparent ones are half white."""
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[..., :3] = np.random.default_rng(0).integers(0, 256, (8, 8, 3)) if "grey" not in name else 40
+    rgba[:4, :, 3], rgba[4:, :4, 3] = 255, 128
+    image = Image.fromarray(rgba)
+    if name == "palette.png":
+        rgba[..., :3], rgba[4:, :4, 3] = 40, 0
+        image = Image.fromarray(rgba).quantize(4)
+    image = image.convert("LA") if name == "grey.png" else image
+    image.save(tmp_path / name, **({"lossless": True, "exact": True} if name.endswith("webp") else {}))
+    share = rgba[..., 3:].astype(float) / 255
+    found = clips.read_image(tmp_path / name)
+    assert np.abs(found - (share * rgba[..., :3] + (1 - share) * 255)).max() <= 1
+    assert capsys.readouterr().out.count("taken as white") == 1
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tiff", "avif"])
+def test_ordinary_pictures_are_read(tmp_path, kind):
+    pixels = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a.{kind}")
+    assert np.abs(clips.read_image(tmp_path / f"a.{kind}").astype(int) - pixels).max() <= 3
