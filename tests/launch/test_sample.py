@@ -91,6 +91,7 @@ def test_combined_transfer(tmp_path):
     ("args", "words"),
     [
         (["--out=a.gif"], "--out=a.gif: an mp4 is written"),
+        (["--task=style", "--reference={clip}", "--out={folder}/x/../r.mp4"], "it is a file that this command reads; give another"),
         (["--task=motion"], "1 --task and 0 --reference"),
         (["--task=motion", "--reference={clip}"], "give --first_frame"),
         (["--task=style", "--reference=absent.mp4"], "absent.mp4: no such file"),
@@ -104,7 +105,7 @@ def test_combined_transfer(tmp_path):
     ],
 )
 def test_wrong_requests(tmp_path, capsys, args, words):
-    names = {"clip": moving(tmp_path / "r.mp4"), "image": picture(tmp_path / "a.png")}
+    names = {"folder": tmp_path, "clip": moving(tmp_path / "r.mp4"), "image": picture(tmp_path / "a.png")}
     assert run(*(arg.format(**names) for arg in args)) == 2
     error = capsys.readouterr().err
     assert words in error
