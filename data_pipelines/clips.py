@@ -38,15 +38,14 @@ def read_clip(
             screen = Screen(path, stream.sample_aspect_ratio or Fraction(1), height, width)
             times, previous = FrameTimes(container, stream, path), None
             for frame in streams.decode(container, stream, path):
-                _check_frame(frame, path)
-                now = times.of(frame)
+                seen, now = screen.see(frame), times.of(frame)
                 if previous is None:
                     wanted = _stretch(wanted, times, start, end)
                 while previous is not None and len(picked) < len(wanted) and wanted[len(picked)] < now - EARLIER:
                     picked.append(screen.picture(previous))
                 if len(picked) == len(wanted):
                     break
-                previous = frame
+                previous = seen
             while previous is not None and len(picked) < len(wanted) and wanted[len(picked)] < times.until - EARLIER:
                 picked.append(screen.picture(previous))
     except FileNotFoundError:
@@ -57,11 +56,6 @@ def read_clip(
         span = f"from {start:g} s" + ("" if end is None else f" to {end:g} s")
         raise RequestError(f"{path}: {len(picked)} frames at {fps:g} fps {span}, {frames} needed; take a longer clip or fewer frames")
     return np.stack(picked)
-
-
-def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
-    if frame.is_corrupt:  # the decoder filled in what it could not read
-        raise RequestError(f"{path}: cannot be decoded (a damaged picture); give an undamaged video file")
 
 
 def _stretch(steps: list[Fraction], times: FrameTimes, start: float, end: float | None) -> list[Fraction]:
@@ -103,7 +97,8 @@ def _to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """A picture, uint8 "H W 3", in the size of a clip: scaled and cropped as `read_clip` does it."""
-    return Screen("a picture", Fraction(1), height, width).picture(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
+    screen = Screen("a picture", Fraction(1), height, width)
+    return screen.picture(screen.see(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
 
 
 def write_clip(path: str | Path, video: np.ndarray, fps: float) -> None:

@@ -58,7 +58,8 @@ def _moving(path: str | Path) -> set[int]:
     found: list[int] = []
     with open_clip(path) as container:
         for packet in islice(container.demux(*container.streams.video), PROBED):
-            found.append(packet.stream.index)
+            if packet.size:  # the last ones of each stream are empty
+                found.append(packet.stream.index)
     return {index for index in found if found.count(index) > 1}
 
 
