@@ -273,10 +273,10 @@ def write(path: Path, case: Case) -> None:
         }
         for tag, value in tags.items():
             setattr(context, tag, value)
-        turn = None
+        turning = None
         if case.orientation != (0, False) and case.container not in TURNABLE:
             container.start_encoding()
-            turn = _turning(stream, case.orientation)
+            turning = _turning(stream, case.orientation)
         for number, place in enumerate([*places, None]):
             frame = None
             if place is not None:
@@ -285,11 +285,11 @@ def write(path: Path, case: Case) -> None:
                 for tag, value in tags.items():
                     setattr(frame, tag, value)
             for packet in stream.encode(frame):
-                for each in [packet] if turn is None else turn.filter(packet):
+                for each in [packet] if turning is None else turning.filter(packet):
                     each.stream = stream
                     container.mux(each)
     if case.container in TURNABLE:
-        _turn(path, case.orientation)
+        turn(path, case.orientation)
 
 
 def _turning(stream: av.VideoStream, orientation: tuple[int, bool]) -> av.bitstream.BitStreamFilterContext:
@@ -300,7 +300,7 @@ def _turning(stream: av.VideoStream, orientation: tuple[int, bool]) -> av.bitstr
     return av.bitstream.BitStreamFilterContext(options, stream)
 
 
-def _turn(path: Path, orientation: tuple[int, bool]) -> None:
+def turn(path: Path, orientation: tuple[int, bool]) -> None:
     """Writes the display matrix of an mp4 or mov: mirrored first, then turned."""
     quarters, mirrored = orientation
     a, b, c, d = TURNS[quarters]
