@@ -6,12 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
 
-import diffusers
 import numpy as np
 import pytest
-import safetensors.torch
 import tokenizers
-import torch
 import transformers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -21,7 +18,10 @@ from launch import command, export, import_weights
 from omnitransfer_jax.folders import model_folder
 from omnitransfer_jax.weights import files
 from omnitransfer_jax.weights.parts import PARTS
-from tests.parity.bridge import randomise
+
+torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+randomise = pytest.importorskip("tests.parity.bridge").randomise
+load_torch_file = pytest.importorskip("safetensors.torch").load_file
 
 SMOKE = wan.VARIANTS["smoke"]
 CLASSES = {
@@ -136,9 +136,7 @@ def test_the_libraries_load_the_export_and_miss_nothing(source_and_export):
     for part in PARTS:
         model, information = CLASSES[part.name].from_pretrained(theirs / part.diffusers[0], output_loading_info=True)
         assert {kind: list(found) for kind, found in information.items() if len(found)} == {}, part.name
-        expected = {
-            name: value for path in files.find(source / part.diffusers[0]) for name, value in safetensors.torch.load_file(path).items()
-        }
+        expected = {name: value for path in files.find(source / part.diffusers[0]) for name, value in load_torch_file(path).items()}
         state = model.state_dict()
         assert set(expected) == set(state) - {"encoder.embed_tokens.weight"}  # UMT5's other name of `shared`
         for name, value in expected.items():

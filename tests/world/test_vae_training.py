@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from configs import vae as configs_vae
@@ -135,6 +134,7 @@ def test_a_crop_is_one_part_of_every_clip():
 
 
 def test_divergence_is_torch_s():
+    torch = pytest.importorskip("torch")
     draw = np.random.default_rng(0)
     mean, log_variance = draw.standard_normal((2, 5, 3)).astype(np.float32)
     normal, standard = torch.distributions.Normal, torch.distributions.Normal(0.0, 1.0)
