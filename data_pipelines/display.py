@@ -14,8 +14,8 @@ from data_pipelines.streams import side_data
 WIDEST = 4  # longer side of a picture over the shorter one
 UNSPECIFIED, BT2020 = 2, 9  # ITU-T H.273, matrix coefficients
 LIMITED = 1  # AVCOL_RANGE_MPEG
-# The matrices that libswscale knows: it would read others as BT.601 without a word.
-MATRICES = {0, 1, UNSPECIFIED, 4, 5, 6, 7, BT2020}
+# The matrices that libswscale knows, and the reserved 3, which says nothing: it would read others as BT.601 without a word.
+MATRICES = {0, 1, UNSPECIFIED, 3, 4, 5, 6, 7, BT2020}
 # Transfers whose signal is not near that of a display: linear light, logarithmic ones, and the XYZ of cinemas.
 OTHER_TRANSFERS = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "SMPTE 428"}
 # How a frame is turned by so many quarters to the left: rows and columns swapped, rows reversed, columns reversed.
