@@ -198,6 +198,22 @@ def test_a_gif_is_a_picture_too(tmp_path):
     assert found[1] == [255, 255, 255]
 
 
+@pytest.mark.parametrize("pixels", ["gray", "gray10le"])
+@pytest.mark.parametrize(("coded_range", "expected"), [(clip_matrix.LIMITED, 128), (clip_matrix.FULL, 126), (0, 126)])
+def test_grey_of_the_limited_range_is_stretched(tmp_path, pixels, coded_range, expected):
+    """Code 126 of 255 is (126 - 16) / 219 of white in the limited range. libswscale takes every grey for full range."""
+    kind, top = (np.uint8, 255) if pixels == "gray" else (np.uint16, 1023)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.color_range = 64, 48, pixels, coded_range
+        for _ in range(6):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64), round(126 / 255 * top), kind), format=pixels)
+            frame.color_range = coded_range
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert np.abs(clips.read_clip(tmp_path / "a.mkv", **SIZE).astype(int) - expected).max() <= 1
+
+
 def test_full_range_is_that_of_the_standard():
     assert display.full_range(np.array([0, 16, 125, 126, 235, 255], np.uint8)).tolist() == [0, 0, 127, 128, 255, 255]
     assert display.full_range(np.array([16 * 257, 235 * 257], np.uint16)).tolist() == [0, 65535]
