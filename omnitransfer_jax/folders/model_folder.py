@@ -5,8 +5,10 @@
     DIR/tokenizer/              the text encoder's vocabulary, as transformers stores it
     DIR/mllm_tokenizer/         the language model's
 
+Each of these folders holds checksums of its files, which are compared before anything is loaded from it (checksums.py).
 Parts are read and written a group of leaves at a time, so that memory never holds a part twice. A small part may be one file,
-DIR/dit.safetensors, with the same names of parameters. Such are the parts of the model folder inside this package, named `EMBEDDED`.
+DIR/dit.safetensors, with the same names of parameters. Such are the parts of the model folder inside this package, named `EMBEDDED`;
+its checksums are in DIR itself.
 """
 
 import json
@@ -24,7 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from configs import kinds
 from configs.errors import RequestError, require
 from configs.run import Config
-from omnitransfer_jax.folders import atomic
+from omnitransfer_jax.folders import atomic, checksums
+from omnitransfer_jax.folders.processes import first_text
 from omnitransfer_jax.weights import files
 
 EMBEDDED = "embedded"  # stands for the model folder inside this package, wherever that is installed
@@ -61,6 +64,7 @@ def save_part(folder: epath.PathLike, name: str, leaves: Iterable[tuple[str, Any
             ocp.partial.save(path, dict(group))
             group.clear()
         ocp.partial.finalize(path)
+    checksums.write(path)
 
 
 def load_part(
@@ -69,12 +73,15 @@ def load_part(
     params: Mapping[str, Any],
     sharding: jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = None,
+    together: bool = False,
 ) -> dict[str, jax.Array]:
     """Part `name` as arrays by path, for a model whose leaves have the shapes of `params`.
 
     `sharding` is one sharding for all leaves or one for each path; None puts everything on the first device. `dtype` None keeps the
-    stored types. A part whose leaves have other names or shapes is a `RequestError`.
+    stored types. A part whose leaves have other names or shapes is a `RequestError`, and so is a damaged one. Processes that load it
+    `together`, all at the same time, share the comparison with the checksums.
     """
+    require_whole(folder, name, together)
     stored = part_leaves(folder, name)
     misshaped = [path for path in stored if path in params and stored[path].shape != params[path].shape]
     problems = [
@@ -96,9 +103,21 @@ def load_part(
 
 def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarray]]:
     """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`."""
+    require_whole(folder, name)
     # For a numpy target Orbax returns a numpy array. It reads only the target's dtype and shape, so the targets take no memory.
     leaves = part_leaves(folder, name).items()
     return _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves})
+
+
+def require_whole(folder: epath.PathLike, name: str, together: bool = False) -> None:
+    """A `RequestError` if a file of part or vocabulary `name` differs from its checksum; a line is printed if there are none."""
+    file, share = _file(folder, name), (jax.process_index(), jax.process_count()) if together else (0, 1)
+    root, within = (epath.Path(folder), (file.name,)) if file.is_file() else (epath.Path(folder) / name, ())
+    reason = checksums.mismatch(root, within, *share)
+    reason = first_text(reason) if together else reason
+    require(not reason, f"{root}: damaged, {reason}; restore it from a copy, or remove {name} and import again: {IMPORT}")
+    if root.exists() and not checksums.known(root, within):
+        checksums.print_once(f"{folder}: written by an earlier version, without checksums; its values are not compared")
 
 
 def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeStruct]:
