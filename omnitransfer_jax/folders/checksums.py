@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from pathlib import Path
 
 from etils import epath
 
@@ -26,6 +25,7 @@ from configs.errors import RequestError
 from omnitransfer_jax.folders import atomic
 
 NAME = re.compile(r"checksums\.(\d+)-of-(\d+)\.json")
+OF_ONE = "checksums.0-of-1.json"  # of all files, written by one process
 THREADS = 16
 
 

@@ -16,7 +16,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -43,6 +44,11 @@ IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
 def resolve(folder: str) -> str:
     """`folder`, or the package's own for `EMBEDDED`."""
     return str(EMBEDDED_FOLDER) if folder == EMBEDDED else folder
+
+
+def exists(folder: str) -> bool:
+    """Whether `folder` is a model folder, imported or that of the package."""
+    return bool(folder) and (epath.Path(resolve(folder)) / MODEL_FILE).exists()
 
 
 def save_file(folder: Path, name: str, leaves: Mapping[str, np.ndarray]) -> Path:
@@ -111,12 +117,14 @@ def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarr
 
 def require_whole(folder: epath.PathLike, name: str, together: bool = False) -> None:
     """A `RequestError` if a file of part or vocabulary `name` differs from its checksum; a line is printed if there are none."""
-    file, share = _file(folder, name), (jax.process_index(), jax.process_count()) if together else (0, 1)
-    root, within = (epath.Path(folder), (file.name,)) if file.is_file() else (epath.Path(folder) / name, ())
+    root, file, within = epath.Path(folder) / name, _file(folder, name), ()
+    if not (root / checksums.OF_ONE).exists():  # they are those of the whole folder, or there are none
+        root, within = epath.Path(folder), (name, file.name)
+    share = (jax.process_index(), jax.process_count()) if together else (0, 1)
     reason = checksums.mismatch(root, within, *share)
     reason = first_text(reason) if together else reason
     require(not reason, f"{root}: damaged, {reason}; restore it from a copy, or remove {name} and import again: {IMPORT}")
-    if root.exists() and not checksums.known(root, within):
+    if not checksums.known(root, within) and (file.is_file() or (epath.Path(folder) / name).exists()):
         checksums.print_once(f"{folder}: written by an earlier version, without checksums; its values are not compared")
 
 
@@ -178,8 +186,26 @@ def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {
         if is_dataclass(hints[name]):
             found[name] = configuration(hints[name], value, at, remedy)
         else:
+            require(_fits(value, hints[name]), f"{at}: {name} of {of.__name__} is {value!r:.60}, not {_called(hints[name])}; {remedy}")
             found[name] = tuple(value) if isinstance(value, list) else value
     return of(**found)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON, where tuples are lists, is one of a field of this type."""
+    kind, args = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in args
+    if kind is UnionType:
+        return any(_fits(value, arg) for arg in args)
+    if kind is tuple:
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, list) else args
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _called(hint: Any) -> str:
+    return " or ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else str(hint) if get_args(hint) else hint.__name__
 
 
 def _file(folder: epath.PathLike, name: str) -> Path:

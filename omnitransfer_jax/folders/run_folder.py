@@ -220,7 +220,7 @@ def origin_digest(folder: str, parts: Collection[str], recorded: str = "") -> st
         at = epath.Path(folder) / CHECKPOINTS / step
         known = checksums.known(at, _weights(at)) if at.exists() else {}
         return f"{step}:{fingerprint.of_pairs(known.items())}" if known else ""
-    if not (epath.Path(model_folder.resolve(folder)) / model_folder.MODEL_FILE).exists() or not folder:
+    if not model_folder.exists(folder):
         return ""
     found = fingerprint.of_model(model_folder.resolve(folder), parts, ()) if jax.process_index() == 0 else {}
     return first_text(fingerprint.of_pairs(found.items()) if found else "")

@@ -59,15 +59,12 @@ def train(
     like = placed_state(objective, config, optimizer, mesh, spec)
     with alone(workdir), run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
         done, steps = checkpoints.latest, config.train.steps
-        before = run_folder.digests(workdir)[run_folder.ORIGIN_DIGEST] if done else ""
-        origin = run_folder.origin_digest(config.train.init_from, set(objective.imported.values()), before)
-        if done:
-            require_same_run(workdir, config, data_digest, origin)
+        origin = checked_origin(objective, config, workdir, data_digest, done)
         if done >= steps:
             print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
             return run_folder.restore(checkpoints, like, data).params if done == steps and evaluate else None
         state = start(objective, config, workdir, checkpoints, like, optimizer, data)
-        run_folder.write_config(workdir, config, data_digest, origin or before)
+        run_folder.write_config(workdir, config, data_digest, origin)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         finite, pending = Finiteness(int(state.skipped)), {}
         step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh)
@@ -103,10 +100,17 @@ def train(
     return state.params
 
 
-def require_same_run(workdir: Path, config: RunConfig, data_digest: str, origin: str) -> None:
-    """A `RequestError` unless the run in `workdir` can go on, before anything is loaded: it is this one, and its log can be read."""
-    run_folder.require_same_run(workdir, config, data_digest, origin)
-    read_lines(workdir)
+def checked_origin(objective: Objective, config: RunConfig, workdir: Path, data_digest: str, done: int) -> str:
+    """The digest of the weights that the run starts from.
+
+    A `RequestError`, before anything is loaded, unless a run with steps `done` can go on: it is this one, and its log can be read.
+    """
+    before = run_folder.digests(workdir)[run_folder.ORIGIN_DIGEST] if done else ""
+    origin = run_folder.origin_digest(config.train.init_from, set(objective.imported.values()), before)
+    if done:
+        run_folder.require_same_run(workdir, config, data_digest, origin)
+        read_lines(workdir)
+    return origin or before
 
 
 def evaluates(config: RunConfig, n: int) -> bool:
@@ -172,7 +176,7 @@ def require_weights(objective: Objective, config: RunConfig) -> None:
     """A `RequestError` that says which weights are missing, if a run of this configuration could not start; nothing is read."""
     origin = config.train.init_from
     require(
-        not origin or run_folder.is_run(origin) or (epath.Path(model_folder.resolve(origin)) / model_folder.MODEL_FILE).exists(),
+        not origin or run_folder.is_run(origin) or model_folder.exists(origin),
         f"train.init_from={origin!r}: neither imported weights nor a run; import them with {model_folder.IMPORT}",
     )
     if not origin:

@@ -60,10 +60,11 @@ def test_an_error_in_a_training_gives_the_workdir_free(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{"])
-def test_a_holder_that_has_not_said_its_name_is_refused_too(tmp_path, holder, content):
-    (tmp_path / lock.LOCK_FILE).write_text(content)
-    with pytest.raises(RequestError, match="a training runs there, which has just begun; wait"), alone(tmp_path):
-        pass
+def test_a_holder_that_has_not_said_its_name_is_named_as_such(tmp_path, content):
+    with alone(tmp_path):
+        (tmp_path / lock.LOCK_FILE).write_text(content)
+        with pytest.raises(RequestError, match="a training runs there, which has just begun; wait"), alone(tmp_path):
+            pass
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
