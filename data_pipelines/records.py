@@ -203,7 +203,7 @@ def require_same_weights(folder: Path, weights: str | Mapping[str, str], origin:
     )
     require(
         weights != RANDOM or made == RANDOM,
-        f"{folder}: records that {_listed(made)} with weights made, but train.init_from={origin!r} has none, so samples would not fit; {remedy}",
+        f"{folder}: records that {_listed(made)} with weights made, but train.init_from={origin!r} has none; {remedy}",
     )
     if isinstance(made, dict) and isinstance(weights, dict):
         others = [name for name, digest in weights.items() if made.get(name) != digest]
