@@ -64,9 +64,8 @@ def keep(folder: epath.PathLike, name: str, digest: Digest) -> None:
 
 def of_files(folder: Path) -> str:
     """The digest of the files of a vocabulary."""
-    return of_pairs(
-        (path.name, atomic.sha256(path)) for path in folder.iterdir() if path.is_file() and not checksums.NAME.fullmatch(path.name)
-    )
+    paths = [path for path in folder.iterdir() if path.is_file() and not checksums.NAME.fullmatch(path.name)]
+    return of_pairs((path.name, atomic.sha256(path)) for path in paths)
 
 
 def of_model(folder: epath.PathLike, parts: Collection[str], vocabularies: Collection[str]) -> dict[str, str]:
