@@ -197,17 +197,18 @@ def require_same_weights(folder: Path, weights: str | Mapping[str, str], origin:
         print_once(f"{folder}: does not say which weights made it, as records of earlier versions; they are not compared")
         return
     remedy = f"give --train.init_from the weights that made the records, or make others with this one: {ENCODE}"
+    given = f"train.init_from={origin!r}"
     require(
         weights == RANDOM or not weights or made != RANDOM,
-        f"{folder}: records that random encoders made, but train.init_from={origin!r} has {_listed(weights)} of its own; {remedy}",
+        f"{folder}: records made by random encoders, but {given} has weights of {_listed(weights)}; {remedy}",
     )
     require(
         weights != RANDOM or made == RANDOM,
-        f"{folder}: records that {_listed(made)} with weights made, but train.init_from={origin!r} has none; {remedy}",
+        f"{folder}: records made with weights of {_listed(made)}, but {given} has none; {remedy}",
     )
     if isinstance(made, dict) and isinstance(weights, dict):
         others = [name for name, digest in weights.items() if made.get(name) != digest]
-        require(not others, f"{folder}: records that another {_listed(others)} made than train.init_from={origin!r} has; {remedy}")
+        require(not others, f"{folder}: records made by another {_listed(others)} than {given} has; {remedy}")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -112,9 +112,7 @@ def test_without_another_checkpoint_it_is_an_error(run, tmp_path):
     damaging = flips(workdir / "checkpoints" / "4", "ema/d/VALUES")
     next(damaging)  # and it stays damaged
     for use in (lambda: run_folder.latest(workdir), lambda: run_folder.open_checkpoints(workdir, CheckpointConfig())):
-        with pytest.raises(
-            RequestError, match=r"4: damaged, ema.* (differs from its checksum|cannot be read); no other checkpoint is whole"
-        ):
+        with pytest.raises(RequestError, match=r"4: damaged, ema.* (checksum|cannot be read); no other checkpoint is whole"):
             use()
 
 
