@@ -121,7 +121,7 @@ def load_params(
 
     `sharding` and `dtype` are as for `model_folder.load_part`. A part (`dit`, `alignment`) whose parameters have other names or shapes
     is a `RequestError`. Frozen parameters are stored in the narrow dtype of the computation; if the run before, which trained them, is
-    still there, they are read from it.
+    still there and has not gone on since, they are read from it.
     """
     folder, found = latest(workdir), {}
     for name in _weights(folder):
@@ -131,7 +131,9 @@ def load_params(
         sharding = dict.fromkeys(found, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     wanted = {path for path in params if path in found and (only is None or path in only)}
     before, frozen = _origin(workdir), {path for path in wanted if found[path][0] == "frozen"}
-    loaded = load_params(before, params, sharding, dtype, frozen) if is_run(before) and frozen else {}
+    recorded = digests(workdir)[ORIGIN_DIGEST]
+    same = is_run(before) and (not recorded or recorded == origin_digest(before, ()))
+    loaded = load_params(before, params, sharding, dtype, frozen) if same and frozen else {}
     for path in sorted(wanted - loaded.keys()):  # one by one, because Orbax takes twice the memory of what it reads at once
         name, leaf = found[path]
         target = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path])

@@ -141,5 +141,6 @@ def test_the_command_refuses_before_it_loads_anything(made_by, origins, tmp_path
     ]
     assert command.execute(train.main, train.FLAGS, args) == 2
     err = capsys.readouterr().err
-    assert "records made by random encoders" in err and err.count("\n") == 1
+    assert "records made by random encoders" in err
+    assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -52,7 +52,8 @@ def test_moved_weights_do_not_stop_a_run(origin, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(moved)
     monkeypatch.chdir(tmp_path)
     for place in (origin, moved, "moved", "link", "run/../moved"):
-        assert known and digest(place, known) == known
+        assert known
+        assert digest(place, known) == known
         run_folder.require_same_run(workdir, started_from(SMOKE, place), "", digest(place, known))
     shutil.rmtree(origin)
     run_folder.require_same_run(workdir, started_from(SMOKE, moved), "", digest(moved, known))
@@ -109,3 +110,21 @@ def test_resumed_with_another_seed_is_another_run_wherever_its_weights_are(origi
     run_folder.write_config(tmp_path, started_from(SMOKE, origin), "", digest(origin))
     with pytest.raises(RequestError, match="--seed=3"):
         run_folder.require_same_run(tmp_path, replace(started_from(SMOKE, "moved"), seed=3), "", digest(origin))
+
+
+def test_frozen_weights_come_from_the_run_before_while_it_is_the_same(tmp_path):
+    """Its are in float32. When it has gone on, its newest weights are others than this run was trained with."""
+    before, workdir, half = saved(tmp_path / "before", 4), tmp_path / "run", np.full(300, 0.5)
+    number, data = np.array(0), iter(grain.MapDataset.range(9).to_iter_dataset())
+    run_folder.write_config(workdir, started_from(SMOKE, before), "", digest(before))
+    with run_folder.open_checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        run_folder.save(checkpoints, 1, State(number, {"b": half}, {"a": half}, {}, {}, number), data)
+    params = {"a": half, "b": half}
+    theirs = np.random.default_rng(0).standard_normal(300) + 4
+    np.testing.assert_allclose(run_folder.load_params(workdir, params, dtype="float32")["a"], theirs, rtol=1e-6)
+    saved(before, 6)
+    found = run_folder.load_params(workdir, params, dtype="float32")
+    assert (np.asarray(found["a"]) == 0.5).all()
+    assert (np.asarray(found["b"]) == 0.5).all()
+    run_folder.write_config(workdir, started_from(SMOKE, before))  # as earlier versions did: it is not known, and read
+    np.testing.assert_allclose(run_folder.load_params(workdir, params, dtype="float32")["a"], theirs + 2, rtol=1e-6)
