@@ -1,6 +1,7 @@
 """Bits that flip in the files of a checkpoint: none is loaded, whole checkpoints are never taken for damaged."""
 
 import random
+import re
 import shutil
 from collections import defaultdict
 from dataclasses import replace
@@ -9,13 +10,18 @@ import grain
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 
+from configs import stage1
 from configs.errors import RequestError
 from configs.run import CheckpointConfig
+from launch import command as launch_command
+from launch import export, sample
 from omnitransfer_jax.folders import checksums, model_folder, run_folder
 from tests.folders.test_run_folder import State
 from tests.train.tiny_run import TINY
 
+SMOKE = stage1.get_config("smoke")
 PLACES, OTHER_PLACES = 40, 4  # in the files of values of each kind, and in other files
 RNG = np.random.default_rng(0)
 LEAVES = {
@@ -114,6 +120,30 @@ def test_without_another_checkpoint_it_is_an_error(run, tmp_path):
     for use in (lambda: run_folder.latest(workdir), lambda: run_folder.open_checkpoints(workdir, CheckpointConfig())):
         with pytest.raises(RequestError, match=r"4: damaged, ema.* (checksum|cannot be read); no other checkpoint is whole"):
             use()
+
+
+@pytest.mark.parametrize("command", [sample, export])
+def test_no_command_uses_flipped_bits(run, tmp_path, capsys, monkeypatch, command):
+    """The whole command, of a run whose only checkpoint is damaged; the encoders of sampling are left out."""
+    workdir, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out.mp4"
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    run_folder.write_config(workdir, SMOKE)
+    monkeypatch.setattr(sample, "encode", lambda encoders, request: None)
+    damaging = flips(workdir / "checkpoints" / "4", "ema/ocdbt.process_0/d/")
+    next(damaging)
+    request = ["--prompt=a ball", f"--first_frame={picture(tmp_path)}"] if command is sample else []
+    args = ["--config=stage1:smoke", f"--checkpoint={workdir}", f"--out={out}", *request]
+    assert launch_command.execute(command.main, command.FLAGS, args) == 2
+    assert re.fullmatch(
+        rf"{workdir}/checkpoints/4: damaged, ema/.* differs from its checksum; no other .* whole: restore it from a copy, or remove it\n",
+        capsys.readouterr().err,
+    )
+    assert not out.exists()
+
+
+def picture(folder):
+    Image.new("RGB", (64, 48)).save(folder / "first.png")
+    return folder / "first.png"
 
 
 def test_no_part_is_read_from_flipped_bits(model):

@@ -254,9 +254,11 @@ def mutated(whole, draw):
     return b"\n".join(lines)
 
 
-@pytest.mark.parametrize(
-    "use", [run_folder.require_same_run, lambda workdir, config: run_folder.require_same_function(str(workdir), config)]
-)
+def use_of(workdir, config):
+    run_folder.require_same_function(str(workdir), config)
+
+
+@pytest.mark.parametrize("use", [run_folder.require_same_run, use_of])
 def test_no_mutation_of_a_configuration_is_a_traceback(tmp_path, use):
     """300 seeded ones: each is read, or refused in one short line that names the folder."""
     draw, refusals, path = random.Random(0), [], tmp_path / "config.json"
