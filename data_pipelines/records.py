@@ -193,7 +193,7 @@ def require_same_weights(folder: Path, weights: str | Mapping[str, str], origin:
     the transformer's weights may lie apart from the encoders'. Records of earlier versions do not say what made them; a line is printed.
     """
     made = read_made(folder)["source"].get("weights")
-    if made is None or (isinstance(made, dict) and MODEL_FILE in made):
+    if made != RANDOM and (not isinstance(made, dict) or MODEL_FILE in made):
         print_once(f"{folder}: does not say which weights made it, as records of earlier versions; they are not compared")
         return
     remedy = f"give --train.init_from the weights that made the records, or make others with this one: {ENCODE}"

@@ -4,7 +4,8 @@
 
 Orbax finds no bit that has flipped in its data files. A checksum is of a file as it lies, not of an array, so it covers all that a load
 reads (parameters, moments, counters, the position in the data, Orbax's own metadata) and holds for every mesh and dtype that the
-checkpoint is loaded to. The processes of a run share the files, on a shared disk and in a bucket alike, and exchange no arrays.
+checkpoint is loaded to. The processes of a run share the files, on a shared disk and in a bucket alike, and exchange no arrays. A
+digest of each array, as fingerprint.py makes of imported parts, would need whole arrays in one process, or depend on their sharding.
 
 The cost is one more read. SHA-256 does 1.8 GB/s on one core that has instructions for it (AMD EPYC), and up to 16 threads read. A 14B
 training's checkpoint, 16.4 billion parameters and two moments in float32, is 197 GB (262 with an average): 110 core seconds. Samples and
