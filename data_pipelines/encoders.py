@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.run import Config, VideoConfig
 from data_pipelines import mllm_inputs
+from data_pipelines.records import RANDOM
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.batch import sample_spec
 from omnitransfer_jax.folders import fingerprint, model_folder, run_folder
@@ -29,7 +30,6 @@ from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import clean_prompt, token_count, tokenize
 from omnitransfer_jax.weights.parts import MLLM_TOKENIZER, TOKENIZERS
 
-RANDOM = "random"  # what records.json says of weights that were not loaded
 NETWORKS = ("vision", "vae", "text_encoder", "image_encoder")  # the vision tower first, while there is memory for its language model
 
 align = jax.jit(Alignment.__call__)

@@ -12,7 +12,7 @@ With `alignment.enabled` records also hold what the language model reads (mllm_i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -31,11 +31,13 @@ from configs.run import Config, record_fields
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
 from omnitransfer_jax.folders.atomic import place, read_json, write_whole
+from omnitransfer_jax.folders.checksums import print_once
 from omnitransfer_jax.folders.model_folder import MODEL_FILE
 from omnitransfer_jax.models.alignment import MLLMInputs
 
 FORMAT = 1
 NAME, SPLIT = "records", "train"
+RANDOM = "random"  # what records.json says of weights that were not loaded
 TFDS_FILES = ("dataset_info.json", "features.json")
 MADE_FILE, EMPTY_TEXT_FILE = "records.json", "empty_text.npy"
 SAMPLED = 16  # records that the digest of a data set reads
@@ -182,6 +184,35 @@ def require_same_encoding(folder: Path, made: Mapping[str, Any], config: Config)
         if found.get(key, value) != value and key != "dit.text_len" and not key.endswith(".dtype")
     ]
     require(not changed, f"{folder}: records of another encoding ({'; '.join(changed)}); give those numbers, or make others: {ENCODE}")
+
+
+def require_same_weights(folder: Path, weights: str | Mapping[str, str], origin: str) -> None:
+    """A `RequestError` unless the encoders that made the records have the weights and vocabularies of those in `origin`.
+
+    `weights` is what `encoders.weights_of` says of `origin`, the value of train.init_from. A part that `origin` lacks is not compared:
+    the transformer's weights may lie apart from the encoders'. Records of earlier versions do not say what made them; a line is printed.
+    """
+    made = read_made(folder)["source"].get("weights")
+    if made != RANDOM and (not isinstance(made, dict) or MODEL_FILE in made):
+        print_once(f"{folder}: does not say which weights made it, as records of earlier versions; they are not compared")
+        return
+    remedy = f"give --train.init_from the weights that made the records, or make others with this one: {ENCODE}"
+    given = f"train.init_from={origin!r}"
+    require(
+        weights == RANDOM or not weights or made != RANDOM,
+        f"{folder}: records made by random encoders, but {given} has weights of {_listed(weights)}; {remedy}",
+    )
+    require(
+        weights != RANDOM or made == RANDOM,
+        f"{folder}: records made with weights of {_listed(made)}, but {given} has none; {remedy}",
+    )
+    if isinstance(made, dict) and isinstance(weights, dict):
+        others = [name for name, digest in weights.items() if made.get(name) != digest]
+        require(not others, f"{folder}: records made by another {_listed(others)} than {given} has; {remedy}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names))
 
 
 class Records:

@@ -31,7 +31,7 @@ from configs.kinds import differences
 from configs.run import Config
 from launch import command
 from omnitransfer_jax import tasks
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import checksums, model_folder, run_folder
 from omnitransfer_jax.folders.atomic import new_folder, read_json
 from omnitransfer_jax.models.alignment import ASSISTANT, USER
 from omnitransfer_jax.models.flat_params import flat_params
@@ -90,6 +90,7 @@ def write(config: Config, out: Path) -> Mapping[str, Mapping[str, Any]]:
     commands = [*read_made(origin)["commands"], command_line()]
     (out / MADE_FILE).write_text(json.dumps({"commands": commands, "parts": made}, indent=2) + "\n")
     model_folder.write_model(out, {name: getattr(config, name) for name in shapes})  # last: a folder is complete if it has this file
+    checksums.write(out)
     for name, entry in made.items():
         print(f"{name:5} {entry['parameters']:>10,} parameters {entry['bytes'] / 1e6:>6.2f} MB  {json.dumps(entry['from'])}")
     return shapes

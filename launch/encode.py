@@ -23,7 +23,7 @@ from tqdm import tqdm
 from configs.errors import RequestError, require
 from configs.run import Config, encoder_names
 from data_pipelines import records
-from data_pipelines.encoders import RANDOM, Encoders, weights_of
+from data_pipelines.encoders import Encoders, weights_of
 from data_pipelines.manifest import Row, read_manifest
 from data_pipelines.pairs import encode, prefetch, read_pixels
 from launch import command
@@ -56,7 +56,7 @@ def main(config: Config) -> None:
     paths = [records.shard_path(folder, i, len(shards)) for i in range(len(shards))]
     missing = [i for i in range(index, len(shards), count) if not is_done(paths[i])]
     if missing or not (folder / records.EMPTY_TEXT_FILE).exists():
-        if weights == RANDOM:
+        if weights == records.RANDOM:
             print("no weights in train.init_from: the encoders are random, so these records only show that every part runs")
         encoders = Encoders(config, config.train.init_from)
         encoders.load()

@@ -23,7 +23,7 @@ from configs.errors import require
 from configs.run import Config
 from launch import command
 from omnitransfer_jax import tasks
-from omnitransfer_jax.folders import atomic, model_folder, run_folder
+from omnitransfer_jax.folders import atomic, checksums, model_folder, run_folder
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl
@@ -85,6 +85,7 @@ def export_rest(config: Config, parts: Sequence[str], imported: str, run: epath.
     has_vocabulary = bool(imported) and (epath.Path(imported) / TOKENIZERS["diffusers"]).exists()
     if has_vocabulary:
         place = TOKENIZERS["original" if LAYOUT.value == "original" else "diffusers"]
+        model_folder.require_whole(imported, TOKENIZERS["diffusers"])
         copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / place)
     if LAYOUT.value == "diffusers":
         write_pipeline(config, parts, has_vocabulary, out)
@@ -193,10 +194,11 @@ def preprocessor_json(size: int) -> dict[str, Any]:
 
 
 def copy_folder(source: epath.Path, target: Path) -> None:
-    """Copies the files of `source` into the new folder `target`."""
+    """Copies the files of `source`, but its checksums, into the new folder `target`."""
     target.mkdir(parents=True)
     for file in source.iterdir():
-        file.copy(target / file.name)
+        if not checksums.NAME.fullmatch(file.name):
+            file.copy(target / file.name)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

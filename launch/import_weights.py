@@ -26,7 +26,7 @@ from configs import wan
 from configs.errors import RequestError
 from configs.kinds import differences
 from launch import command
-from omnitransfer_jax.folders import fingerprint, model_folder
+from omnitransfer_jax.folders import checksums, fingerprint, model_folder
 from omnitransfer_jax.weights import convert, files
 from omnitransfer_jax.weights.files import DTYPES, Tensor
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, MLLM_TOKENIZER_FILES, PARTS, TOKENIZERS, Layout, Part
@@ -183,6 +183,7 @@ def import_tokenizer(source: Path, out: epath.Path) -> None:
             (out / "tokenizer").mkdir(parents=True)
             for file in sorted(path for path in (source / place).iterdir() if path.is_file()):
                 epath.Path(file).copy(out / "tokenizer" / file.name)
+            checksums.write(out / "tokenizer")
             print("tokenizer: copied")
     place = source if is_mllm(source) else source / MLLM.diffusers[0]
     found = [place / name for name in MLLM_TOKENIZER_FILES if is_mllm(place) and (place / name).is_file()]
@@ -190,6 +191,7 @@ def import_tokenizer(source: Path, out: epath.Path) -> None:
         (out / MLLM_TOKENIZER).mkdir(parents=True)
         for file in found:
             epath.Path(file).copy(out / MLLM_TOKENIZER / file.name)
+        checksums.write(out / MLLM_TOKENIZER)
         print(f"{MLLM_TOKENIZER}: copied")
 
 

@@ -26,7 +26,7 @@ from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer
-from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS
+from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS
 
 RANDOM_LIMIT = 200_000_000  # parameters; the random weights of a larger network are of no use, so the absence of others is a mistake
 INIT_FROM = "--train.init_from"
@@ -98,6 +98,8 @@ def load_mllm(folder: str, config: Config) -> Qwen2_5VL:
 def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     """The text encoder's tokenizer; that of bytes if the weights are random."""
     source = run_folder.imported_weights(folder)
+    if source:
+        model_folder.require_whole(source, TOKENIZERS["diffusers"])
     return load_tokenizer(source) if source else byte_tokenizer()
 
 
@@ -107,6 +109,7 @@ def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     if not source:
         return byte_tokenizer()
     place = Path(source, MLLM_TOKENIZER)
+    model_folder.require_whole(source, MLLM_TOKENIZER)
     require(
         (place / "tokenizer.json").is_file(), f"{place}: no tokenizer.json; import the Qwen2.5-VL folder it came in: {model_folder.IMPORT}"
     )

@@ -5,8 +5,10 @@
     DIR/tokenizer/              the text encoder's vocabulary, as transformers stores it
     DIR/mllm_tokenizer/         the language model's
 
+Each of these folders holds checksums of its files, which are compared before anything is loaded from it (checksums.py).
 Parts are read and written a group of leaves at a time, so that memory never holds a part twice. A small part may be one file,
-DIR/dit.safetensors, with the same names of parameters. Such are the parts of the model folder inside this package, named `EMBEDDED`.
+DIR/dit.safetensors, with the same names of parameters. Such are the parts of the model folder inside this package, named `EMBEDDED`;
+its checksums are in DIR itself.
 """
 
 import json
@@ -14,7 +16,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -24,7 +27,8 @@ from orbax.checkpoint import v1 as ocp
 from configs import kinds
 from configs.errors import RequestError, require
 from configs.run import Config
-from omnitransfer_jax.folders import atomic
+from omnitransfer_jax.folders import atomic, checksums
+from omnitransfer_jax.folders.processes import first_text
 from omnitransfer_jax.weights import files
 
 EMBEDDED = "embedded"  # stands for the model folder inside this package, wherever that is installed
@@ -40,6 +44,11 @@ IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
 def resolve(folder: str) -> str:
     """`folder`, or the package's own for `EMBEDDED`."""
     return str(EMBEDDED_FOLDER) if folder == EMBEDDED else folder
+
+
+def exists(folder: str) -> bool:
+    """Whether `folder` is a model folder, imported or that of the package."""
+    return bool(folder) and (epath.Path(resolve(folder)) / MODEL_FILE).exists()
 
 
 def save_file(folder: Path, name: str, leaves: Mapping[str, np.ndarray]) -> Path:
@@ -61,6 +70,7 @@ def save_part(folder: epath.PathLike, name: str, leaves: Iterable[tuple[str, Any
             ocp.partial.save(path, dict(group))
             group.clear()
         ocp.partial.finalize(path)
+    checksums.write(path)
 
 
 def load_part(
@@ -69,12 +79,15 @@ def load_part(
     params: Mapping[str, Any],
     sharding: jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = None,
+    together: bool = False,
 ) -> dict[str, jax.Array]:
     """Part `name` as arrays by path, for a model whose leaves have the shapes of `params`.
 
     `sharding` is one sharding for all leaves or one for each path; None puts everything on the first device. `dtype` None keeps the
-    stored types. A part whose leaves have other names or shapes is a `RequestError`.
+    stored types. A part whose leaves have other names or shapes is a `RequestError`, and so is a damaged one. Processes that load it
+    `together`, all at the same time, share the comparison with the checksums.
     """
+    require_whole(folder, name, together)
     stored = part_leaves(folder, name)
     misshaped = [path for path in stored if path in params and stored[path].shape != params[path].shape]
     problems = [
@@ -96,9 +109,23 @@ def load_part(
 
 def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarray]]:
     """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`."""
+    require_whole(folder, name)
     # For a numpy target Orbax returns a numpy array. It reads only the target's dtype and shape, so the targets take no memory.
     leaves = part_leaves(folder, name).items()
     return _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves})
+
+
+def require_whole(folder: epath.PathLike, name: str, together: bool = False) -> None:
+    """A `RequestError` if a file of part or vocabulary `name` differs from its checksum; a line is printed if there are none."""
+    root, file, within = epath.Path(folder) / name, _file(folder, name), ()
+    if not (root / checksums.OF_ONE).exists():  # they are those of the whole folder, or there are none
+        root, within = epath.Path(folder), (name, file.name)
+    share = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    reason = checksums.mismatch(root, within, *share)
+    reason = first_text(reason) if together else reason
+    require(not reason, f"{root}: damaged, {reason}; restore it from a copy, or remove {name} and import again: {IMPORT}")
+    if not checksums.known(root, within) and (file.is_file() or (epath.Path(folder) / name).exists()):
+        checksums.print_once(f"{folder}: written by an earlier version, without checksums; its values are not compared")
 
 
 def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -159,8 +186,26 @@ def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {
         if is_dataclass(hints[name]):
             found[name] = configuration(hints[name], value, at, remedy)
         else:
+            require(_fits(value, hints[name]), f"{at}: {name} of {of.__name__} is {value!r:.60}, not {_called(hints[name])}; {remedy}")
             found[name] = tuple(value) if isinstance(value, list) else value
     return of(**found)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON, where tuples are lists, is one of a field of this type."""
+    kind, args = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in args
+    if kind is UnionType:
+        return any(_fits(value, arg) for arg in args)
+    if kind is tuple:
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, list) else args
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _called(hint: Any) -> str:
+    return " or ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else str(hint) if get_args(hint) else hint.__name__
 
 
 def _file(folder: epath.PathLike, name: str) -> Path:

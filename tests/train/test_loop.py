@@ -17,7 +17,7 @@ import pytest
 from configs import stage1, stage3
 from configs.errors import RequestError
 from configs.run import MeshConfig, OptimizerConfig
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import checksums, model_folder, run_folder
 from omnitransfer_jax.mesh import make_mesh, specs, to_mesh
 from omnitransfer_jax.methods.omnitransfer import objective
 from omnitransfer_jax.models.omnitransfer import SHARDING
@@ -132,6 +132,8 @@ def test_muon_resumed_equals_uninterrupted(tmp_path):
 def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
     killed = start_process(tmp_path, compiled, "milliseconds=100")
     wait_for_step(killed, tmp_path, 3)
+    with pytest.raises(RequestError, match=rf"{tmp_path}: a training runs there, process {killed.pid} on host .*, since \d+-.*; wait"):
+        train(TINY, tmp_path)
     killed.kill()
     killed.communicate()
     saved = [name for name in saved_steps(tmp_path) if name.isdecimal()]  # beside them may lie what the kill cut off
@@ -169,6 +171,11 @@ def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path, compiled):
     assert [process.returncode for process in both] == [0, 0]
     reached = int(saved_steps(tmp_path)[-1])
     assert reached < 8
+    last = tmp_path / "checkpoints" / str(reached)
+    assert {path.name for path in last.glob("checksums.*")} == {"checksums.0-of-2.json", "checksums.1-of-2.json"}
+    files = {str(path.relative_to(last)) for path in last.rglob("*") if path.is_file() and not path.name.startswith("checksums")}
+    assert checksums.known(last).keys() == files
+    assert checksums.mismatch(last) == ""
     assert last_lines == [f"stopped after step {reached} of 8; the same command goes on from there"] * 2
 
     train(TINY, tmp_path)

@@ -1,6 +1,7 @@
 """The autoencoder's training: it learns, it goes on where it stopped, and its files reproduce the reported result."""
 
 import json
+import os
 from dataclasses import replace
 
 import jax
@@ -13,6 +14,7 @@ from configs import vae as configs_vae
 from configs.base import VAEConfig
 from configs.errors import RequestError
 from configs.run import CheckpointConfig, TrainConfig, VideoConfig
+from omnitransfer_jax.folders.lock import alone
 from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.models.flat_params import abstract, with_params
 from omnitransfer_jax.models.wan_vae import WanVAE
@@ -89,6 +91,12 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(whole, tmp_path, c
     stop_after_first_step(vae_training.objective(SMALL), SMALL, tmp_path, vae_training.batches(SMALL), capsys)
     train(tmp_path)
     assert_same_run(tmp_path, whole, "vae")
+
+
+def test_a_second_training_is_refused(tmp_path):
+    with alone(tmp_path), pytest.raises(RequestError, match=f"{tmp_path}: a training runs there, process {os.getpid()} on host"):
+        train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["training.lock"]
 
 
 def test_updates_that_are_not_finite_end_the_run(tmp_path):
