@@ -62,28 +62,72 @@ class Spec(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def find(source: Path, pattern: str = "*.safetensors") -> list[Path]:
+def find(source: Path, pattern: str = "*.safetensors", variant: str = "") -> list[Path]:
     """The safetensors files of `source`: the file itself, or the folder's files that its index names or `pattern` matches.
 
-    A pickle is refused, because reading one runs the code that it holds.
+    Files may be there in several variants (`STEM.fp16.safetensors`). `variant` is taken if there is such a one, else the files without
+    a variant if they are complete, else the one variant that is. A pickle is refused, because reading one runs the code that it holds.
     """
     if source.is_file():
         refuse_pickles([source])
         return [source]
     if not source.is_dir():
         raise RequestError(f"{source}: no such file or folder; give the one that holds the .safetensors files")
-    indices = sorted(source.glob(f"{pattern}.index.json"))
-    if len(indices) == 1:
-        names = set(atomic.read_json(indices[0], "download it again", "weight_map")["weight_map"].values())
-        absent = sorted(name for name in names if not (source / name).is_file())
-        if absent:
-            raise RequestError(f"{source}: {indices[0].name} names {', '.join(absent)}, absent here; download the folder again")
-        return sorted(source / name for name in names)
-    found = sorted(source.glob(pattern))
-    if not found:
+    indices, found = _by_variant(source, f"{pattern}.index*.json", pattern), _by_variant(source, pattern, pattern)
+    names = sorted(indices | found)
+    if not names:
         refuse_pickles(sorted(path for path in source.iterdir() if path.suffix in PICKLES))
-        raise RequestError(f"{source}: no {pattern} in it; give the folder that holds the weights")
+        gguf = next(source.glob("*.gguf"), None)
+        raise RequestError(f"{source}: no {pattern} in it; give {f'{gguf} itself' if gguf else 'the folder that holds the weights'}")
+    if variant in names:
+        return _complete(source, indices.get(variant, []), found.get(variant, []))
+    complete, problems = {}, []
+    for name in names:
+        try:
+            complete[name] = _complete(source, indices.get(name, []), found.get(name, []))
+        except RequestError as error:
+            problems.append(error)
+        if "" in complete:
+            return complete[""]
+    if len(complete) > 1:
+        raise RequestError(f"{source}: weights in the variants {', '.join(complete)}; give one of them with --variant")
+    if problems and not complete:
+        raise problems[0]
+    return next(iter(complete.values()))
+
+
+def variant_of(file: Path, pattern: str) -> str:
+    """The variant in the name of a file, or of an index: fp16 of model.fp16.safetensors, model-00001-of-00002.fp16.safetensors and
+    model.safetensors.index.fp16.json; empty for others."""
+    rest = file.name.removeprefix(pattern.partition("*")[0])
+    found = re.fullmatch(r"(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", rest)
+    return next(filter(None, found.groups()), "") if found else ""
+
+
+def _by_variant(source: Path, glob: str, pattern: str) -> dict[str, list[Path]]:
+    """The files of a folder that `glob` matches, by their variants."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(source.glob(glob)):
+        found.setdefault(variant_of(path, pattern), []).append(path)
     return found
+
+
+def _complete(source: Path, indices: Sequence[Path], found: Sequence[Path]) -> list[Path]:
+    """The files of one variant; a `RequestError` if one of them is absent."""
+    if len(indices) != 1:
+        shards = max([0, *(int(number) for path in found for number in re.findall(r"-\d+-of-(\d+)\b", path.name))])
+        if len(found) < shards:
+            raise RequestError(f"{source}: {len(found)} of {shards} files like {found[0].name}; download the folder again")
+        return list(found)
+    names = atomic.read_json(indices[0], "download it again", "weight_map")["weight_map"].values()
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong or not names:
+        raise RequestError(f"{indices[0]}: weight_map names {f'{str(wrong[0])[:60]} as a file' if wrong else 'no file'}; download it again")
+    present = {path.name for path in source.iterdir() if path.is_file()}
+    absent = sorted(set(names) - present)
+    if absent:
+        raise RequestError(f"{source}: {indices[0].name} names {', '.join(absent[:6])}, absent here; download the folder again")
+    return sorted(source / name for name in set(names))
 
 
 def refuse_pickles(paths: Sequence[Path]) -> None:
