@@ -25,6 +25,8 @@ from configs import kinds
 from configs.errors import RequestError, require
 from configs.run import Config
 from omnitransfer_jax.folders import atomic
+from omnitransfer_jax.folders.finite import require_finite
+from omnitransfer_jax.folders.typed import require_type
 from omnitransfer_jax.weights import files
 
 EMBEDDED = "embedded"  # stands for the model folder inside this package, wherever that is installed
@@ -35,6 +37,7 @@ GROUP_BYTES = 2**28  # leaves are written and read in groups of about this size
 CHUNK_BYTES = 2**26  # a process reads every chunk that its shard of an array touches, so chunks are small
 Item = TypeVar("Item")
 IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
+AGAIN = f"import again: {IMPORT}"
 
 
 def resolve(folder: str) -> str:
@@ -73,7 +76,7 @@ def load_part(
     """Part `name` as arrays by path, for a model whose leaves have the shapes of `params`.
 
     `sharding` is one sharding for all leaves or one for each path; None puts everything on the first device. `dtype` None keeps the
-    stored types. A part whose leaves have other names or shapes is a `RequestError`.
+    stored types. A part whose leaves have other names or shapes is a `RequestError`, and so is one with numbers that are not finite.
     """
     stored = part_leaves(folder, name)
     misshaped = [path for path in stored if path in params and stored[path].shape != params[path].shape]
@@ -91,14 +94,19 @@ def load_part(
     if not isinstance(sharding, Mapping):
         sharding = dict.fromkeys(stored, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     targets = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path]) for path, leaf in stored.items()}
-    return dict(_read(folder, name, targets))
+    leaves = dict(_read(folder, name, targets))
+    require_finite(leaves, str(epath.Path(folder) / name), AGAIN)
+    return leaves
 
 
 def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`."""
+    """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`; refused as by `load_part`."""
     # For a numpy target Orbax returns a numpy array. It reads only the target's dtype and shape, so the targets take no memory.
     leaves = part_leaves(folder, name).items()
-    return _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves})
+    for path, leaf in _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves}):
+        require_finite({path: leaf}, str(epath.Path(folder) / name), AGAIN)
+        yield path, leaf
+        del leaf  # the next one may be as large
 
 
 def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -106,6 +114,9 @@ def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeSt
     path = epath.Path(folder).absolute() / name
     if (file := _file(folder, name)).is_file():
         tensors = files.inspect([file])
+        wrong = [f"{key} is {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in files.DTYPES]
+        wrong += [f"{key} is cut off" for key, tensor in tensors.items() if tensor.truncated]
+        require(not wrong, f"{file}: {', '.join(wrong[:6])}; restore it from a copy, or {AGAIN}")
         return {key: jax.ShapeDtypeStruct(tensor.shape, files.DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
     if not path.exists():
         raise RequestError(f"{path}: this checkpoint has no {name}; import one: {IMPORT}")
@@ -127,12 +138,12 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(folder) / MODEL_FILE
     if not path.exists():
         raise RequestError(f"{folder}: no checkpoint, {MODEL_FILE} is absent; make one: {IMPORT}")
-    content = atomic.read_json(path, f"import again: {IMPORT}", "parts")
+    content = atomic.read_json(path, AGAIN, "parts")
     if content.get("format") != FORMAT:
         raise RequestError(f"{path}: format {content.get('format')}, this version reads {FORMAT}; import again: {IMPORT}")
     types, parts = get_type_hints(Config), {}
     for name, values in content["parts"].items():
-        require(name in types, f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
+        require(is_dataclass(types.get(name)), f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
         parts[name] = configuration(types[name], values, f"{path}: {name}")
     return parts
 
@@ -149,7 +160,7 @@ def require_model(folder: epath.PathLike, config: Config, of: Collection[kinds.K
     return tuple(stored)
 
 
-def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {IMPORT}") -> Any:
+def configuration(of: Any, values: Any, at: str, remedy: str = AGAIN) -> Any:
     """A configuration of type `of` from JSON; `at` and `remedy` begin and end the message about fields that it does not have."""
     require(isinstance(values, Mapping), f"{at}: {str(values)[:60]} is no {of.__name__}; {remedy}")
     unknown = sorted(set(values) - {field.name for field in fields(of)})
@@ -157,8 +168,9 @@ def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {
     hints, found = get_type_hints(of), {}
     for name, value in values.items():
         if is_dataclass(hints[name]):
-            found[name] = configuration(hints[name], value, at, remedy)
+            found[name] = configuration(hints[name], value, f"{at}: {name}", remedy)
         else:
+            require_type(value, hints[name], f"{at}: {name}", f"; {remedy}")
             found[name] = tuple(value) if isinstance(value, list) else value
     return of(**found)
 

@@ -26,11 +26,14 @@ from configs import kinds
 from configs.errors import RequestError, require
 from configs.run import CheckpointConfig, Config, RunConfig
 from omnitransfer_jax.folders import atomic, model_folder
+from omnitransfer_jax.folders.finite import require_finite
+from omnitransfer_jax.folders.typed import require_type
 from omnitransfer_jax.folders.whole import damage
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
 DATA_DIGEST = "data_digest"  # in config.json, beside the fields of the configuration
 NETWORKS = ("dit", "vae", "text", "image", "mllm", "lora", "alignment")  # fields of `Config`; the last three belong to the alignment
+RESTORE = "restore it from a copy, or give another folder"
 PARAMETERS = ("trainable", "frozen", "ema")
 # The name of a training: what it trains, and the configurations that name it.
 TRAININGS = {"transfer": ("transformer", "stage1, stage2 or stage3"), "vae": ("autoencoder", "vae"), "mllm": ("language model", "mllm")}
@@ -85,7 +88,7 @@ def load_params(
     """Those of `params` that the run's latest checkpoint has, or `only` some paths; their averages if the run keeps averages.
 
     `sharding` and `dtype` are as for `model_folder.load_part`. A part (`dit`, `alignment`) whose parameters have other names or shapes
-    is a `RequestError`. Frozen parameters are stored in the narrow dtype of the computation; if the run before, which trained them, is
+    is a `RequestError`, and so are numbers that are not finite. Frozen parameters are stored in the narrow dtype of the computation; if the run before, which trained them, is
     still there, they are read from it.
     """
     folder, found = latest(workdir), {}
@@ -105,6 +108,7 @@ def load_params(
         others = dict.fromkeys((p for p, (part, _) in found.items() if part == name), ocp.PLACEHOLDER)
         with _readable(folder):
             loaded[path] = ocp.load(folder, others | {path: target}, checkpointable_name=name)[path]
+    require_finite(loaded, str(folder), "move it elsewhere, and the checkpoint before it is taken")
     return loaded
 
 
@@ -254,13 +258,18 @@ def _content(workdir: epath.PathLike) -> dict[str, Any]:
     """config.json as it is. Earlier versions wrote no name of the training; it follows from the fields."""
     path = epath.Path(workdir) / CONFIG_FILE
     require(path.exists(), f"{workdir}: no training run, {CONFIG_FILE} is absent; give another folder")
-    content = atomic.read_json(path, "restore it from a copy, or give another folder")
+    content = atomic.read_json(path, RESTORE)
+    for name in ("training", DATA_DIGEST):
+        require_type(content.get(name, ""), str, f"{path}: {name}", f"; {RESTORE}")
     return {"training": "transfer" if "dit" in content else "mllm" if "model" in content else "vae"} | content
 
 
 def _origin(workdir: epath.PathLike) -> str:
     """The folder that the run started from; empty if from random weights."""
-    return _content(workdir).get("train", {}).get("init_from", "")
+    train = _content(workdir).get("train", {})
+    origin = train.get("init_from", "") if isinstance(train, dict) else None
+    require_type(origin, str, f"{epath.Path(workdir) / CONFIG_FILE}: train.init_from", f"; {RESTORE}")
+    return origin or ""
 
 
 def _require_training(workdir: epath.PathLike, found: str, wanted: type[RunConfig]) -> None:
