@@ -19,8 +19,15 @@ def read_fields(of: type, json: Mapping[str, Any], names: Mapping[str, str], at:
     require(not missing, f"{at.rstrip()}: no {', '.join(missing)}: all are needed; take the file of the published checkpoint")
     for field, key in names.items():
         require_type(json[key], hints[field], f"{at}{key}")
-        found[field] = tuple(json[key]) if isinstance(json[key], list) else json[key]
+        found[field] = _as(json[key], hints[field])
     return found
+
+
+def _as(value: Any, hint: Any) -> Any:
+    """A value of the right type as the configuration has it: a tuple for a list, 1.0 for a number that JSON writes as 1."""
+    if isinstance(value, list):
+        return tuple(_as(item, get_args(hint)[0]) for item in value)
+    return float(value) if hint is float else value
 
 
 def require_type(value: Any, hint: Any, at: str, remedy: str = "") -> None:
@@ -30,7 +37,8 @@ def require_type(value: Any, hint: Any, at: str, remedy: str = "") -> None:
 
 def _is_of(value: Any, hint: Any) -> bool:
     if hint is int or hint is float:
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+        right = isinstance(value, int) if hint is int else isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
+        return right and not isinstance(value, bool)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is tuple:

@@ -12,14 +12,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from configs import wan
 from launch import command, import_weights
 from omnitransfer_jax.folders import model_folder
-from omnitransfer_jax.weights import convert
 from omnitransfer_jax.weights.parts import MLLM, PARTS
+from tests.made_weights import random_leaves, write_part
 
 COUNT = int(os.environ.get("IMPORT_FUZZ", "200"))
-SMOKE = wan.VARIANTS["smoke"]
 VALUES = [
     None, True, False, -1, 0, 1, 3, 3.5, 1e308, float("nan"), float("-inf"), "", "x", "48", "F8_E4M3", "F64", "Q4_K", [], {}, [1], [[]], [-1, 2],
     [None], {"a": 1}, 2**20, 2**31, 2**63, 10**30, 10**6, "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "x" * 300, [2**40, 2**40, 2**40],
@@ -29,15 +27,10 @@ VALUES = [
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """Of each part a folder in the diffusers layout, in shards with an index, and its leaves."""
-    found, rng = {}, np.random.default_rng(0)
+    found = {}
     for part in (*PARTS, MLLM):
-        folder, config = tmp_path_factory.mktemp(part.name), getattr(SMOKE, part.name)
-        shapes, (place, stem) = part.shapes(config), part.diffusers
-        leaves = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes.items()}
-        size = sum(leaf.nbytes for leaf in leaves.values())
-        convert.save(leaves.items(), shapes, part.entries(config, "diffusers"), folder / place, stem, shard_bytes=size / 2)
-        (folder / place / "config.json").write_text(json.dumps(part.table.config_json(config)))
-        found[part.name] = folder, folder / place, leaves
+        folder, leaves = tmp_path_factory.mktemp(part.name), random_leaves(part)
+        found[part.name] = folder, write_part(folder, part, leaves, shards=2), leaves
     return found
 
 
