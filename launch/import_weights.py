@@ -147,6 +147,8 @@ def candidates(part: Part, config_file: Path, layout: Layout | None, tensors: Ma
     if layout is not None and config_file.exists() and (layout == "diffusers" or part.name == "dit"):
         remedy = "take the file that came with the weights"
         content = atomic.read_json(config_file, remedy)
+        if part.name == "dit":
+            foreign.refuse_config(content, config_file)
         try:
             config = part.table.config_from_json(content)
             config.validate()
@@ -160,7 +162,7 @@ def candidates(part: Part, config_file: Path, layout: Layout | None, tensors: Ma
 
 
 def require_size(config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """A `RequestError` if `config` has a field so large that its model is larger than `tensors` in any case, and is too large to look at."""
+    """A `RequestError` if a field of `config` is so large that its model cannot be that of `tensors`, and would take long to describe."""
     limits = {name: len(tensors) for name in ("num_layers", "num_res_blocks")}
     numbers = max(sum(math.prod(tensor.shape) for tensor in tensors.values()), 2**20)  # token numbers are not sizes
     for field in fields(config):
@@ -169,7 +171,9 @@ def require_size(config: Any, tensors: Mapping[str, Tensor]) -> None:
             require_size(value, tensors)
         elif isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(number, int) for number in value)):
             size = value if isinstance(value, int) else math.prod(value)
-            require(size <= limit, f"{field.name}={value}: the files have {len(tensors)} tensors and {numbers} numbers, which is too few for it")
+            require(
+                size <= limit, f"{field.name}={value}: the files have {len(tensors)} tensors and {numbers} numbers, which is too few for it"
+            )
 
 
 def notes(source: Path, found: Sequence[Found]) -> Iterator[str]:

@@ -88,8 +88,8 @@ def load_params(
     """Those of `params` that the run's latest checkpoint has, or `only` some paths; their averages if the run keeps averages.
 
     `sharding` and `dtype` are as for `model_folder.load_part`. A part (`dit`, `alignment`) whose parameters have other names or shapes
-    is a `RequestError`, and so are numbers that are not finite. Frozen parameters are stored in the narrow dtype of the computation; if the run before, which trained them, is
-    still there, they are read from it.
+    is a `RequestError`, and so are numbers that are not finite. Frozen parameters are stored in the narrow dtype of the computation; if
+    the run before, which trained them, is still there, they are read from it.
     """
     folder, found = latest(workdir), {}
     names = [path.name for path in folder.iterdir()]

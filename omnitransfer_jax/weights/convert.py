@@ -74,7 +74,9 @@ def problems(tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abst
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
         "misshaped": [f"{name} is {_shape(known[name].shape)}, not {_shape(expected[name].shape)}" for name in misshaped],
-        f"of a type other than {', '.join(quantised.READ)}": [f"{n} is {t.dtype}" for n, t in known.items() if t.dtype not in quantised.READ],
+        f"of a type other than {', '.join(quantised.READ)}": [
+            f"{n} is {t.dtype}" for n, t in known.items() if t.dtype not in quantised.READ
+        ],
         "of several types in one stack, so give --dtype": [
             " and ".join(f"{name} is {tensors[name].dtype}" for name in _first_of_each_type(rows[path], tensors))
             for path in (mixed if dtype is None else [])

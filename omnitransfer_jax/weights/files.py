@@ -24,7 +24,8 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 OTHERS = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8", "F64": "f8", "C64": "c8",
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8", "F64": "f8",
+    "C64": "c8",
 }  # fmt: skip
 FORMAT = {**DTYPES, **FP8, "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), **{code: np.dtype(name) for code, name in OTHERS.items()}}
 """Every type of the format that has whole bytes; weights have few of them."""
@@ -79,7 +80,7 @@ def find(source: Path, pattern: str = "*.safetensors", variant: str = "") -> lis
         refuse_pickles(sorted(path for path in source.iterdir() if path.suffix in PICKLES))
         gguf = next(source.glob("*.gguf"), None)
         raise RequestError(f"{source}: no {pattern} in it; give {f'{gguf} itself' if gguf else 'the folder that holds the weights'}")
-    if variant in names:
+    if variant and variant in names:
         return _complete(source, indices.get(variant, []), found.get(variant, []))
     complete, problems = {}, []
     for name in names:
@@ -220,8 +221,7 @@ def _place(name: str, entry: Any) -> tuple[int, int]:
     nbytes = math.prod(shape) * FORMAT[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise ValueError(
-            f"{name}.data_offsets span {offsets[1] - offsets[0]} bytes, {dtype} of shape {shape} has {nbytes}; "
-            "download it again"
+            f"{name}.data_offsets span {offsets[1] - offsets[0]} bytes, {dtype} of shape {shape} has {nbytes}; download it again"
         )
     return offsets[0], offsets[1]
 

@@ -11,6 +11,7 @@ from typing import Any
 from configs.errors import RequestError, require
 from omnitransfer_jax.weights.files import Tensor
 
+
 def is_gguf(file: Path) -> bool:
     """Whether a file is of this format, whatever its name."""
     with open(file, "rb") as stream:
@@ -29,7 +30,9 @@ def tensors(file: Path) -> list[Tensor]:
         found = [_tensor(file, tensor, _content(reader, f"comfy.gguf.orig_shape.{tensor.name}")) for tensor in reader.tensors]
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise RequestError(f"{file}: a GGUF file that is cut off or damaged ({type(error).__name__}: {error}); download it again") from None
-    require(kind in (None, "wan"), f"{file}: a GGUF file of {kind!r}; read is the diffusion transformer, 'wan', so take safetensors of others")
+    require(
+        kind in (None, "wan"), f"{file}: a GGUF file of {kind!r}; read is the diffusion transformer, 'wan', so take safetensors of others"
+    )
     return found
 
 

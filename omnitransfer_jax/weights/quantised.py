@@ -101,7 +101,7 @@ def _scale(scale: Tensor, value: np.ndarray, of: Tensor) -> np.ndarray:
     rows = of.shape[:1] + (1,) * (len(of.shape) - 1)
     require(
         scale.dtype in DTYPES and (value.size == 1 or value.shape == rows),
-        f"{scale.file}: {scale.name} is {scale.dtype} of shape {scale.shape}; read are floats, one for {of.name} or one for each of its rows",
+        f"{scale.file}: {scale.name} is {scale.dtype} of shape {scale.shape}; read is one float for {of.name} or one for each row",
     )
     return value.astype(np.float32).reshape(() if value.size == 1 else rows)
 

@@ -22,7 +22,7 @@ from tests.parity.bridge import randomise
 from tests.weight_formats import FORMULAS, q8_0, random_blocks, write_gguf, write_safetensors
 
 NARROW = DiTConfig(  # rows of whole blocks of 256
-    dim=256, ffn_dim=512, num_layers=2, num_heads=2, in_channels=16, text_dim=256, image_dim=None, freq_dim=256, dtype="float32", remat="none"
+    dim=256, ffn_dim=512, num_layers=2, num_heads=2, in_channels=16, text_dim=256, image_dim=None, freq_dim=256, dtype="float32"
 )  # fmt: skip
 ORIGINAL = {
     theirs.theirs: original.theirs for theirs, original in zip(entries(NARROW, "diffusers"), entries(NARROW, "original"), strict=True)
@@ -122,14 +122,18 @@ def test_same_velocity_as_the_dequantised_weights(tmp_path, monkeypatch, capfd, 
     assert {leaf.dtype for leaf in abstract_params.values()} == {np.dtype(np.float32)}
     for entry in entries(NARROW, "diffusers"):  # the dequantised weights themselves
         leaf = leaves[entry.ours] if entry.layer is None else leaves[entry.ours][entry.layer]
-        np.testing.assert_allclose(entry.layout.to_theirs(np.asarray(leaf)), meant[entry.theirs], rtol=2e-7, atol=1e-9, err_msg=entry.theirs)
+        np.testing.assert_allclose(
+            entry.layout.to_theirs(np.asarray(leaf)), meant[entry.theirs], rtol=2e-7, atol=1e-9, err_msg=entry.theirs
+        )
 
     theirs.load_state_dict(meant)
     rng = np.random.default_rng(1)
     latents, text = rng.standard_normal((1, 2, 4, 6, 16), np.float32), rng.standard_normal((1, 512, 256), np.float32)
     time = np.array([321.0], np.float32)
     with torch.no_grad():
-        expected = theirs(torch.tensor(latents).permute(0, 4, 1, 2, 3), torch.tensor(time), torch.tensor(text)).sample.permute(0, 2, 3, 4, 1)
+        expected = theirs(torch.tensor(latents).permute(0, 4, 1, 2, 3), torch.tensor(time), torch.tensor(text)).sample.permute(
+            0, 2, 3, 4, 1
+        )
     model = with_params(abstract(lambda rngs: WanDiT(NARROW, rngs=rngs)), leaves)
     assert relative_l2(velocity(model, jnp.asarray(latents), jnp.asarray(time), jnp.asarray(text)), expected) <= 1e-5
 

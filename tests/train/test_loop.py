@@ -319,7 +319,9 @@ def test_a_run_with_nan_is_neither_sampled_nor_a_start(tmp_path):
     with run_folder.open_checkpoints(tmp_path / "run", config.checkpoint) as checkpoints:
         run_folder.save(checkpoints, 1, state._replace(trainable=spoilt), batches(config))
     run_folder.write_config(tmp_path / "run", config)
-    message = rf"^{tmp_path}/run/checkpoints/1: numbers that are not finite \(NaN or infinity\): dit.head.bias has 2 of 64; move it elsewhere"
+    message = (
+        rf"^{tmp_path}/run/checkpoints/1: numbers that are not finite \(NaN or infinity\): dit.head.bias has 2 of 64; move it elsewhere"
+    )
     with pytest.raises(RequestError, match=message):
         run_folder.load_params(tmp_path / "run", objective(TINY).params)
     with pytest.raises(RequestError, match=message):

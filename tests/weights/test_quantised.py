@@ -15,7 +15,9 @@ RNG = np.random.default_rng(0)
 
 def read(path):
     tensors = quantised.inspect([path])
-    return {name: quantised.values(tensor, value) for (name, tensor), value in zip(tensors.items(), files.read(tensors.values()), strict=True)}
+    return {
+        name: quantised.values(tensor, value) for (name, tensor), value in zip(tensors.items(), files.read(tensors.values()), strict=True)
+    }
 
 
 @pytest.mark.parametrize(("code", "bits"), [("F8_E4M3", 4), ("F8_E5M2", 5)])
@@ -57,9 +59,12 @@ def test_scales_of_float8(tmp_path, prefix, scale_name, input_name, shape):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"a.scale_weight": ("F32", (3,), bytes(12))}, r"a.scale_weight is F32 of shape \(3,\); read are floats, one for a.weight"),
+        ({"a.scale_weight": ("F32", (3,), bytes(12))}, r"a.scale_weight is F32 of shape \(3,\); read is one float for a.weight"),
         ({"a.scale_weight": ("I32", (), bytes(4))}, "a.scale_weight is I32"),
-        ({"a.comfy_quant": ("U8", (24,), b'{"format": "int8_block"}')}, "a.comfy_quant is 'int8_block'; float8_e4m3fn, float8_e5m2 are read"),
+        (
+            {"a.comfy_quant": ("U8", (24,), b'{"format": "int8_block"}')},
+            "a.comfy_quant is 'int8_block'; float8_e4m3fn, float8_e5m2 are read",
+        ),
         ({"a.comfy_quant": ("U8", (2,), b"[]")}, "a.comfy_quant names no format"),
     ],
 )
