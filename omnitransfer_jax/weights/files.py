@@ -207,8 +207,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _place(name: str, entry: Any) -> tuple[int, int]:
     """Where the header says that tensor `name` begins and ends, counted from the first; a `ValueError` names the key that is wrong."""
-    keys = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = keys.get("dtype"), keys.get("shape"), keys.get("data_offsets")
+    keys: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    values: list[Any] = [keys.get(key) for key in ("dtype", "shape", "data_offsets")]
+    dtype, shape, offsets = values
     right = {
         "dtype": isinstance(dtype, str) and dtype in FORMAT,
         "shape": _naturals(shape),
