@@ -29,7 +29,7 @@ from configs.errors import RequestError, require
 from configs.kinds import differences
 from launch import command
 from omnitransfer_jax.folders import atomic, fingerprint, model_folder
-from omnitransfer_jax.weights import convert, files, foreign, quantised
+from omnitransfer_jax.weights import convert, files, foreign, quantised, wan_dit
 from omnitransfer_jax.weights.files import DTYPES, Tensor
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, MLLM_TOKENIZER_FILES, PARTS, TOKENIZERS, Layout, Part
 
@@ -126,7 +126,7 @@ def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtyp
     """The part that the headers describe: of the configuration beside the files, or else of the published size that fits best."""
     tensors = quantised.inspect(paths)
     foreign.refuse_adapters(tensors)
-    if part.name == "dit":
+    if part.table is wan_dit:
         foreign.refuse_networks([convert.bare(name, part.prefixes) for name in tensors], paths[0])
     sizes, attempts = candidates(part, paths[0].with_name("config.json"), layout, tensors), []
     for config, name in sizes:
@@ -147,7 +147,7 @@ def candidates(part: Part, config_file: Path, layout: Layout | None, tensors: Ma
     if layout is not None and config_file.exists() and (layout == "diffusers" or part.name == "dit"):
         remedy = "take the file that came with the weights"
         content = atomic.read_json(config_file, remedy)
-        if part.name == "dit":
+        if part.table is wan_dit:
             foreign.refuse_config(content, config_file)
         try:
             config = part.table.config_from_json(content)

@@ -98,8 +98,10 @@ def find(source: Path, pattern: str = "*.safetensors", variant: str = "") -> lis
 
 
 def variant_of(file: Path, pattern: str) -> str:
-    """The variant in the name of a file, or of an index: fp16 of model.fp16.safetensors, model-00001-of-00002.fp16.safetensors and
-    model.safetensors.index.fp16.json; empty for others."""
+    """The variant in the name of a file that matches `pattern`, or of its index; empty if there is none.
+
+    It is fp16 in model.fp16.safetensors, model-00001-of-00002.fp16.safetensors and model.safetensors.index.fp16.json.
+    """
     rest = file.name.removeprefix(pattern.partition("*")[0])
     found = re.fullmatch(r"(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", rest)
     return next(filter(None, found.groups()), "") if found else ""
@@ -117,6 +119,8 @@ def _complete(source: Path, indices: Sequence[Path], found: Sequence[Path]) -> l
     """The files of one variant; a `RequestError` if one of them is absent."""
     if len(indices) != 1:
         shards = max([0, *(int(number) for path in found for number in re.findall(r"-\d+-of-(\d+)\b", path.name))])
+        if not found:
+            raise RequestError(f"{source}: {', '.join(path.name for path in indices)} and no weights; download the folder again")
         if len(found) < shards:
             raise RequestError(f"{source}: {len(found)} of {shards} files like {found[0].name}; download the folder again")
         return list(found)

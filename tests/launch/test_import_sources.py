@@ -306,6 +306,13 @@ def test_variants_that_cannot_be(place, tmp_path, capfd):
     assert f"names {cut.name}, absent here" in refused(tmp_path / "source", tmp_path, capfd, "--variant=fp16")
 
 
+def test_indices_without_weights(place, tmp_path, capfd):
+    (place / f"{STEM}.safetensors").rename(place / "other.safetensors")
+    for name in ("", "-other"):
+        (place / f"{STEM}{name}.safetensors.index.json").write_text("{}")
+    assert f"{STEM}.safetensors.index.json and no weights" in refused(tmp_path / "source", tmp_path, capfd)
+
+
 def test_a_part_without_the_variant_is_said(place, tmp_path, capfd):
     write_part(tmp_path / "source", VAE, random_leaves(VAE))
     as_variant(place, "fp16", load_file(place / f"{STEM}.safetensors"))
