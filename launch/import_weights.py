@@ -1,8 +1,10 @@
-"""Wan2.1 weights into a checkpoint of ours: --source=DIR --out=DIR [--dtype=keep|float32|bfloat16].
+"""Wan2.1 weights into a checkpoint of ours: --source=DIR --out=DIR [--dtype=keep|float32|bfloat16] [--variant=fp16].
 
 The source is a diffusers folder (transformer/, vae/, text_encoder/, image_encoder/, tokenizer/), the original's folder (its pickles
-converted to safetensors), or a single .safetensors file of the diffusion transformer, such as ComfyUI's. All parts that the source has
-are imported one after the other, so memory holds a few leaves of one part. Nothing is written unless all of them are complete.
+converted to safetensors), or a single .safetensors or .gguf file of the diffusion transformer, such as ComfyUI's. All parts that the
+source has are imported one after the other, so memory holds a few leaves of one part. Nothing is written unless all of them are complete
+and all their numbers finite. Weights of float8, with or without scales, and GGUF's Q8_0, Q4_K, Q5_K and Q6_K are stored as the numbers
+they stand for, in bfloat16 or --dtype.
 The language model of stages 2 and 3 is a published Qwen2.5-VL folder. It is imported by a second call with the same --out, or it is
 the folder mllm/ in the source.
 
@@ -10,10 +12,10 @@ python -m launch.import_weights --source=Wan2.1-I2V-14B-480P-Diffusers --out=che
 python -m launch.import_weights --source=Qwen2.5-VL-3B-Instruct --out=checkpoints/wan_i2v
 """
 
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +25,11 @@ from etils import epath
 from tqdm import tqdm
 
 from configs import wan
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from configs.kinds import differences
 from launch import command
-from omnitransfer_jax.folders import checksums, fingerprint, model_folder
-from omnitransfer_jax.weights import convert, files
+from omnitransfer_jax.folders import atomic, checksums, fingerprint, model_folder
+from omnitransfer_jax.weights import convert, files, foreign, quantised, wan_dit
 from omnitransfer_jax.weights.files import DTYPES, Tensor
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, MLLM_TOKENIZER_FILES, PARTS, TOKENIZERS, Layout, Part
 
@@ -37,6 +39,7 @@ OUT = flags.DEFINE_string("out", None, "folder of the checkpoint to write", requ
 DTYPE = flags.DEFINE_enum(
     "dtype", "keep", ["keep", "float32", "bfloat16"], "type of the stored weights; keep is the source's", flag_values=FLAGS
 )
+VARIANT = flags.DEFINE_string("variant", "", "which files of a part are read if there are several, as fp16", flag_values=FLAGS)
 
 ABSENT = {
     "transformer_2": "Wan2.2 runs it at low noise levels; here transformer/ runs at all of them, so the videos will differ"
@@ -63,6 +66,8 @@ def main() -> None:
     problems += [f"{out / each.part.name} exists already, so give another --out" for each in found if (out / each.part.name).exists()]
     if problems:
         raise RequestError(f"nothing imported: {'; '.join(problems)}")
+    for note in notes(source, found):
+        print(note, flush=True)
     import_parts(found, out, dtype)
     import_tokenizer(source, out)
     for name in unread:
@@ -76,18 +81,20 @@ def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
         yield PARTS[0], files.find(source), None
         return
     if is_mllm(source):
-        yield MLLM, files.find(source, f"{MLLM.diffusers[1]}*.safetensors"), "diffusers"
+        yield MLLM, files.find(source, pattern_of(MLLM), VARIANT.value), "diffusers"
         return
     in_folders = [part for part in (*PARTS, MLLM) if (source / part.diffusers[0]).is_dir()]
     if in_folders:
         for part in in_folders:
-            folder, stem = part.diffusers
-            yield part, files.find(source / folder, f"{stem}*.safetensors"), "diffusers"
+            yield part, files.find(source / part.diffusers[0], pattern_of(part), VARIANT.value), "diffusers"
         return
     files.refuse_pickles(sorted(source.glob("*.pth")))
     patterns = [(part, f"{part.original.split('-')[0]}*.safetensors") for part in PARTS]
     present = [(part, pattern) for part, pattern in patterns if any(source.glob(pattern))]
     if not present:
+        foreign.refuse_adapters(quantised.inspect(sorted(source.glob("*.safetensors"))) if source.is_dir() else {})
+        gguf = next(source.glob("*.gguf"), None)
+        require(gguf is None, f"{source}: give the GGUF file itself, as --source={gguf}")
         raise RequestError(
             f"{source}: neither a diffusers folder ({', '.join(part.diffusers[0] + '/' for part in PARTS)}) nor the original's "
             f"({', '.join(pattern for _, pattern in patterns)}), and no Qwen2.5-VL folder; give the folder that holds one of them"
@@ -102,18 +109,26 @@ def unread_folders(source: Path) -> list[str]:
     return sorted({path.parent.name for path in source.glob("*/*.safetensors")} - known) if source.is_dir() else []
 
 
+def pattern_of(part: Part) -> str:
+    """The files of a part in the diffusers layout."""
+    return f"{part.diffusers[1]}*.safetensors"
+
+
 def is_mllm(folder: Path) -> bool:
     """Whether `folder` holds Qwen2.5-VL, according to its config.json."""
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == "qwen2_5_vl"
-    except (OSError, json.JSONDecodeError):
+        return atomic.read_json(folder / "config.json", "").get("model_type") == "qwen2_5_vl"
+    except (OSError, RequestError):
         return False
 
 
 def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtype | None) -> Found:
     """The part that the headers describe: of the configuration beside the files, or else of the published size that fits best."""
-    tensors, sizes = files.inspect(paths), candidates(part, paths[0].with_name("config.json"), layout)
-    attempts = []
+    tensors = quantised.inspect(paths)
+    foreign.refuse_adapters(tensors)
+    if part.table is wan_dit:
+        foreign.refuse_networks([convert.bare(name, part.prefixes) for name in tensors], paths[0])
+    sizes, attempts = candidates(part, paths[0].with_name("config.json"), layout, tensors), []
     for config, name in sizes:
         table, shapes = part.entries(config, name), part.shapes(config)
         selected = convert.select(tensors, table, part.prefixes, part.ignored, part.copies)
@@ -127,18 +142,53 @@ def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtyp
     return best
 
 
-def candidates(part: Part, config_file: Path, layout: Layout | None) -> list[tuple[Any, Layout]]:
+def candidates(part: Part, config_file: Path, layout: Layout | None, tensors: Mapping[str, Tensor]) -> list[tuple[Any, Layout]]:
     """The configurations and layouts that `part` may have: those of its config.json, or all in configs/wan.py."""
     if layout is not None and config_file.exists() and (layout == "diffusers" or part.name == "dit"):
+        remedy = "take the file that came with the weights"
+        content = atomic.read_json(config_file, remedy)
+        if part.table is wan_dit:
+            foreign.refuse_config(content, config_file)
         try:
-            config = part.table.config_from_json(json.loads(config_file.read_text()))
+            config = part.table.config_from_json(content)
             config.validate()
+            require_size(config, tensors)
             return [(config, layout)]
-        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-            raise RequestError(f"{config_file}: {error}; take the file that came with the weights") from None
+        except RequestError as error:
+            raise RequestError(f"{config_file}: {str(error).removeprefix('config.json').lstrip(': ')}; {remedy}") from None
     sizes = dict.fromkeys(getattr(config, part.name) for config in wan.VARIANTS.values())
     layouts: list[Layout] = [layout] if layout else ["diffusers", "original"]
     return [(size, name) for size in sizes for name in layouts]
+
+
+def require_size(config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """A `RequestError` if a field of `config` is so large that its model cannot be that of `tensors`, and would take long to describe."""
+    limits = {name: len(tensors) for name in ("num_layers", "num_res_blocks")}
+    numbers = max(sum(math.prod(tensor.shape) for tensor in tensors.values()), 2**20)  # token numbers are not sizes
+    for field in fields(config):
+        value, limit = getattr(config, field.name), limits.get(field.name, numbers)
+        if is_dataclass(value):
+            require_size(value, tensors)
+        elif isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(number, int) for number in value)):
+            size = value if isinstance(value, int) else math.prod(value)
+            require(
+                size <= limit, f"{field.name}={value}: the files have {len(tensors)} tensors and {numbers} numbers, which is too few for it"
+            )
+
+
+def notes(source: Path, found: Sequence[Found]) -> Iterator[str]:
+    """What the user would not expect: other files than asked for, and tensors that are not stored as they are."""
+    wanted, variants = VARIANT.value, {}
+    for each in found if source.is_dir() else ():
+        variants[each.part.name] = files.variant_of(next(iter(each.tensors.values())).file, pattern_of(each.part))
+    require(not wanted or wanted in variants.values(), f"--variant={wanted}: no part has such files; leave it out")
+    for name, variant in variants.items():
+        if variant != wanted:
+            reason = f"there are none of {wanted}" if wanted else "those without a variant are not complete"
+            yield f"{name}: the files {f'of variant {variant}' if variant else 'without a variant'} are read, {reason}"
+    for each in found:
+        if note := quantised.note(each.tensors):
+            yield f"{each.part.name}: {note}, stored as the numbers they stand for"
 
 
 def import_parts(found: list[Found], out: epath.Path, dtype: np.dtype | None) -> None:

@@ -16,8 +16,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import jax
 import numpy as np
@@ -28,7 +27,9 @@ from configs import kinds
 from configs.errors import RequestError, require
 from configs.run import Config
 from omnitransfer_jax.folders import atomic, checksums
+from omnitransfer_jax.folders.finite import require_finite
 from omnitransfer_jax.folders.processes import first_text
+from omnitransfer_jax.folders.typed import require_type
 from omnitransfer_jax.weights import files
 
 EMBEDDED = "embedded"  # stands for the model folder inside this package, wherever that is installed
@@ -39,6 +40,7 @@ GROUP_BYTES = 2**28  # leaves are written and read in groups of about this size
 CHUNK_BYTES = 2**26  # a process reads every chunk that its shard of an array touches, so chunks are small
 Item = TypeVar("Item")
 IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
+AGAIN = f"import again: {IMPORT}"
 
 
 def resolve(folder: str) -> str:
@@ -84,8 +86,8 @@ def load_part(
     """Part `name` as arrays by path, for a model whose leaves have the shapes of `params`.
 
     `sharding` is one sharding for all leaves or one for each path; None puts everything on the first device. `dtype` None keeps the
-    stored types. A part whose leaves have other names or shapes is a `RequestError`, and so is a damaged one. Processes that load it
-    `together`, all at the same time, share the comparison with the checksums.
+    stored types. A part whose leaves have other names or shapes is a `RequestError`, and so are a damaged one and one with numbers that
+    are not finite. Processes that load it `together`, all at the same time, share the comparison with the checksums.
     """
     require_whole(folder, name, together)
     stored = part_leaves(folder, name)
@@ -104,15 +106,20 @@ def load_part(
     if not isinstance(sharding, Mapping):
         sharding = dict.fromkeys(stored, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     targets = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path]) for path, leaf in stored.items()}
-    return dict(_read(folder, name, targets))
+    leaves = dict(_read(folder, name, targets))
+    require_finite(leaves, str(epath.Path(folder) / name), AGAIN)
+    return leaves
 
 
 def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`."""
+    """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`; refused as by `load_part`."""
     require_whole(folder, name)
     # For a numpy target Orbax returns a numpy array. It reads only the target's dtype and shape, so the targets take no memory.
     leaves = part_leaves(folder, name).items()
-    return _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves})
+    for path, leaf in _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves}):
+        require_finite({path: leaf}, str(epath.Path(folder) / name), AGAIN)
+        yield path, leaf
+        del leaf  # the next one may be as large
 
 
 def require_whole(folder: epath.PathLike, name: str, together: bool = False) -> None:
@@ -133,6 +140,9 @@ def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeSt
     path = epath.Path(folder).absolute() / name
     if (file := _file(folder, name)).is_file():
         tensors = files.inspect([file])
+        wrong = [f"{key} is {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in files.DTYPES]
+        wrong += [f"{key} is cut off" for key, tensor in tensors.items() if tensor.truncated]
+        require(not wrong, f"{file}: {', '.join(wrong[:6])}; restore it from a copy, or {AGAIN}")
         return {key: jax.ShapeDtypeStruct(tensor.shape, files.DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
     if not path.exists():
         raise RequestError(f"{path}: this checkpoint has no {name}; import one: {IMPORT}")
@@ -154,12 +164,12 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(folder) / MODEL_FILE
     if not path.exists():
         raise RequestError(f"{folder}: no checkpoint, {MODEL_FILE} is absent; make one: {IMPORT}")
-    content = atomic.read_json(path, f"import again: {IMPORT}", "parts")
+    content = atomic.read_json(path, AGAIN, "parts")
     if content.get("format") != FORMAT:
         raise RequestError(f"{path}: format {content.get('format')}, this version reads {FORMAT}; import again: {IMPORT}")
     types, parts = get_type_hints(Config), {}
     for name, values in content["parts"].items():
-        require(name in types, f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
+        require(is_dataclass(types.get(name)), f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
         parts[name] = configuration(types[name], values, f"{path}: {name}")
     return parts
 
@@ -176,7 +186,7 @@ def require_model(folder: epath.PathLike, config: Config, of: Collection[kinds.K
     return tuple(stored)
 
 
-def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {IMPORT}") -> Any:
+def configuration(of: Any, values: Any, at: str, remedy: str = AGAIN) -> Any:
     """A configuration of type `of` from JSON; `at` and `remedy` begin and end the message about fields that it does not have."""
     require(isinstance(values, Mapping), f"{at}: {str(values)[:60]} is no {of.__name__}; {remedy}")
     unknown = sorted(set(values) - {field.name for field in fields(of)})
@@ -184,28 +194,11 @@ def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {
     hints, found = get_type_hints(of), {}
     for name, value in values.items():
         if is_dataclass(hints[name]):
-            found[name] = configuration(hints[name], value, at, remedy)
+            found[name] = configuration(hints[name], value, f"{at}: {name}", remedy)
         else:
-            require(_fits(value, hints[name]), f"{at}: {name} of {of.__name__} is {value!r:.60}, not {_called(hints[name])}; {remedy}")
+            require_type(value, hints[name], f"{at}: {name}", f"; {remedy}")
             found[name] = tuple(value) if isinstance(value, list) else value
     return of(**found)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON, where tuples are lists, is one of a field of this type."""
-    kind, args = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return value in args
-    if kind is UnionType:
-        return any(_fits(value, arg) for arg in args)
-    if kind is tuple:
-        kinds = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, list) else args
-        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    return type(value) in ((int, float) if hint is float else (hint,))
-
-
-def _called(hint: Any) -> str:
-    return " or ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else str(hint) if get_args(hint) else hint.__name__
 
 
 def _file(folder: epath.PathLike, name: str) -> Path:

@@ -26,7 +26,9 @@ from configs import kinds
 from configs.errors import RequestError, require
 from configs.run import CheckpointConfig, Config, RunConfig
 from omnitransfer_jax.folders import atomic, checksums, fingerprint, model_folder
+from omnitransfer_jax.folders.finite import require_finite
 from omnitransfer_jax.folders.processes import first_text, wait_for_all
+from omnitransfer_jax.folders.typed import require_type
 from omnitransfer_jax.folders.whole import METADATA, damage
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
@@ -120,8 +122,8 @@ def load_params(
     """Those of `params` that the run's latest checkpoint has, or `only` some paths; their averages if the run keeps averages.
 
     `sharding` and `dtype` are as for `model_folder.load_part`. A part (`dit`, `alignment`) whose parameters have other names or shapes
-    is a `RequestError`. Frozen parameters are stored in the narrow dtype of the computation; if the run before, which trained them, is
-    still there and has not gone on since, they are read from it.
+    is a `RequestError`, and so are numbers that are not finite. Frozen parameters are stored in the narrow dtype of the computation; if
+    the run before, which trained them, is still there and has not gone on since, they are read from it.
     """
     folder, found = latest(workdir), {}
     for name in _weights(folder):
@@ -140,6 +142,7 @@ def load_params(
         others = dict.fromkeys((p for p, (part, _) in found.items() if part == name), ocp.PLACEHOLDER)
         with _readable(folder):
             loaded[path] = ocp.load(folder, others | {path: target}, checkpointable_name=name)[path]
+    require_finite(loaded, str(folder), "move it elsewhere, and the checkpoint before it is taken")
     return loaded
 
 
@@ -325,19 +328,17 @@ def _content(workdir: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(workdir) / CONFIG_FILE
     require(path.exists(), f"{workdir}: no training run, {CONFIG_FILE} is absent; give another folder")
     content = atomic.read_json(path, REMEDY)
-    content = {"training": "transfer" if "dit" in content else "mllm" if "model" in content else "vae"} | content
     for name in ("training", DATA_DIGEST, ORIGIN_DIGEST):
-        require(isinstance(content.get(name, ""), str), f"{path}: {name}={str(content.get(name))[:60]} is no text; {REMEDY}")
-    return content
+        require_type(content.get(name, ""), str, f"{path}: {name}", f"; {REMEDY}")
+    return {"training": "transfer" if "dit" in content else "mllm" if "model" in content else "vae"} | content
 
 
 def _origin(workdir: epath.PathLike) -> str:
     """The folder that the run started from; empty if from random weights."""
-    path, train = epath.Path(workdir) / CONFIG_FILE, _content(workdir).get("train", {})
-    require(isinstance(train, dict), f"{path}: train={str(train)[:60]} is no JSON object; {REMEDY}")
-    origin = train.get("init_from", "")
-    require(isinstance(origin, str), f"{path}: train.init_from={str(origin)[:60]} is no text; {REMEDY}")
-    return origin
+    train = _content(workdir).get("train", {})
+    origin = train.get("init_from", "") if isinstance(train, dict) else None
+    require_type(origin, str, f"{epath.Path(workdir) / CONFIG_FILE}: train.init_from", f"; {REMEDY}")
+    return origin or ""
 
 
 def _require_training(workdir: epath.PathLike, found: str, wanted: type[RunConfig]) -> None:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from configs.base import DiTConfig
 from configs.errors import require
+from omnitransfer_jax.folders.typed import read_fields
 from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry, Layout
 
 OPTIONAL_PREFIXES = ("model.diffusion_model.",)  # ComfyUI's files have the original's names behind this prefix
@@ -110,25 +111,30 @@ def config_json(config: DiTConfig, layout: Literal["diffusers", "original"] = "d
     }  # fmt: skip
 
 
+DIFFUSERS_FIELDS = {
+    "num_layers": "num_layers", "num_heads": "num_attention_heads", "ffn_dim": "ffn_dim", "in_channels": "in_channels",
+    "out_channels": "out_channels", "freq_dim": "freq_dim", "text_dim": "text_dim", "patch": "patch_size", "eps": "eps",
+}  # fmt: skip
+ORIGINAL_FIELDS = {
+    "dim": "dim", "num_layers": "num_layers", "num_heads": "num_heads", "ffn_dim": "ffn_dim", "in_channels": "in_dim",
+    "out_channels": "out_dim", "freq_dim": "freq_dim", "text_len": "text_len", "text_dim": "text_dim", "patch": "patch_size", "eps": "eps",
+}  # fmt: skip
+ORIGINAL_DEFAULTS = {"text_len": 512, "text_dim": 4096, "patch_size": [1, 2, 2]}
+
+
 def config_from_json(json: dict[str, Any]) -> DiTConfig:
-    """The configuration a config.json of either layout describes; an unsupported value is a `RequestError`."""
+    """The configuration a config.json of either layout describes; an unsupported or absent value is a `RequestError`."""
     name = json.get("_class_name")
     if name == "WanModel":
-        kind = json["model_type"]
+        kind = json.get("model_type")
         require(kind in ("i2v", "t2v"), f"config.json model_type={kind!r}: this network is i2v or t2v")
         require(kind == "t2v" or json.get("image_dim", 1280) == 1280, "config.json image_dim: the original reads 1280")
-        return DiTConfig(
-            dim=json["dim"], ffn_dim=json["ffn_dim"], num_layers=json["num_layers"], num_heads=json["num_heads"],
-            in_channels=json["in_dim"], out_channels=json["out_dim"], freq_dim=json["freq_dim"], text_len=json.get("text_len", 512),
-            text_dim=json.get("text_dim", 4096), patch=tuple(json.get("patch_size", (1, 2, 2))), eps=json["eps"],
-            image_dim=None if kind == "t2v" else 1280,
-        )  # fmt: skip
+        values = read_fields(DiTConfig, ORIGINAL_DEFAULTS | json, ORIGINAL_FIELDS)
+        return DiTConfig(**values, image_dim=None if kind == "t2v" else 1280)
     require(name == "WanTransformer3DModel", f"config.json _class_name={name!r}: WanTransformer3DModel (diffusers) or WanModel")
     for key, value in (("cross_attn_norm", True), ("qk_norm", "rms_norm_across_heads"), ("pos_embed_seq_len", None)):
         require(json.get(key, value) == value, f"config.json {key}={json.get(key)!r}: this network has {value!r}")
-    return DiTConfig(
-        dim=json["num_attention_heads"] * json["attention_head_dim"], ffn_dim=json["ffn_dim"], num_layers=json["num_layers"],
-        num_heads=json["num_attention_heads"], in_channels=json["in_channels"], out_channels=json["out_channels"],
-        freq_dim=json["freq_dim"], text_dim=json["text_dim"], patch=tuple(json["patch_size"]), eps=json["eps"],
-        image_dim=json.get("image_dim"),
-    )  # fmt: skip
+    values = read_fields(DiTConfig, json, DIFFUSERS_FIELDS)
+    head = read_fields(DiTConfig, json, {"dim": "attention_head_dim"})["dim"]
+    image = read_fields(DiTConfig, {"image_dim": None} | json, {"image_dim": "image_dim"})
+    return DiTConfig(**values, **image, dim=values["num_heads"] * head)

@@ -205,7 +205,7 @@ def test_a_cut_configuration_is_one_short_line(tmp_path, content):
             read(tmp_path)
         assert len(str(error.value)) < 300
     (tmp_path / "config.json").write_text('{"training": "transfer", "dit": 3}')
-    with pytest.raises(RequestError, match=r"config.json: 3 is no DiTConfig; use the one that wrote it"):
+    with pytest.raises(RequestError, match=r"config.json: dit: 3 is no DiTConfig; use the one that wrote it"):
         run_folder.read_config(tmp_path)
 
 

@@ -297,9 +297,9 @@ def test_folders_that_cannot_be_imported(tmp_path, capfd, name, content, message
     ("change", "message"),
     [
         (lambda config: config.update(qk_norm="other"), "qk_norm='other'"),
-        (lambda config: config.pop("ffn_dim"), "'ffn_dim'"),
+        (lambda config: config.pop("ffn_dim"), "config.json: no ffn_dim: all are needed"),
         (lambda config: config.update(num_attention_heads=0), "dit.dim=0: at least 1"),
-        (lambda config: config.update(num_layers="many"), "dit.num_layers='many': a whole number"),
+        (lambda config: config.update(num_layers="many"), "config.json: num_layers='many': a whole number"),
     ],
 )
 def test_a_config_file_we_cannot_follow_is_named(source, tmp_path, capfd, change, message):

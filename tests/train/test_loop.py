@@ -319,6 +319,22 @@ def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
     assert all(np.array_equal(x, (state.trainable | state.frozen)[path]) for path, x in found.items())
 
 
+def test_a_run_with_nan_is_neither_sampled_nor_a_start(tmp_path):
+    config = replace(TINY, train=replace(TINY.train, steps=1, ema=0.0))
+    state = started(config, tmp_path / "run")
+    spoilt = {path: leaf.at[:2].set(np.nan) if path == "dit.head.bias" else leaf for path, leaf in state.trainable.items()}
+    with run_folder.open_checkpoints(tmp_path / "run", config.checkpoint) as checkpoints:
+        run_folder.save(checkpoints, 1, state._replace(trainable=spoilt), batches(config))
+    run_folder.write_config(tmp_path / "run", config)
+    message = (
+        rf"^{tmp_path}/run/checkpoints/1: numbers that are not finite \(NaN or infinity\): dit.head.bias has 2 of 64; move it elsewhere"
+    )
+    with pytest.raises(RequestError, match=message):
+        run_folder.load_params(tmp_path / "run", objective(TINY).params)
+    with pytest.raises(RequestError, match=message):
+        started(replace(config, train=replace(config.train, init_from=str(tmp_path / "run"))), tmp_path / "next")
+
+
 def test_sampling_refuses_another_network(whole, tmp_path):
     smaller = replace(TINY, dit=replace(TINY.dit, ffn_dim=16))
     with pytest.raises(RequestError, match=r"not the model of this configuration, 3 of its parameters differ, dit\.blocks\.ffn"):

@@ -48,9 +48,14 @@ def params_of(shapes, dtype=F32):
 
 
 def random_bits(shapes, dtype, seed=0):
-    """Any bit pattern at all, NaNs and subnormals too: the road moves bits, it does not compute."""
-    rng = np.random.default_rng(seed)
-    return {name: np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape) for name, shape in shapes.items()}
+    """Any bit pattern of a finite number, subnormals too: the road moves bits, it does not compute."""
+    rng, found = np.random.default_rng(seed), {}
+    for name, shape in shapes.items():
+        whole = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), f"u{dtype.itemsize}")
+        with np.errstate(invalid="ignore"):
+            finite = np.where(np.isfinite(whole.view(dtype)), whole, np.bitwise_xor(whole, whole.dtype.type(1 << 8 * dtype.itemsize - 2)))
+        found[name] = finite.view(dtype).reshape(shape)
+    return found
 
 
 def assert_same_bits(one, other):
