@@ -9,7 +9,8 @@ one run, so that only their ratios are meaningful. Results: docs/benchmarks.md.
 import os
 
 CORE = max(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {CORE})  # before any library counts the cores
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {CORE})  # before any library counts the cores
 
 import statistics
 import time

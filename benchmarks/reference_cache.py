@@ -12,7 +12,8 @@ The three alternate within one run, so that only their ratios are meaningful. Re
 import os
 
 CORE = max(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {CORE})  # before any library counts the cores
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {CORE})  # before any library counts the cores
 
 import statistics
 import time
