@@ -100,7 +100,7 @@ def require_given(config: Config) -> None:
         run_folder.read_config(BASE.value)  # weights that no run trained are no base
         inputs.require_checkpoint("--base", BASE.value)
         run_folder.require_same_function(BASE.value, config)
-        run_folder.latest(BASE.value)
+        inputs.require_trained("--base", BASE.value)
     if VAE.value:
         vae_result(config)
     if MLLM_RUN.value:

@@ -68,7 +68,7 @@ def main(config: Config) -> None:
     run = epath.Path(checkpoint) if run_folder.is_run(checkpoint) else None
     run_folder.require_same_function(checkpoint, config)
     if run:
-        run_folder.latest(run)
+        inputs.require_trained("--checkpoint", run)
     imported = run_folder.imported_weights(checkpoint)
     stored = {*(model_folder.read_model(imported) if imported else ()), *(["dit"] if run else [])}
     parts = [part for part in PARTS if part.name in stored and (layout != "comfyui" or part.name == "dit")]

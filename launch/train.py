@@ -20,7 +20,7 @@ from configs.vae import VAETraining
 from data_pipelines.batches import batches, data_digest, empty_text
 from launch import command
 from omnitransfer_jax import load_models
-from omnitransfer_jax.folders import inputs, outputs, run_folder
+from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.mesh import data_share, make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
@@ -68,7 +68,9 @@ def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
         case VAETraining():
             return vae_training.objective(config)
         case MLLMTraining():
-            inputs.require_checkpoint(load_models.INIT_FROM, config.train.init_from, MLLMTraining)
+            inputs.require_checkpoint(load_models.INIT_FROM, config.train.init_from)
+            if source := run_folder.imported_weights(config.train.init_from):
+                model_folder.require_model(source, config.model)
             return mllm_training.objective(config, load_models.load_mllm_vocabulary(config.train.init_from))
         case Config():
             return omnitransfer.objective(config)

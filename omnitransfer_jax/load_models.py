@@ -47,7 +47,7 @@ def require_weights(folder: str, config: Config, names: Collection[str], flag: s
         aligned = is_run or not folder or not config.alignment.enabled
         require(aligned, f"{flag}={folder}: {WITHOUT_ALIGNMENT}")
     if is_run and "dit" in names:
-        run_folder.latest(folder)
+        inputs.require_trained(flag, folder)
     if not source:
         require_small({part.name: _size(part.shapes(getattr(config, part.name))) for part in parts}, folder, flag)
         return

@@ -65,6 +65,13 @@ def require_checkpoint(flag: str, folder: str, of: type[RunConfig] = Config) -> 
     )
 
 
+def require_trained(flag: str, run: epath.PathLike) -> None:
+    """A `RequestError` if the run has no checkpoint; whether those that it has are whole is found when one is read."""
+    folder = epath.Path(run) / run_folder.CHECKPOINTS
+    found = folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+    require(found, f"{flag}={run}: this run has no checkpoint yet; wait for its first, or give what it started from")
+
+
 def require_source(flag: str, source: str) -> None:
     """A `RequestError` if `source` cannot be published weights because it is absent, empty, or a folder of this project."""
     path, published = Path(source), "give the folder or the .safetensors file that was downloaded"

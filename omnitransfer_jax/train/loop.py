@@ -174,7 +174,7 @@ def require_weights(objective: Objective, config: RunConfig) -> None:
     inputs.require_checkpoint(load_models.INIT_FROM, origin, type(known))
     if run_folder.is_run(origin):
         run_folder.require_same_model(origin, known)
-        run_folder.latest(origin)
+        inputs.require_trained(load_models.INIT_FROM, origin)
     if source := run_folder.imported_weights(origin, type(known)):
         model_folder.require_model(source, objective.models)
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import mllm, stage0, stage1, vae
+from configs import mllm, stage0, stage1, vae, wan
 from configs.run import CheckpointConfig
 from data_pipelines import clips, example, records
 from launch import command
@@ -212,7 +212,7 @@ def test_a_wrong_request(request_, place, monkeypatch, capfd):
     skip_without_torch(request_.module)
     module, args, before = importlib.import_module(request_.module), filled(request_, place), contents(place)
     if hasattr(module, "FLAGS"):
-        code = command.execute(module.main, module.FLAGS, args)
+        code = execute(request_.module, args)
     else:
         monkeypatch.setattr(sys, "argv", ["example", *args])
         with pytest.raises(SystemExit) as end:
@@ -220,6 +220,73 @@ def test_a_wrong_request(request_, place, monkeypatch, capfd):
         code = end.value.code
     check(request_, code, capfd.readouterr().err)
     assert contents(place) == before
+
+
+def execute(module: str, args: tuple[str, ...] | list[str]) -> int:
+    imported = importlib.import_module(module)
+    return command.execute(imported.main, imported.FLAGS, args)
+
+
+WEIGHTS = ("--checkpoint", "--train.init_from")
+TAKE_WEIGHTS = [
+    (module, each, flag) for module, commands in COMMANDS.items() for each in commands for flag in each.inputs if flag in WEIGHTS
+]
+
+
+@pytest.mark.usefixtures("without_work")
+@pytest.mark.parametrize(("module", "each", "flag"), TAKE_WEIGHTS, ids=[f"{m} {f} {c.args[0]}" for m, c, f in TAKE_WEIGHTS])
+def test_a_folder_that_holds_no_weights_is_named(module, each, flag, place, capfd):
+    give = f"give {flag}=DIR, a folder of launch.import_weights or the workdir of a training"
+    home = f"inside of the workdir of a run; give {flag}={place}/run"
+    for name, message in {
+        "absent": f"no such folder; {give}",
+        "file": f"a file; {give}",
+        "source/transformer/diffusion_pytorch_model.safetensors": "a file of weights; import it: python -m launch.import_weights",
+        "source/transformer": "published weights that are not imported; import it: python -m launch.import_weights",
+        "empty": f"an empty folder; {give}",
+        "records": f"a folder of records, for --data.path; {give}",
+        "run/checkpoints": home,
+        "run/checkpoints/8": home,
+        "model/tokenizer": f"inside of a folder of imported weights; give {flag}={place}/model",
+    }.items():
+        args = dict(arg.split("=", 1) for arg in each.args) | {flag: f"{place}/{name}"}
+        assert execute(module, [f"{key}={value}".replace("{}", str(place)) for key, value in args.items()]) == 2
+        error = capfd.readouterr().err
+        assert error.startswith(f"{flag}={place}/{name}: {message}")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("without_work")
+@pytest.mark.parametrize(("module", "each", "flag"), TAKE_WEIGHTS, ids=[f"{m} {f} {c.args[0]}" for m, c, f in TAKE_WEIGHTS])
+def test_weights_of_another_function_are_named_before_any_are_read(module, each, flag, place, tmp_path, capfd):
+    """Of a model folder and of a run; with the field, both values, and the configuration that fits."""
+    made = wan.get_config("t2v_1_3b")
+    model_folder.write_model(tmp_path / "t2v", {"dit": made.dit, "vae": made.vae})
+    write_run(tmp_path / "run", made, tmp_path / "t2v")
+    by_run = module in ("launch.sample", "launch.export") or "data.path" in str(each.args)  # the others read what it started from
+    for folder, words in (
+        ("t2v", ": made with dit.dim=1536, the configuration has "),
+        ("run", f": the run in {tmp_path}/run has 1536; " if by_run else f"{tmp_path}/t2v: made with dit.dim=1536, "),
+    ):
+        args = dict(arg.split("=", 1) for arg in each.args) | {flag: f"{tmp_path}/{folder}"}
+        assert execute(module, [f"{key}={value}".replace("{}", str(place)) for key, value in args.items()]) == 2
+        error = capfd.readouterr().err
+        assert words in error
+        assert error.endswith("; what fits is --config=wan:t2v_1_3b\n")
+
+
+@pytest.mark.parametrize("module", ["launch.sample", "launch.encode", "launch.encode_world", "launch.export", "launch.embed"])
+@pytest.mark.parametrize("name", ["vae:tiny", "mllm:tiny", "mllm", "vae:x"])
+def test_a_configuration_of_another_kind_is_named(module, name, place, capfd):
+    args = [arg.replace("{}", str(place)) for arg in COMMANDS[module][0].args if not arg.startswith("--config")]
+    assert execute(module, [f"--config={name}", *args]) == 2
+    assert capfd.readouterr().err == f"--config={name}: the configuration of another command; take stage0, stage1, stage2, stage3, wan\n"
+
+
+def test_a_run_of_another_training_does_not_go_on(place, capfd):
+    for config, workdir in (("stage1:smoke", "vae"), ("vae:tiny", "mllm"), ("mllm:tiny", "run")):
+        assert execute("launch.train", [f"--config={config}", f"--workdir={place / workdir}"]) == 2
+        assert "'s training; give one of the " in capfd.readouterr().err
 
 
 class Ended(NamedTuple):
