@@ -4,6 +4,8 @@ Weights are a model folder (model.json) or the workdir of a run (config.json, ch
 records, and published weights that are not imported yet, which may have a config.json too.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +58,8 @@ def require_checkpoint(flag: str, folder: str, of: type[RunConfig] = Config) -> 
     """
     if not folder:
         return
-    wrong = _wrong(flag, model_folder.resolve(folder))
+    with _readable(flag, folder):
+        wrong = _wrong(flag, model_folder.resolve(folder))
     require(not wrong, f"{flag}={folder}: {wrong}")
     origin = run_folder.imported_weights(folder, of)
     require(
@@ -75,10 +78,11 @@ def require_trained(flag: str, run: epath.PathLike) -> None:
 def require_source(flag: str, source: str) -> None:
     """A `RequestError` if `source` cannot be published weights because it is absent, empty, or a folder of this project."""
     path, published = Path(source), "give the folder or the .safetensors file that was downloaded"
-    require(bool(source) and path.exists(), f"{flag}={source}: no such file or folder; {published}")
-    require(path.is_file() or any(path.iterdir()), f"{flag}={source}: an empty folder; {published}")
-    home = owner(path.absolute())
-    found = NAMES.get(kind_of(path)) or (home and f"inside of {home}, {NAMES[kind_of(home)]}")
+    with _readable(flag, source):
+        require(bool(source) and path.exists(), f"{flag}={source}: no such file or folder; {published}")
+        require(path.is_file() or any(path.iterdir()), f"{flag}={source}: an empty folder; {published}")
+        home = owner(path.absolute())
+        found = NAMES.get(kind_of(path)) or (home and f"inside of {home}, {NAMES[kind_of(home)]}")
     require(not found, f"{flag}={source}: {found}, no published weights; {published}")
 
 
@@ -108,3 +112,12 @@ def _keys(file: epath.Path) -> set[Any]:
         return set(atomic.read_json(file, ""))
     except (OSError, RequestError):
         return set()
+
+
+@contextmanager
+def _readable(flag: str, folder: str) -> Iterator[None]:
+    """Makes one line of what the operating system raises: no permission, a name too long."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{flag}={folder[:300]}: cannot be read ({error.strerror or error}); give another folder") from None

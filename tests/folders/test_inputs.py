@@ -1,6 +1,7 @@
 """What was given for weights, when it is something else: one line says what it is and what to give."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -59,6 +60,19 @@ def here(tmp_path):
 def test_what_holds_no_weights_is_named(here, name, message):
     with pytest.raises(RequestError, match=f"{here / name}.*: {message}"):
         inputs.require_checkpoint("--checkpoint", str(here / name))
+
+
+def test_what_cannot_be_read_is_one_line(here, monkeypatch):
+    with pytest.raises(RequestError, match=r"^--source=x+: cannot be read \(File name too long\); give another folder$"):
+        inputs.require_source("--source", "x" * 300)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for check in (inputs.require_checkpoint, inputs.require_source):
+        with pytest.raises(RequestError, match=r"^--flag=.*/other: cannot be read \(Permission denied\); give another folder$"):
+            check("--flag", str(here / "other"))
 
 
 def test_weights_are_taken(here, monkeypatch):
