@@ -3,7 +3,7 @@
 Each ends in exit code 2, `--help` in 0, with at most two lines on stderr, before anything is computed or changed. All of them run in this
 process, and one of each command as a process of its own. All as processes, two at a time, with their figures:
 
-    OMNITRANSFER_ALL_PROCESSES=1 python -m pytest -n 0 -s tests/launch/test_every_command.py -k all_as_processes
+    OMNITRANSFER_ALL_PROCESSES=2 python -m pytest -n 0 -s tests/launch/test_every_command.py -k all_as_processes
 """
 
 import ast
@@ -316,10 +316,12 @@ def test_the_process_ends_as_the_function_does(module, place):
     assert contents(place) == before
 
 
-@pytest.mark.skipif("OMNITRANSFER_ALL_PROCESSES" not in os.environ, reason="takes minutes; OMNITRANSFER_ALL_PROCESSES=1 runs it")
+@pytest.mark.skipif(
+    "OMNITRANSFER_ALL_PROCESSES" not in os.environ, reason="takes minutes; OMNITRANSFER_ALL_PROCESSES=2 runs it, two at a time"
+)
 def test_all_as_processes(place):
     before = contents(place)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(int(os.environ["OMNITRANSFER_ALL_PROCESSES"])) as pool:
         ended = list(pool.map(lambda each: as_process(each, place), REQUESTS))
     slowest = max(zip(ended, NAMES, strict=True), key=lambda pair: pair[0].seconds)
     most = max(len(each.stderr.splitlines()) for each in ended)
