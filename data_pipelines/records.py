@@ -32,6 +32,7 @@ from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
 from omnitransfer_jax.folders.atomic import place, read_json, write_whole
 from omnitransfer_jax.folders.checksums import print_once
+from omnitransfer_jax.folders.inputs import RECORDS_FILE
 from omnitransfer_jax.folders.model_folder import MODEL_FILE
 from omnitransfer_jax.models.alignment import MLLMInputs
 
@@ -39,7 +40,7 @@ FORMAT = 1
 NAME, SPLIT = "records", "train"
 RANDOM = "random"  # what records.json says of weights that were not loaded
 TFDS_FILES = ("dataset_info.json", "features.json")
-MADE_FILE, EMPTY_TEXT_FILE = "records.json", "empty_text.npy"
+MADE_FILE, EMPTY_TEXT_FILE = RECORDS_FILE, "empty_text.npy"
 SAMPLED = 16  # records that the digest of a data set reads
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read, as random access wants it
 ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
@@ -123,9 +124,15 @@ def begin(folder: Path, config: Config, source: Mapping[str, Any]) -> None:
         changed = [f"{key}={known.get(key)} there, {now.get(key)} now" for key in {**known, **now} if known.get(key) != now.get(key)]
         require(not changed, f"{folder}: begun as other records ({'; '.join(changed)}); give another folder, or remove this one")
         return
-    others = [path.name for path in folder.glob("*") if not path.name.startswith(".")]  # hidden files: another process begins just now
-    require(not others, f"{folder}: no records, but {', '.join(others[:3])}; give a new or empty folder")
+    require_place(folder)
     write_whole(folder / MADE_FILE, json.dumps(made, indent=2).encode())
+
+
+def require_place(folder: Path) -> None:
+    """A `RequestError` if something other than records is in `folder`."""
+    others = [path.name for path in folder.glob("*") if not path.name.startswith(".")]  # hidden files: another process begins just now
+    begun = (folder / MADE_FILE).exists()
+    require(begun or not others, f"{folder}: no records, but {', '.join(others[:3])}; give a new or empty folder")
 
 
 def read_made(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from data_pipelines.manifest import Row, read_manifest
 from data_pipelines.pairs import encode, prefetch, read_pixels
 from launch import command
 from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
 
 FLAGS = flags.FlagValues()
@@ -46,6 +47,8 @@ REJECTED_FILE = "rejected.jsonl"
 
 def main(config: Config) -> None:
     folder, manifest = Path(OUT.value), Path(MANIFEST.value)
+    outputs.require_folder("--out", OUT.value, [MANIFEST.value, config.train.init_from], holds="records", owns=["."])
+    records.require_place(folder)
     rows = read_manifest(manifest)
     index, count = process()
     load_models.require_weights(config.train.init_from, config, encoder_names(config))

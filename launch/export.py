@@ -23,7 +23,7 @@ from configs.errors import require
 from configs.run import Config
 from launch import command
 from omnitransfer_jax import tasks
-from omnitransfer_jax.folders import atomic, checksums, model_folder, run_folder
+from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl
@@ -62,8 +62,13 @@ in the cross-attention of the target (into: {into}); results of several tasks ar
 
 def main(config: Config) -> None:
     checkpoint, layout = CHECKPOINT.value, LAYOUT.value
+    require(bool(checkpoint), "--checkpoint='': empty; give the folder of a checkpoint")
+    inputs.require_checkpoint("--checkpoint", checkpoint)
+    outputs.require_new_folder("--out", OUT.value, [checkpoint])
     run = epath.Path(checkpoint) if run_folder.is_run(checkpoint) else None
     run_folder.require_same_function(checkpoint, config)
+    if run:
+        inputs.require_trained("--checkpoint", run)
     imported = run_folder.imported_weights(checkpoint)
     stored = {*(model_folder.read_model(imported) if imported else ()), *(["dit"] if run else [])}
     parts = [part for part in PARTS if part.name in stored and (layout != "comfyui" or part.name == "dit")]

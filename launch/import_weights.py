@@ -28,7 +28,7 @@ from configs import wan
 from configs.errors import RequestError, require
 from configs.kinds import differences
 from launch import command
-from omnitransfer_jax.folders import atomic, checksums, fingerprint, model_folder
+from omnitransfer_jax.folders import atomic, checksums, fingerprint, inputs, model_folder, outputs
 from omnitransfer_jax.weights import convert, files, foreign, quantised, wan_dit
 from omnitransfer_jax.weights.files import DTYPES, Tensor
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, MLLM_TOKENIZER_FILES, PARTS, TOKENIZERS, Layout, Part
@@ -41,6 +41,7 @@ DTYPE = flags.DEFINE_enum(
 )
 VARIANT = flags.DEFINE_string("variant", "", "which files of a part are read if there are several, as fp16", flag_values=FLAGS)
 
+UNFINISHED = ".unfinished"  # the folder in --out of what is not whole yet
 ABSENT = {
     "transformer_2": "Wan2.2 runs it at low noise levels; here transformer/ runs at all of them, so the videos will differ"
 }  # what to say of a folder that is not imported
@@ -60,6 +61,8 @@ class Found(NamedTuple):
 def main() -> None:
     source, out = Path(SOURCE.value), epath.Path(OUT.value)
     dtype = None if DTYPE.value == "keep" else next(d for d in DTYPES.values() if d.name == DTYPE.value)
+    inputs.require_source("--source", SOURCE.value)
+    outputs.require_folder("--out", OUT.value, [SOURCE.value], holds="model", owns=[UNFINISHED])
     unread = unread_folders(source)
     found = [examine(part, paths, layout, dtype) for part, paths, layout in locate(source)]
     problems = [f"{each.part.name}: {problem}" for each in found for problem in each.problems]
@@ -193,7 +196,7 @@ def notes(source: Path, found: Sequence[Found]) -> Iterator[str]:
 
 def import_parts(found: list[Found], out: epath.Path, dtype: np.dtype | None) -> None:
     """Writes all parts beside their places and then gives them their names, so that an interrupted import can be run again."""
-    unfinished = out / ".unfinished"
+    unfinished = out / UNFINISHED
     if unfinished.exists():
         unfinished.rmtree()
     try:

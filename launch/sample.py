@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
 from omnitransfer_jax import load_models, tasks
-from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
@@ -61,8 +60,8 @@ class Request(NamedTuple):
 
 def main(config: Config) -> None:
     networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
-    load_models.require_weights(weights(config), config, networks, "--checkpoint")
-    run_folder.require_same_function(weights(config), config)
+    given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
+    load_models.require_weights(weights(config), config, networks, given)
     request = read_request(config)
     if not weights(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
@@ -84,8 +83,7 @@ def weights(config: Config) -> str:
 def read_request(config: Config) -> Request:
     """The flags, checked before any weights are touched."""
     require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
-    read = {Path(path).resolve() for path in (*REFERENCE.value, FIRST_FRAME.value or "")}
-    require(Path(OUT.value).resolve() not in read, f"--out={OUT.value}: it is a file that this command reads; give another name")
+    outputs.require_file("--out", OUT.value, [*REFERENCE.value, FIRST_FRAME.value or "", weights(config)])
     require(
         len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from configs import kinds
+from configs import kinds, named
 from configs.errors import RequestError, require
 from configs.run import Config
 from omnitransfer_jax.folders import atomic, checksums
@@ -181,7 +181,7 @@ def require_model(folder: epath.PathLike, config: Config, of: Collection[kinds.K
         for field, value, found in kinds.differences(part, getattr(config, name), of):
             raise RequestError(
                 f"{folder}: made with {name}.{field}={value!r}, the configuration has {found!r}; "
-                f"give the --config it was made for, or --{name}.{field}={value!r}"
+                f"give the --config it was made for, or --{name}.{field}={value!r}{named.fitting(stored, of)}"
             )
     return tuple(stored)
 

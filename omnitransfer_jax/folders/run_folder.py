@@ -22,7 +22,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from configs import kinds
+from configs import kinds, named
 from configs.errors import RequestError, require
 from configs.run import CheckpointConfig, Config, RunConfig
 from omnitransfer_jax.folders import atomic, checksums, fingerprint, model_folder
@@ -168,15 +168,22 @@ def require_same_function(folder: str, config: Config) -> None:
 def _require_same(workdir: epath.PathLike, config: RunConfig, of: Collection[kinds.Kind], except_for: Collection[str] = ()) -> None:
     """A `RequestError` for the first field of the networks, of these kinds, in which `config` differs from the run."""
     stored = read_config(workdir, type(config))
+    for name, value, now in _other_networks(stored, config, of):
+        if name not in except_for:
+            fits = [each for each, known in named.variants(type(config)).items() if not any(_other_networks(stored, known, of))]
+            raise RequestError(
+                f"--{name}={now!r}: the run in {workdir} has {value!r}; give its --config, or --{name}={value!r}{named.fit(fits)}"
+            )
+
+
+def _other_networks(stored: RunConfig, config: RunConfig, of: Collection[kinds.Kind]) -> Iterator[tuple[str, Any, Any]]:
+    """The fields of these kinds in which two configurations differ; of those of a whole model, the fields of networks that both use."""
     for name, value, now in kinds.differences(stored, config, of):
         if isinstance(stored, Config) and isinstance(config, Config):
             part, aligned = name.partition(".")[0], stored.alignment.enabled and config.alignment.enabled
             if part not in NETWORKS[: None if aligned else -3] and name != "alignment.enabled":
                 continue
-        require(
-            name in except_for,
-            f"--{name}={now!r}: the run in {workdir} has {value!r}; give its --config, or --{name}={value!r}",
-        )
+        yield name, value, now
 
 
 def training_of(workdir: epath.PathLike) -> str:

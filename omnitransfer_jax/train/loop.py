@@ -23,10 +23,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from configs.errors import require
 from configs.run import Config, RunConfig
 from omnitransfer_jax import load_models
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import inputs, model_folder, run_folder
 from omnitransfer_jax.folders.lock import alone
 from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
 from omnitransfer_jax.train.log import RunLog, read_lines
@@ -132,10 +131,9 @@ def start(
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
         print(f"{workdir}: going on after step {checkpoints.latest}", flush=True)
         return run_folder.restore(checkpoints, like, data)
-    place, known = {path: leaf.sharding for path, leaf in params.items()}, objective.models
+    place, known = {path: leaf.sharding for path, leaf in params.items()}, model_of(origin, objective, config)
     weights: Params = {}
     if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
-        known = config if run_folder.training_of(origin) == config.training else objective.models
         run_folder.require_same_model(origin, known)
         weights = run_folder.load_params(origin, params, place, jnp.float32)
     source = run_folder.imported_weights(origin, type(known))
@@ -173,14 +171,24 @@ def imported_params(folder: str, objective: Objective, params: Mapping[str, Any]
 
 
 def require_weights(objective: Objective, config: RunConfig) -> None:
-    """A `RequestError` that says which weights are missing, if a run of this configuration could not start; nothing is read."""
+    """A `RequestError` if a run of this configuration could not start: no weights, or those of another model; none are read."""
     origin = config.train.init_from
-    require(
-        not origin or run_folder.is_run(origin) or model_folder.exists(origin),
-        f"train.init_from={origin!r}: neither imported weights nor a run; import them with {model_folder.IMPORT}",
-    )
     if not origin:
         require_small(objective, config, objective.params)
+        return
+    known = model_of(origin, objective, config)
+    inputs.require_checkpoint(load_models.INIT_FROM, origin, type(known))
+    if run_folder.is_run(origin):
+        run_folder.require_same_model(origin, known)
+        inputs.require_trained(load_models.INIT_FROM, origin)
+    if source := run_folder.imported_weights(origin, type(known)):
+        model_folder.require_model(source, objective.models)
+
+
+def model_of(origin: str, objective: Objective, config: RunConfig) -> RunConfig:
+    """The configuration with which the run `origin` is compared: `config` if it is a run of the same training."""
+    same = run_folder.is_run(origin) and run_folder.training_of(origin) == config.training
+    return config if same else objective.models
 
 
 def require_small(objective: Objective, config: RunConfig, paths: Iterable[str]) -> None:

@@ -91,7 +91,7 @@ def test_combined_transfer(tmp_path):
     ("args", "words"),
     [
         (["--out=a.gif"], "--out=a.gif: an mp4 is written"),
-        (["--task=style", "--reference={clip}", "--out={folder}/x/../r.mp4"], "it is a file that this command reads; give another"),
+        (["--task=style", "--reference={clip}", "--out={folder}/x/../r.mp4"], "this command reads it; give another name"),
         (["--task=motion"], "1 --task and 0 --reference"),
         (["--task=motion", "--reference={clip}"], "give --first_frame"),
         (["--task=style", "--reference=absent.mp4"], "absent.mp4: no such file"),

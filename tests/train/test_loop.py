@@ -293,7 +293,7 @@ def test_the_full_size_does_not_start_from_random_weights(tmp_path):
     with pytest.raises(RequestError, match=r"no weights for dit \(16.4 .* and mllm \(3.1 billion .* python -m launch.import_weights"):
         loop.require_weights(objective(stage3.get_config()), stage3.get_config())
     absent = replace(stage3.get_config(), train=replace(TINY.train, init_from=str(tmp_path)))
-    with pytest.raises(RequestError, match="neither imported weights nor a run; import them"):
+    with pytest.raises(RequestError, match=r"an empty folder; give --train\.init_from=DIR, a folder of"):
         loop.require_weights(objective(absent), absent)
 
 
