@@ -18,6 +18,7 @@ from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference, reference_latents
 from omnitransfer_jax.models.rope3d import grid
 from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.samplers import experts, start
 from tests.compare import relative_l2
 from tests.models.test_wan_dit import TINY
 
@@ -159,6 +160,12 @@ def test_the_baseline_is_wan_on_more_frames(model, batch):
     assert relative_l2(run(baseline(model), batch, (one, two)), run(model, longer)[:, :2]) <= 1e-5
 
 
+def denoised(model, conditions, noise, sampler):
+    """Clean latents by one network."""
+    (expert,) = experts(sampler)
+    return jax.jit(lambda model: denoise(model, conditions, start(noise), sampler, expert).latents)(model)
+
+
 def test_the_baseline_has_no_cache(model):
     """Its references change from step to step: every cache setting computes them anew."""
     conditions = Conditions(draw(1, 1, 16, 8), draw(5, 1, 16, 8), draw(2, 1, 5, 8), draw(6, 1, 2, 4, 6, 20))
@@ -166,7 +173,7 @@ def test_the_baseline_has_no_cache(model):
     noise = draw(7, 1, 2, 4, 6, 16)
 
     def sample(model, cache):
-        return jax.jit(lambda model: denoise(model, conditions, noise, SamplerConfig(steps=2, reference_cache=cache)))(model)
+        return denoised(model, conditions, noise, SamplerConfig(steps=2, reference_cache=cache))
 
     anew = sample(baseline(model), "none")
     assert (sample(baseline(model), "full") == anew).all()
@@ -233,7 +240,7 @@ def test_sampling_with_a_cache_equals_recomputing(model):
     noise = draw(7, 1, 2, 4, 6, 16)
 
     def sample(cache):
-        return jax.jit(lambda model: denoise(model, conditions, noise, SamplerConfig(steps=4, reference_cache=cache)))(model)
+        return denoised(model, conditions, noise, SamplerConfig(steps=4, reference_cache=cache))
 
     recomputed = sample("none")
     assert relative_l2(sample("full"), recomputed) <= 1e-5
