@@ -136,7 +136,7 @@ def _require_experts(folder: str, config: Config, imported: Collection[str]) -> 
     require(not (boundary and is_run(folder)), f"{given}: {folder} is a run, which has one network; give --sampler.boundary=0")
     require(
         not boundary or len(absent) != 1,
-        f"{given}: {folder} has no {' and no '.join(absent)} expert; import it too, or give --sampler.boundary=0 to sample with one network",
+        f"{given}: {folder} has no {' and no '.join(absent)} expert; import it too, or give --sampler.boundary=0 for one network",
     )
     require(
         boundary > 0 or bool(absent),
