@@ -13,7 +13,7 @@ from configs.run import SamplerConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.mesh import UNSHARDED
 from omnitransfer_jax.models.attend import Streams, recording
-from omnitransfer_jax.models.flat_params import flat_params
+from omnitransfer_jax.models.flat_params import flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference, reference_latents
 from omnitransfer_jax.models.rope3d import grid
@@ -246,6 +246,26 @@ def test_sampling_with_a_cache_equals_recomputing(model):
     assert relative_l2(sample("full"), recomputed) <= 1e-5
     assert 0 < relative_l2(sample("int8"), recomputed) <= 0.01
     assert 0 < relative_l2(sample("float8"), recomputed) <= 0.05
+
+
+def test_each_of_two_experts_has_its_own_cache(model):
+    """Wan2.2: what one expert cached is of no use to the other, whose weights differ."""
+    conditions = Conditions(draw(1, 1, 16, 8), draw(5, 1, 16, 8), draw(2, 1, 5, 8), draw(6, 1, 2, 4, 6, 20))
+    conditions = conditions._replace(references=jax.tree.map(lambda x: x[:1], references(3)))
+    models = {"dit": model, "dit_low_noise": with_params(model, {path: 0.8 * x for path, x in flat_params(model).items()})}
+
+    def sample(cache):
+        sampler = SamplerConfig(steps=4, boundary=0.9, guidance=3.0, low_noise_guidance=1.0, reference_cache=cache)
+
+        def both(models):
+            state = start(draw(7, 1, 2, 4, 6, 16))
+            for expert in experts(sampler):
+                state = denoise(models[expert.part], conditions, state, sampler, expert)
+            return state.latents
+
+        return jax.jit(both)(models)
+
+    assert relative_l2(sample("full"), sample("none")) <= 1e-5
 
 
 def test_a_quantized_cache_is_small_and_near(model):
