@@ -20,6 +20,8 @@ LAYOUTS = {  # where each expert lies
     "original": ("high_noise_model", "low_noise_model"),
 }
 
+THEIRS = dict(zip(LAYOUTS["original"], LAYOUTS["diffusers"], strict=True))
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -79,12 +81,13 @@ def test_diffusers_to_ours_to_diffusers(source, ours, tmp_path):
 
 
 @pytest.mark.parametrize("config_json", [True, False], ids=["config.json", "no_config.json"])
-def test_the_originals_layout_goes_both_ways(ours, tmp_path, config_json):
+def test_the_originals_layout_goes_both_ways(source, ours, tmp_path, config_json):
     """Its config.json does not say that there is no image branch, the tensors do; and it does not know the smoke text width."""
     assert run_export(ours, tmp_path / "original", "original") == 0
     assert sorted(path.name for path in (tmp_path / "original").iterdir()) == ["Wan2.1_VAE.safetensors", *sorted(LAYOUTS["original"])]
     for name in LAYOUTS["original"]:
         path = tmp_path / "original" / name / "config.json"
+        assert read(path.parent)["head.head.weight"] == read(source / THEIRS[name])["proj_out.weight"]
         assert json.loads(path.read_text())["model_type"] == "i2v"
         if not config_json:
             path.unlink()
@@ -96,11 +99,14 @@ def test_the_originals_layout_goes_both_ways(ours, tmp_path, config_json):
         assert part_bits(tmp_path / "again", part) == part_bits(ours, part)
 
 
-def test_comfyuis_files_come_one_by_one(ours, tmp_path, capfd):
+def test_comfyuis_files_come_one_by_one(source, ours, tmp_path, capfd):
     """The file's name says which expert it is; until both are there, the next command is told what is absent."""
     assert run_export(ours, tmp_path / "comfy", "comfyui") == 0
     found = sorted((tmp_path / "comfy" / "diffusion_models").iterdir())
     assert [path.name for path in found] == ["wan_smoke_2_2_high_noise.safetensors", "wan_smoke_2_2_low_noise.safetensors"]
+    for path, name in zip(found, LAYOUTS["diffusers"], strict=True):
+        weight = load_file(path)["model.diffusion_model.head.head.weight"]
+        assert weight.tobytes() == read(source / name)["proj_out.weight"]
     capfd.readouterr()
     assert run_import(found[0], tmp_path / "again") == 0
     printed = capfd.readouterr().out
