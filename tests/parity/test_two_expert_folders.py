@@ -4,6 +4,7 @@ import json
 
 import pytest
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
+from etils import epath
 from safetensors.numpy import load_file
 
 from configs import wan
@@ -136,6 +137,14 @@ def test_comfyuis_files_come_one_by_one(source, ours, tmp_path, capfd):
 def test_what_published_file_names_say(tmp_path, name, part):
     (tmp_path / name).touch()
     assert [each.name for each, *_ in import_weights.locate(tmp_path / name)] == [part]
+
+
+@pytest.mark.parametrize(("parts", "variant"), [(("dit",), "t2v_14b"), (("dit", "dit_low_noise"), "t2v_2_2_14b")])
+def test_the_next_command_knows_wan2_2_by_its_second_expert(tmp_path, capsys, parts, variant):
+    """One transformer of this size is Wan2.1's."""
+    model_folder.write_model(tmp_path, dict.fromkeys(parts, wan.T2V_14B))
+    import_weights.report(epath.Path(tmp_path))
+    assert f"--config=wan:{variant} " in capsys.readouterr().out
 
 
 def test_two_models_in_one_folder(tmp_path, capfd):
