@@ -43,7 +43,7 @@ from omnitransfer_jax.weights.parts import (
     TOKENIZERS,
     Layout,
     Part,
-)  # fmt: skip
+)
 
 FLAGS = flags.FlagValues()
 SOURCE = flags.DEFINE_string("source", None, "folder or .safetensors file to read", required=True, flag_values=FLAGS)

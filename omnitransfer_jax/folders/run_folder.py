@@ -132,11 +132,11 @@ def _require_experts(folder: str, config: Config, imported: Collection[str]) -> 
     """A `RequestError` unless `config` has a boundary for two experts, and none for the one network of a run or of other weights."""
     boundary, experts = config.sampler.boundary, {"dit": "high-noise", model_folder.LOW_NOISE: "low-noise"}
     absent = [name for part, name in experts.items() if part not in imported]
-    given = f"--sampler.boundary={boundary:g}"
-    require(not (boundary and is_run(folder)), f"{given}: {folder} is a run, which has one network; give --sampler.boundary=0")
+    given, one = f"--sampler.boundary={boundary:g}", "--sampler.boundary=0 --sampler.low_noise_guidance=None"
+    require(not (boundary and is_run(folder)), f"{given}: {folder} is a run, which has one network; give {one}")
     require(
         not boundary or len(absent) != 1,
-        f"{given}: {folder} has no {' and no '.join(absent)} expert; import it too, or give --sampler.boundary=0 for one network",
+        f"{given}: {folder} has no {' and no '.join(absent)} expert; import it too, or give {one} for one network",
     )
     require(
         boundary > 0 or bool(absent),

@@ -96,7 +96,11 @@ def test_both_experts_make_a_video(model, inputs, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("absent", "args", "words"),
     [
-        ("dit_low_noise", [], "--sampler.boundary=0.9: {} has no low-noise expert; import it too, or give --sampler.boundary=0 for one"),
+        (
+            "dit_low_noise",
+            [],
+            "--sampler.boundary=0.9: {} has no low-noise expert; import it too, or give --sampler.boundary=0 --sampler.low",
+        ),
         ("dit", [], "--sampler.boundary=0.9: {} has no high-noise expert; import it too"),
         (None, ["--sampler.boundary=0"], "--sampler.boundary=0: {} has two experts (Wan2.2), and one would run at all noise levels"),
         (None, ["--sampler.low_noise_guidance=0.5"], "sampler.low_noise_guidance=0.5: at least 1"),
