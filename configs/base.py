@@ -39,7 +39,8 @@ class DiTConfig:
     text_len: int = field(default=512, metadata=DATA)
     """Rows of text context; shorter prompts are padded with zero rows, which take part in the attention as in the original."""
     image_dim: int | None = 1280
-    """Width of the CLIP features, or None for a text-to-video network, which has no image branch."""
+    """Width of the CLIP features, or None for a network without an image branch: text-to-video, and Wan2.2's image-to-video, which reads
+    the first frame from its latents alone."""
     freq_dim: int = 256
     """Width of the sinusoidal time embedding."""
     eps: float = 1e-6
@@ -63,6 +64,11 @@ class DiTConfig:
     """Positions of references: the offsets of their task (Eq. 2), or all after the target in time, the paper's baseline."""
     remat: Literal["none", "attention", "full"] = field(default="attention", metadata=RUN)
     """What a block stores for the backward pass: everything, the attention outputs, or its input alone."""
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the network reads a mask and the latents of a first frame behind the noisy latent."""
+        return self.in_channels > self.out_channels
 
     def validate(self) -> None:
         require_ranges(self, "dit")

@@ -49,8 +49,8 @@ ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
 def record_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of what a record holds of a sample (`sample_spec`), by the names it has there."""
     require(
-        config.dit.image_dim is not None,
-        "dit.image_dim=None: records are for an image-to-video network; take a configuration like stage1",
+        config.dit.image_to_video,
+        f"dit.in_channels={config.dit.in_channels}: records are for an image-to-video network; take a configuration like stage1",
     )
     return named(sample_spec(config))
 
@@ -91,7 +91,7 @@ def named(sample: Batch) -> dict[str, Any]:
 
 def _names(sample: Batch) -> Any:
     """The name in a record of each array of `sample`: that of its field, with `shown_` before the language model's inputs (format 1)."""
-    names: Any = Batch._make(Batch._fields)
+    names: Any = Batch._make(name if value is not None else None for name, value in sample._asdict().items())
     return names._replace(mllm_inputs=sample.mllm_inputs and MLLMInputs._make(f"shown_{field}" for field in MLLMInputs._fields))
 
 

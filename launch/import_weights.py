@@ -5,6 +5,8 @@ converted to safetensors), or a single .safetensors or .gguf file of the diffusi
 source has are imported one after the other, so memory holds a few leaves of one part. Nothing is written unless all of them are complete
 and all their numbers finite. Weights of float8, with or without scales, and GGUF's Q8_0, Q4_K, Q5_K and Q6_K are stored as the numbers
 they stand for, in bfloat16 or --dtype.
+Wan2.2's second transformer is in transformer_2/, in low_noise_model/, or in a file with `low_noise` in its name. Nothing but these names
+tells its two experts apart.
 The language model of stages 2 and 3 is a published Qwen2.5-VL folder. It is imported by a second call with the same --out, or it is
 the folder mllm/ in the source.
 
@@ -13,9 +15,10 @@ python -m launch.import_weights --source=Qwen2.5-VL-3B-Instruct --out=checkpoint
 """
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +34,17 @@ from launch import command
 from omnitransfer_jax.folders import atomic, checksums, fingerprint, inputs, model_folder, outputs
 from omnitransfer_jax.weights import convert, files, foreign, quantised, wan_dit
 from omnitransfer_jax.weights.files import DTYPES, Tensor
-from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, MLLM_TOKENIZER_FILES, PARTS, TOKENIZERS, Layout, Part
+from omnitransfer_jax.weights.parts import (
+    EXPERT_FOLDERS,
+    LOW_NOISE,
+    MLLM,
+    MLLM_TOKENIZER,
+    MLLM_TOKENIZER_FILES,
+    PARTS,
+    TOKENIZERS,
+    Layout,
+    Part,
+)
 
 FLAGS = flags.FlagValues()
 SOURCE = flags.DEFINE_string("source", None, "folder or .safetensors file to read", required=True, flag_values=FLAGS)
@@ -42,9 +55,7 @@ DTYPE = flags.DEFINE_enum(
 VARIANT = flags.DEFINE_string("variant", "", "which files of a part are read if there are several, as fp16", flag_values=FLAGS)
 
 UNFINISHED = ".unfinished"  # the folder in --out of what is not whole yet
-ABSENT = {
-    "transformer_2": "Wan2.2 runs it at low noise levels; here transformer/ runs at all of them, so the videos will differ"
-}  # what to say of a folder that is not imported
+LOW_NOISE_FILE = re.compile(r"low.?noise|[-_.]low[-_.]", re.IGNORECASE)  # in the name of a published file of Wan2.2's low-noise expert
 
 
 class Found(NamedTuple):
@@ -74,19 +85,19 @@ def main() -> None:
     import_parts(found, out, dtype)
     import_tokenizer(source, out)
     for name in unread:
-        print(f"{name}: not imported; {ABSENT.get(name, 'this project has no such network')}")
+        print(f"{name}: not imported; this project has no such network")
     report(out)
 
 
 def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
     """The parts in `source`, with their files, and their layout if it follows from the folder."""
     if source.is_file():
-        yield PARTS[0], files.find(source), None
+        yield (LOW_NOISE if LOW_NOISE_FILE.search(source.name) else PARTS[0]), files.find(source), None
         return
     if is_mllm(source):
         yield MLLM, files.find(source, pattern_of(MLLM), VARIANT.value), "diffusers"
         return
-    in_folders = [part for part in (*PARTS, MLLM) if (source / part.diffusers[0]).is_dir()]
+    in_folders = [part for part in (*PARTS, LOW_NOISE, MLLM) if (source / part.diffusers[0]).is_dir()]
     if in_folders:
         for part in in_folders:
             yield part, files.find(source / part.diffusers[0], pattern_of(part), VARIANT.value), "diffusers"
@@ -94,7 +105,8 @@ def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
     files.refuse_pickles(sorted(source.glob("*.pth")))
     patterns = [(part, f"{part.original.split('-')[0]}*.safetensors") for part in PARTS]
     present = [(part, pattern) for part, pattern in patterns if any(source.glob(pattern))]
-    if not present:
+    experts = [part for part in (PARTS[0], LOW_NOISE) if (source / EXPERT_FOLDERS[part.name]).is_dir()]
+    if not present and not experts:
         foreign.refuse_adapters(quantised.inspect(sorted(source.glob("*.safetensors"))) if source.is_dir() else {})
         gguf = next(source.glob("*.gguf"), None)
         require(gguf is None, f"{source}: give the GGUF file itself, as --source={gguf}")
@@ -102,13 +114,19 @@ def locate(source: Path) -> Iterator[tuple[Part, list[Path], Layout | None]]:
             f"{source}: neither a diffusers folder ({', '.join(part.diffusers[0] + '/' for part in PARTS)}) nor the original's "
             f"({', '.join(pattern for _, pattern in patterns)}), and no Qwen2.5-VL folder; give the folder that holds one of them"
         )
+    if experts and (PARTS[0], patterns[0][1]) in present:
+        raise RequestError(
+            f"{source}: {patterns[0][1]} beside {EXPERT_FOLDERS[experts[0].name]}/, two models in one folder; give one alone"
+        )
+    for part in experts:
+        yield part, files.find(source / EXPERT_FOLDERS[part.name], f"{part.original}*.safetensors"), "original"
     for part, pattern in present:
         yield part, files.find(source, pattern), "original"
 
 
 def unread_folders(source: Path) -> list[str]:
     """The folders of a diffusers source that hold weights and are no part of the model."""
-    known = {part.diffusers[0] for part in (*PARTS, MLLM)}
+    known = {part.diffusers[0] for part in (*PARTS, LOW_NOISE, MLLM)} | set(EXPERT_FOLDERS.values())
     return sorted({path.parent.name for path in source.glob("*/*.safetensors")} - known) if source.is_dir() else []
 
 
@@ -127,11 +145,11 @@ def is_mllm(folder: Path) -> bool:
 
 def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtype | None) -> Found:
     """The part that the headers describe: of the configuration beside the files, or else of the published size that fits best."""
-    tensors = quantised.inspect(paths)
+    config_file, tensors = paths[0].with_name("config.json"), quantised.inspect(paths)
     foreign.refuse_adapters(tensors)
     if part.table is wan_dit:
         foreign.refuse_networks([convert.bare(name, part.prefixes) for name in tensors], paths[0])
-    sizes, attempts = candidates(part, paths[0].with_name("config.json"), layout, tensors), []
+    sizes, attempts = candidates(part, config_file, layout, tensors), []
     for config, name in sizes:
         table, shapes = part.entries(config, name), part.shapes(config)
         selected = convert.select(tensors, table, part.prefixes, part.ignored, part.copies)
@@ -140,14 +158,14 @@ def examine(part: Part, paths: list[Path], layout: Layout | None, dtype: np.dtyp
         distance = len(set(selected) ^ set(expected)) + len(misshaped)
         attempts.append((distance, Found(part, config, name, selected, convert.problems(selected, table, shapes, dtype))))
     _, best = min(attempts, key=lambda attempt: attempt[0])
-    if best.problems and len(sizes) > 1:
+    if best.problems and not config_file.exists():
         best.problems.append("there is no config.json, and this is the published size that comes closest")
     return best
 
 
 def candidates(part: Part, config_file: Path, layout: Layout | None, tensors: Mapping[str, Tensor]) -> list[tuple[Any, Layout]]:
     """The configurations and layouts that `part` may have: those of its config.json, or all in configs/wan.py."""
-    if layout is not None and config_file.exists() and (layout == "diffusers" or part.name == "dit"):
+    if layout is not None and config_file.exists() and (layout == "diffusers" or part.table is wan_dit):
         remedy = "take the file that came with the weights"
         content = atomic.read_json(config_file, remedy)
         if part.table is wan_dit:
@@ -156,6 +174,8 @@ def candidates(part: Part, config_file: Path, layout: Layout | None, tensors: Ma
             config = part.table.config_from_json(content)
             config.validate()
             require_size(config, tensors)
+            if layout == "original" and config.image_dim is not None:  # the file does not say whether there is an image branch
+                return [(config, layout), (replace(config, image_dim=None), layout)]
             return [(config, layout)]
         except RequestError as error:
             raise RequestError(f"{config_file}: {str(error).removeprefix('config.json').lstrip(': ')}; {remedy}") from None
@@ -251,7 +271,7 @@ def import_tokenizer(source: Path, out: epath.Path) -> None:
 def report(out: epath.Path) -> None:
     """Prints which parts the checkpoint lacks, and the next command."""
     stored = model_folder.read_model(out)
-    for part in PARTS:
+    for part in needed_parts(stored):
         if part.name not in stored:
             print(f"{part.name}: not there; {part.absent}")
     if not (out / "tokenizer").exists():
@@ -262,13 +282,23 @@ def report(out: epath.Path) -> None:
         variant
         for variant, config in wan.VARIANTS.items()
         if not any(any(differences(model, getattr(config, name), ("model",))) for name, model in stored.items())
+        and (config.sampler.boundary > 0) == (LOW_NOISE in needed_parts(stored))
     ]
     if not fits:
         print(f"No variant of configs/wan.py has these sizes; {out / model_folder.MODEL_FILE} lists them, for a variant of your own")
         return
     name = f"wan:{fits[0]}" if fits[0] else "wan"
-    first_frame = "" if "dit" in stored and stored["dit"].image_dim is None else "--first_frame=IMAGE "
+    dit = stored.get("dit") or stored.get(LOW_NOISE.name)
+    first_frame = "" if dit is not None and not dit.image_to_video else "--first_frame=IMAGE "
     print(f'Next: python -m launch.sample --config={name} --checkpoint={out} {first_frame}--prompt="..." --out=out.mp4')
+
+
+def needed_parts(stored: Mapping[str, Any]) -> list[Part]:
+    """The parts that a model needs of which these are there."""
+    dit = stored.get("dit") or stored.get(LOW_NOISE.name)
+    has_image_branch = dit is None or not dit.image_to_video or dit.image_dim is not None
+    two_experts = LOW_NOISE.name in stored or not has_image_branch
+    return [part for part in PARTS if part.name != "image" or has_image_branch] + ([LOW_NOISE] if two_experts else [])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
+from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.resize import bicubic_resize
 from omnitransfer_jax.tokenizer import clean_prompt
 
@@ -45,6 +46,8 @@ PROMPT = flags.DEFINE_string("prompt", "", "What the video shows.", flag_values=
 FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Image the video starts from (image-to-video networks).", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out.mp4", "The mp4 to write.", flag_values=FLAGS)
 
+NETWORKS = {"dit": "high-noise expert", "dit_low_noise": "low-noise expert"}  # the names of the stages in which they are loaded
+
 
 class Request(NamedTuple):
     """What the user asked for, read and checked."""
@@ -59,7 +62,8 @@ class Request(NamedTuple):
 
 
 def main(config: Config) -> None:
-    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
+    reads_image = bool(FIRST_FRAME.value) and config.dit.image_dim is not None
+    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if reads_image else []))
     given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
     load_models.require_weights(weights(config), config, networks, given)
     request = read_request(config)
@@ -99,8 +103,9 @@ def read_request(config: Config) -> Request:
         f"--task={','.join(TASK.value)}: a temporal transfer starts from a picture; give --first_frame=IMAGE",
     )
     require(
-        not first_frame or config.dit.image_dim is not None,
-        f"--first_frame={first_frame}: this network is text-to-video; leave it out or take an image-to-video configuration",
+        config.dit.image_to_video or not (first_frame or chosen),
+        f"{f'--first_frame={first_frame}' if first_frame else '--reference'}: this network is text-to-video; leave it out or take an "
+        "image-to-video configuration",
     )
     video, frame, size = config.video, None, config.data.reference
     if first_frame:
@@ -115,13 +120,13 @@ def read_request(config: Config) -> Request:
 def notes(encoders: Encoders, request: Request) -> list[str]:
     """What the video will lack of what was asked for, or of what the network was trained with."""
     config, found = encoders.config, []
-    if config.dit.image_dim is not None and request.first_frame is None and not request.references:
+    if config.dit.image_to_video and request.first_frame is None and not request.references:
         found.append("no --first_frame: this is an image-to-video network, grey frames take its place; Wan2.1's were not trained so")
     if config.alignment.enabled:
         for index, _ in request.references:
             found += encoders.cut_prompts({"--prompt": request.prompt}, tasks.NAMES[index])
         return found
-    negative = {"--sampler.negative_prompt": config.sampler.negative_prompt} if config.sampler.guidance > 1 else {}
+    negative = {"--sampler.negative_prompt": config.sampler.negative_prompt} if config.sampler.has_negative else {}
     return found + encoders.cut_prompts({"--prompt": request.prompt} | negative)
 
 
@@ -136,10 +141,10 @@ def encode(encoders: Encoders, request: Request) -> Conditions:
     context, negative = encode_context(encoders, request)
     picture = None if request.first_frame is None else clips.to_unit(request.first_frame)[None]
     image, condition, references = None, None, ()
-    if picture is not None:
+    if picture is not None and config.dit.image_dim is not None:
         with stage("image encoder", encoders):
             image = jnp.asarray(encoders.image(picture))
-    if config.dit.image_dim is not None:
+    if config.dit.image_to_video:
         with stage("video encoder", encoders):
             frame = None if picture is None else np.asarray(bicubic_resize(jnp.asarray(picture), video.height, video.width))
             condition = jnp.asarray(encoders.no_condition if frame is None else encoders.condition(frame))
@@ -167,18 +172,22 @@ def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax
 
 
 def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> jax.Array:
-    """Latents from noise, with a progress bar."""
+    """Latents from noise, with a progress bar; of two experts one is in memory at a time."""
     config = encoders.config
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
     mesh = make_mesh(config.mesh)
-    with stage("transformer", encoders):
-        dit = load_models.load_dit(encoders.folder, config, mesh)
     with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
+
+        def load(part: str) -> WanDiT:
+            jax.effects_barrier()  # the steps so far are shown
+            bar.clear()
+            with stage(NETWORKS[part] if config.sampler.boundary > 0 else "transformer", encoders):
+                return load_models.load_dit(encoders.folder, config, mesh, part)
 
         def show(step: int) -> None:
             bar.update(step + 1 - bar.n)
 
-        latents = omnitransfer.denoise_on(mesh, config, show)(dit, conditions, noise).block_until_ready()
+        latents = omnitransfer.denoise_on(mesh, config, show)(load, conditions, noise).block_until_ready()
         jax.effects_barrier()
     return latents
 

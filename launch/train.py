@@ -56,6 +56,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
         case MLLMTraining():
             mllm_training.train(config, workdir, mesh)
         case Config():
+            load_models.require_expert(config)
             index, count = data_share(mesh)
             data = batches(config, seed=config.seed, process_index=index, process_count=count)
             trained = omnitransfer.objective(config, empty_text(config))

@@ -31,6 +31,7 @@ from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS, TOKENIZE
 RANDOM_LIMIT = 200_000_000  # parameters; the random weights of a larger network are of no use, so the absence of others is a mistake
 INIT_FROM = "--train.init_from"
 WITHOUT_ALIGNMENT = "imported weights have no queries and no connector; give the workdir of a stage 2 or 3 training"
+EXPERTS = {"high_noise": "dit", "low_noise": model_folder.LOW_NOISE}  # `train.expert` -> its part of a model folder
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -60,6 +61,23 @@ def require_weights(folder: str, config: Config, names: Collection[str], flag: s
         _mllm_vocabulary(source)
 
 
+def require_expert(config: Config) -> None:
+    """A `RequestError` unless `train.expert` names one of the two experts in `train.init_from`, or is None where there is one network."""
+    folder, expert = config.train.init_from, config.train.expert
+    imported = folder and not run_folder.is_run(folder)
+    parts = set(model_folder.read_model(model_folder.resolve(folder))) if imported else set()
+    if model_folder.LOW_NOISE not in parts:
+        remedy = "a folder with the two experts of Wan2.2 as train.init_from, or leave it out"
+        require(expert is None, f"train.expert={expert}: train.init_from={folder!r} has no experts to choose from; give {remedy}")
+        return
+    there = [name for name, part in EXPERTS.items() if part in parts]
+    require(
+        expert in there,
+        f"train.init_from={folder!r} holds the {' and the '.join(there)} expert of Wan2.2, and a training has one network: "
+        f"give --train.expert={' or '.join(there)}",
+    )
+
+
 def require_small(sizes: Mapping[str, int], folder: str = "", flag: str = INIT_FROM) -> None:
     """A `RequestError` if one of the networks of so many parameters is too large for random weights, the only ones that there are."""
     large = [f"{name} ({size / 1e9:.1f} billion parameters)" for name, size in sizes.items() if size > RANDOM_LIMIT]
@@ -70,8 +88,11 @@ def require_small(sizes: Mapping[str, int], folder: str = "", flag: str = INIT_F
     )
 
 
-def load_dit(folder: str, config: Config, mesh: Mesh) -> WanDiT:
-    """The diffusion transformer, its weights in the dtype it computes in, as in the original, each where it lives on the mesh."""
+def load_dit(folder: str, config: Config, mesh: Mesh, part: str = "dit") -> WanDiT:
+    """The diffusion transformer, its weights in the dtype it computes in, as in the original, each where it lives on the mesh.
+
+    Where there are two experts, `part` names one of them (`samplers.Expert.part`).
+    """
     run_folder.require_same_function(folder, config)
 
     def make(rngs: nnx.Rngs) -> WanDiT:
@@ -82,7 +103,7 @@ def load_dit(folder: str, config: Config, mesh: Mesh) -> WanDiT:
     sharding = {path: leaf.sharding for path, leaf in leaves.items()}
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "dit", config.dit.dtype, sharding)
-    return _load(folder, "dit", make, config.dit.dtype, sharding)
+    return _load(folder, part, make, config.dit.dtype, sharding)
 
 
 def load_alignment(folder: str, config: Config) -> Alignment:

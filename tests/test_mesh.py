@@ -81,7 +81,7 @@ def sampled(data: int, context: int, cache: Literal["full", "none"]) -> Array:
     reference = make_reference(batch.reference, batch.task, dit.grid(noise))
     negative = jnp.broadcast_to(jnp.asarray(EMPTY_TEXT), batch.text.shape)
     conditions = Conditions(batch.text, negative, batch.image, batch.condition, (reference,))
-    return denoise_on(make_mesh(config.mesh), config)(dit, conditions, noise)
+    return denoise_on(make_mesh(config.mesh), config)(lambda _: dit, conditions, noise)
 
 
 def sampling() -> dict[str, float]:

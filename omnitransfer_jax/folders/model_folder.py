@@ -2,6 +2,7 @@
 
     DIR/model.json              format version and the configuration of each part
     DIR/{dit,vae,text,image,mllm}/   parameters by path, as `flat_params` names them
+    DIR/dit_low_noise/          the second expert of Wan2.2; dit/ is then the high-noise expert
     DIR/tokenizer/              the text encoder's vocabulary, as transformers stores it
     DIR/mllm_tokenizer/         the language model's
 
@@ -24,6 +25,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from configs import kinds, named
+from configs.base import DiTConfig
 from configs.errors import RequestError, require
 from configs.run import Config
 from omnitransfer_jax.folders import atomic, checksums
@@ -39,6 +41,7 @@ MODEL_FILE = "model.json"
 GROUP_BYTES = 2**28  # leaves are written and read in groups of about this size
 CHUNK_BYTES = 2**26  # a process reads every chunk that its shard of an array touches, so chunks are small
 Item = TypeVar("Item")
+LOW_NOISE = "dit_low_noise"
 IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
 AGAIN = f"import again: {IMPORT}"
 
@@ -167,7 +170,7 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
     content = atomic.read_json(path, AGAIN, "parts")
     if content.get("format") != FORMAT:
         raise RequestError(f"{path}: format {content.get('format')}, this version reads {FORMAT}; import again: {IMPORT}")
-    types, parts = get_type_hints(Config), {}
+    types, parts = get_type_hints(Config) | {LOW_NOISE: DiTConfig}, {}
     for name, values in content["parts"].items():
         require(is_dataclass(types.get(name)), f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
         parts[name] = configuration(types[name], values, f"{path}: {name}")

@@ -162,7 +162,25 @@ def require_same_function(folder: str, config: Config) -> None:
     if is_run(folder):
         _require_same(folder, config, ("model", "method", "data"))
     if imported := imported_weights(folder):
-        model_folder.require_model(imported, config, ("model",) if is_run(folder) else ("model", "method"))
+        parts = model_folder.require_model(imported, config, ("model",) if is_run(folder) else ("model", "method"))
+        _require_experts(folder, config, [] if is_run(folder) else parts)
+
+
+def _require_experts(folder: str, config: Config, imported: Collection[str]) -> None:
+    """A `RequestError` unless `config` has a boundary for two experts, and none for the one network of a run or of other weights."""
+    boundary, experts = config.sampler.boundary, {"dit": "high-noise", model_folder.LOW_NOISE: "low-noise"}
+    absent = [name for part, name in experts.items() if part not in imported]
+    given, one = f"--sampler.boundary={boundary:g}", "--sampler.boundary=0 --sampler.low_noise_guidance=None"
+    require(not (boundary and is_run(folder)), f"{given}: {folder} is a run, which has one network; give {one}")
+    require(
+        not boundary or len(absent) != 1,
+        f"{given}: {folder} has no {' and no '.join(absent)} expert; import it too, or give {one} for one network",
+    )
+    require(
+        boundary > 0 or bool(absent),
+        f"{given}: {folder} has two experts (Wan2.2), and one would run at all noise levels; give a configuration such as "
+        "wan:i2v_2_2_14b, or --sampler.boundary=0.9",
+    )
 
 
 def _require_same(workdir: epath.PathLike, config: RunConfig, of: Collection[kinds.Kind], except_for: Collection[str] = ()) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from configs.run import Config
 from omnitransfer_jax.batch import Batch, batch_spec
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
+from omnitransfer_jax.load_models import EXPERTS
 from omnitransfer_jax.mesh import Shard
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer, make_reference
@@ -49,7 +50,7 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
         stack="dit.blocks.",
         frozen_dtype=config.dit.dtype,
         models=config,
-        imported={"dit.": "dit", "alignment.mllm.": "mllm"},
+        imported={"dit.": EXPERTS[config.train.expert or "high_noise"], "alignment.mllm.": "mllm"},
         flops=flops.train_step(config),
     )
 

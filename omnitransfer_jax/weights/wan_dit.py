@@ -96,7 +96,7 @@ def config_json(config: DiTConfig, layout: Literal["diffusers", "original"] = "d
     """The config.json diffusers (or the original code) reads beside the weights."""
     if layout == "original":
         return {
-            "_class_name": "WanModel", "model_type": "t2v" if config.image_dim is None else "i2v",
+            "_class_name": "WanModel", "model_type": "i2v" if config.image_to_video else "t2v",
             "dim": config.dim, "ffn_dim": config.ffn_dim, "num_layers": config.num_layers, "num_heads": config.num_heads,
             "in_dim": config.in_channels, "out_dim": config.out_channels, "freq_dim": config.freq_dim,
             "text_len": config.text_len, "text_dim": config.text_dim, "patch_size": list(config.patch), "eps": config.eps,
@@ -123,7 +123,10 @@ ORIGINAL_DEFAULTS = {"text_len": 512, "text_dim": 4096, "patch_size": [1, 2, 2]}
 
 
 def config_from_json(json: dict[str, Any]) -> DiTConfig:
-    """The configuration a config.json of either layout describes; an unsupported or absent value is a `RequestError`."""
+    """The configuration a config.json of either layout describes; an unsupported or absent value is a `RequestError`.
+
+    The original's does not say whether an i2v network has an image branch: Wan2.1's have one, Wan2.2's have none.
+    """
     name = json.get("_class_name")
     if name == "WanModel":
         kind = json.get("model_type")

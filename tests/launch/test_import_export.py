@@ -224,11 +224,11 @@ def test_parts_can_come_one_by_one(source, tmp_path, capfd):
     assert set(model_folder.read_model(tmp_path / "ours")) == set(CLASSES)
 
 
-def test_a_second_transformer_is_said_to_be_left_out(source, tmp_path, capfd):
-    for name in ("transformer", "transformer_2"):
+def test_a_folder_of_another_network_is_said_to_be_left_out(source, tmp_path, capfd):
+    for name in ("transformer", "controlnet"):
         shutil.copytree(source / "transformer", tmp_path / "source" / name)
     assert run_import(tmp_path / "source", tmp_path / "ours") == 0
-    assert "transformer_2: not imported; Wan2.2 runs it at low noise levels" in capfd.readouterr().out
+    assert "controlnet: not imported; this project has no such network" in capfd.readouterr().out
     assert set(model_folder.read_model(tmp_path / "ours")) == {"dit"}
 
 

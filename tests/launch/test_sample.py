@@ -98,6 +98,10 @@ def test_combined_transfer(tmp_path):
         (["--task=dance", "--reference={clip}"], "id|style|motion|camera|effect"),
         (["--first_frame=absent.png"], "absent.png: no such file"),
         (["--first_frame={image}", "--dit.image_dim=None", "--dit.in_channels=16"], "this network is text-to-video"),
+        (
+            ["--task=style", "--reference={clip}", "--dit.image_dim=None", "--dit.in_channels=16"],
+            "--reference: this network is text-to-video",
+        ),
         (["--task=style", "--reference={clip}", "--data.reference.frames=33"], "33 needed"),
         (["--video.frames=42"], "video.frames=42: the causal autoencoder needs 4n+1"),
         (["--video.width=50"], "video.width=50: a multiple of 16"),
