@@ -7,9 +7,6 @@
 needed is that of the largest one, not of all.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from configs.errors import require
 from configs.run import Config, VideoConfig
+from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
+from launch.sampling import animation
+from launch.sampling.stages import stage, steps
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import run_folder
 from omnitransfer_jax.mesh import make_mesh
@@ -63,6 +62,8 @@ def main(config: Config) -> None:
     networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
     load_models.require_weights(weights(config), config, networks, "--checkpoint")
     run_folder.require_same_function(weights(config), config)
+    if isinstance(config, WanAnimate2):
+        return animate(config)
     request = read_request(config)
     if not weights(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
@@ -76,6 +77,25 @@ def main(config: Config) -> None:
     print(f"wrote {OUT.value}: {size.frames} frames, {size.width} x {size.height}, {size.fps} fps")
 
 
+def animate(config: WanAnimate2) -> None:
+    """A driving clip to a video of the person of a picture (launch/sampling/animation.py)."""
+    require_out()
+    require(not TASK.value, f"--task={','.join(TASK.value)}: Wan-Animate-2 has one task, the movement of a person; leave it out")
+    request = animation.read_request(config, REFERENCE.value, FIRST_FRAME.value)
+    print(animation.cost(config, request), flush=True)
+    encoders = Encoders(config, weights(config))
+    video = animation.animate(config, encoders, request, clean_prompt(PROMPT.value))
+    clips.write_clip(OUT.value, video, config.video.fps, sound_of=REFERENCE.value[0])
+    print(f"wrote {OUT.value}: {len(video)} frames, {video.shape[2]} x {video.shape[1]}, {config.video.fps} fps")
+
+
+def require_out() -> None:
+    """A `RequestError` unless `--out` can be what is written."""
+    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
+    read = {Path(path).resolve() for path in (*REFERENCE.value, FIRST_FRAME.value or "")}
+    require(Path(OUT.value).resolve() not in read, f"--out={OUT.value}: it is a file that this command reads; give another name")
+
+
 def weights(config: Config) -> str:
     """The folder that all networks are loaded from; empty for random weights."""
     return config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
@@ -83,9 +103,7 @@ def weights(config: Config) -> str:
 
 def read_request(config: Config) -> Request:
     """The flags, checked before any weights are touched."""
-    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
-    read = {Path(path).resolve() for path in (*REFERENCE.value, FIRST_FRAME.value or "")}
-    require(Path(OUT.value).resolve() not in read, f"--out={OUT.value}: it is a file that this command reads; give another name")
+    require_out()
     require(
         len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
@@ -175,24 +193,10 @@ def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> 
     mesh = make_mesh(config.mesh)
     with stage("transformer", encoders):
         dit = load_models.load_dit(encoders.folder, config, mesh)
-    with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
-
-        def show(step: int) -> None:
-            bar.update(step + 1 - bar.n)
-
+    with steps(config.sampler.steps) as show:
         latents = omnitransfer.denoise_on(mesh, config, show)(dit, conditions, noise).block_until_ready()
         jax.effects_barrier()
     return latents
-
-
-@contextmanager
-def stage(name: str, encoders: Encoders) -> Iterator[None]:
-    """Prints the name of a stage and how long it took; lets its networks go at the end."""
-    started = time.perf_counter()
-    print(f"{name} ... ", end="", flush=True)
-    yield
-    encoders.release()
-    print(f"{time.perf_counter() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
