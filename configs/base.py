@@ -81,7 +81,8 @@ class DiTConfig:
         require(self.rope_base >= 1, f"dit.rope_base={self.rope_base}: at least 1, the ratio of the highest frequency to the lowest")
         require(
             self.reach == "all" or self.references == "split",
-            f"dit.reach={self.reach!r} with dit.references={self.references!r}: only split reads single frames; take --dit.references=split",
+            f"dit.reach={self.reach!r} with dit.references={self.references!r}: only split reads single frames; "
+            "take --dit.references=split",
         )
         require(self.reference_time <= 1000, f"dit.reference_time={self.reference_time}: a timestep, 0 to 1000")
         require(self.freq_dim % 2 == 0, f"dit.freq_dim={self.freq_dim}: even, as it holds sines and cosines")

@@ -9,7 +9,6 @@ from configs.errors import require
 from configs.kinds import FIXED, RUN, Kind, select
 from configs.ranges import BELOW_1, FROM_0, FROM_1, PATTERNS, SEED, require_ranges
 
-
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 ReferenceCache = Literal["full", "activations", "float8", "int8", "none"]
 

@@ -9,6 +9,7 @@ smoke       every part small, with random weights: for tests
 
     python -m launch.sample --config=wan_animate_2 --checkpoint=DIR --reference=driving.mp4 --first_frame=person.png --out=out.mp4
 """
+# ruff: noqa: RUF001
 
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +27,7 @@ ANIMATE_2 = {  # fields of DiTConfig whose values make the function another one 
     "reference_context": True,
 }
 # Wan's own negative prompt, which the release samples with (infer/wan_animate_2.yaml).
-NEGATIVE_PROMPT = (
+NEGATIVE_PROMPT = (  # its commas are Chinese
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
     "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )

@@ -40,7 +40,9 @@ def read_clip(
 ) -> np.ndarray:
     """`frames` frames at `fps` from `start` seconds on, scaled to cover `height` x `width` and cropped to its centre: uint8 "T H W 3".
 
-    With `frames=None` they are all that the clip has, with `letterbox` scaled to fit inside, and what is left is black. Each frame is the one on the screen at its time; none is taken from `end` seconds on. Both count from the container's zero, as a
+    With `frames=None` they are all that the clip has. With `letterbox` they are scaled to fit inside, and what is left is black.
+
+    Each frame is the one on the screen at its time; none is taken from `end` seconds on. Both count from the container's zero, as a
     player's clock does, and the first frame is the earliest that is read. A clip that is missing, broken, without video or
     too short is a `RequestError` that begins with its path.
     """

@@ -22,9 +22,10 @@ from absl import flags
 from etils import epath
 from tqdm import tqdm
 
-from configs import wan
+from configs import wan, wan_animate_2
 from configs.errors import RequestError
 from configs.kinds import differences
+from configs.wan_animate_2 import WanAnimate2
 from launch import command
 from omnitransfer_jax.folders import fingerprint, model_folder
 from omnitransfer_jax.weights import convert, files
@@ -37,6 +38,12 @@ OUT = flags.DEFINE_string("out", None, "folder of the checkpoint to write", requ
 DTYPE = flags.DEFINE_enum(
     "dtype", "keep", ["keep", "float32", "bfloat16"], "type of the stored weights; keep is the source's", flag_values=FLAGS
 )
+
+PRESETS = {
+    f"{name}:{variant}".removesuffix(":"): config
+    for name, module in (("wan", wan), ("wan_animate_2", wan_animate_2))
+    for variant, config in module.VARIANTS.items()
+}
 
 ABSENT = {
     "transformer_2": "Wan2.2 runs it at low noise levels; here transformer/ runs at all of them, so the videos will differ"
@@ -136,7 +143,7 @@ def candidates(part: Part, config_file: Path, layout: Layout | None) -> list[tup
             return [(config, layout)]
         except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise RequestError(f"{config_file}: {error}; take the file that came with the weights") from None
-    sizes = dict.fromkeys(getattr(config, part.name) for config in wan.VARIANTS.values())
+    sizes = dict.fromkeys(getattr(config, part.name) for config in PRESETS.values())
     layouts: list[Layout] = [layout] if layout else ["diffusers", "original"]
     return [(size, name) for size in sizes for name in layouts]
 
@@ -204,16 +211,16 @@ def report(out: epath.Path) -> None:
     if MLLM.name in stored and not (out / MLLM_TOKENIZER).exists():
         print(f"{MLLM_TOKENIZER}: not there; the language model can read no prompt")
     fits = [
-        variant
-        for variant, config in wan.VARIANTS.items()
-        if not any(any(differences(model, getattr(config, name), ("model",))) for name, model in stored.items())
+        name
+        for name, config in PRESETS.items()
+        if not any(any(differences(model, getattr(config, part), ("model", "method"))) for part, model in stored.items())
     ]
     if not fits:
         print(f"No variant of configs/wan.py has these sizes; {out / model_folder.MODEL_FILE} lists them, for a variant of your own")
         return
-    name = f"wan:{fits[0]}" if fits[0] else "wan"
     first_frame = "" if "dit" in stored and stored["dit"].image_dim is None else "--first_frame=IMAGE "
-    print(f'Next: python -m launch.sample --config={name} --checkpoint={out} {first_frame}--prompt="..." --out=out.mp4')
+    reference = "--reference=CLIP " if isinstance(PRESETS[fits[0]], WanAnimate2) else ""
+    print(f'Next: python -m launch.sample --config={fits[0]} --checkpoint={out} {reference}{first_frame}--prompt="..." --out=out.mp4')
 
 
 if __name__ == "__main__":

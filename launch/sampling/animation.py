@@ -1,7 +1,7 @@
 """Wan-Animate-2: a driving clip and a picture of a person to a video as long as the clip, with its sound.
 
-    picture, driving clip -> frames of one size      prompts -> UMT5      picture, first driving frame -> CLIP
-    clip after clip (omnitransfer_jax/methods/wan_animate_2.py): encode, denoise, decode; the next goes on from the last frames
+picture, driving clip -> frames of one size      prompts -> UMT5      picture, first driving frame -> CLIP
+clip after clip (omnitransfer_jax/methods/wan_animate_2.py): encode, denoise, decode; the next goes on from the last frames
 """
 
 from typing import NamedTuple

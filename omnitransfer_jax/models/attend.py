@@ -9,8 +9,9 @@ A strategy takes the queries, keys and values of all streams of a layer:
     recording  each reference attends to itself, and the layer returns their keys and values, for `cached`
 
 One-directional attention needs no mask: it is the two calls of `split`. With a `Reach` the target reads of a reference the frame at its
-own time alone, also without a mask: one call over the target, one over each reference batched over frames, merged by their log-sum-exp.
-`gathered` makes any strategy work on tokens that are divided over devices. Kernels of softmax attention, whose memory grows with the sequence and not with its square:
+own time alone, without a mask too: one call over the target, one over each reference batched over frames, merged by their log-sum-exp.
+`gathered` makes any strategy work on tokens that are divided over devices. Kernels of softmax attention, whose memory grows with the
+sequence and not with its square:
 
     chunked   any backend: 256 queries of one head at a time against all keys, scores recomputed in the backward pass
     cudnn     GPU: cuDNN's fused kernel, bf16 or f16
@@ -161,7 +162,13 @@ def read(target: QKV, references: Sequence[KeysValues], kernel: Kind, reach: Rea
 
 
 def read_same_frame(
-    q: Float[Array, "B L N K"], k: Float[Array, "B S N K"], v: Float[Array, "B S N K"], frames: Frames, tokens: int, start: Any, kernel: Kind
+    q: Float[Array, "B L N K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    frames: Frames,
+    tokens: int,
+    start: Any,
+    kernel: Kind,
 ) -> tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]:
     """What queries read of the reference's frame at their own time, and the log-sum-exp of their scores: -inf where there is none.
 
@@ -191,15 +198,6 @@ def merge(parts: Sequence[tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]]
     weights = [jnp.exp(lse - highest)[..., None] for _, lse in parts]
     total = sum(weight * out.astype(jnp.float32) for weight, (out, _) in zip(weights, parts, strict=True))
     return (total / sum(weights)).astype(parts[0][0].dtype)
-
-
-def gathered(attend: Attend, shard: Shard) -> Attend:
-    """`attend` where each device has equal parts of every stream's tokens: it computes its own queries against everyone's keys."""
-
-    def attend_to_all(streams: Streams[QKV], cache: KeysValues | None) -> tuple[Streams[Array], KeysValues | None]:
-        return attend(streams.map(lambda qkv: QKV(qkv.q, *map(shard.gather, qkv[1:]))), cache)
-
-    return attend_to_all
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ The target and each reference are streams through the same blocks. A reference a
 the cross-attention and the head; the target attends to itself and to the keys and values of all references (models/attend.py). A
 reference never reads the target, so its keys and values are the same at every step and can be cached: `make_kv_cache`, then
 `kv_cache=`. Siblings of this construction differ in a few values of DiTConfig: the references' time, whether they read a context of
-their own, and what of them the target reads. The paper's baseline (`references="bidirectional"`) has one stream, the target's tokens and the references', and is Wan
-unchanged.
+their own, and what of them the target reads. The paper's baseline (`references="bidirectional"`) has one stream, the target's tokens
+and the references', and is Wan unchanged.
 
 Projections compute in `config.dtype`. Float32 always, as in the original: time embedding, modulation, norms, rotation, softmax,
 the residual stream and the head.
@@ -257,10 +257,10 @@ class WanDiT(nnx.Module):
     ) -> tuple[KeysValues, ...]:
         """The keys and values of each reference in one layer, projected again where the cache holds what they are projected from."""
         found = []
-        for arrays, rotation in zip(kept, rotations, strict=True):
+        for arrays, table in zip(kept, rotations, strict=True):
             read = tuple(array.read(jnp.dtype(self.config.dtype)) for array in arrays)
             if len(read) == 1:
-                read = tuple(map(shard.gather, block.self_attention.keys_values(*read, rotation)))
+                read = tuple(map(shard.gather, block.self_attention.keys_values(*read, table)))
             found.append(read)
         return tuple(found)
 

@@ -171,7 +171,14 @@ def config_from_json(json: dict[str, Any]) -> DiTConfig:
 
 def _animate_2_config(json: dict[str, Any]) -> DiTConfig:
     """The configuration of a Wan-Animate-2 transformer."""
-    fixed = {"cross_attn_norm": True, "use_img_emb": True, "refer_offset_t": 1, "refer_offset_h": 0, "refer_offset_w": -1, "refer_stride": 1}
+    fixed = {
+        "cross_attn_norm": True,
+        "use_img_emb": True,
+        "refer_offset_t": 1,
+        "refer_offset_h": 0,
+        "refer_offset_w": -1,
+        "refer_stride": 1,
+    }
     for key, value in fixed.items():
         require(json.get(key, value) == value, f"config.json {key}={json.get(key)!r}: this network has {value!r}")
     return DiTConfig(

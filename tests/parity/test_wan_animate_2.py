@@ -1,19 +1,22 @@
 """The transformer with Wan-Animate-2's values against diffusers' WanAnimate2Transformer3DModel: cache, velocity, gradients, sampling."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import WanAnimate2Transformer3DModel
+from diffusers import UniPCMultistepScheduler, WanAnimate2Transformer3DModel
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.models.transformers import transformer_wan_animate_2 as module
+from diffusers.modular_pipelines.modular_pipeline import BlockState
+from diffusers.modular_pipelines.wan_animate_2.denoise import WanAnimate2SegmentDenoiseInner
 
 from configs.base import DiTConfig
 from configs.run import SamplerConfig
 from configs.wan_animate_2 import ANIMATE_2
-from omnitransfer_jax import tasks
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference
 from omnitransfer_jax.models.rope3d import rotate
@@ -183,3 +186,30 @@ def test_gradients(theirs, ours, monkeypatch):
             assert relative_l2(found[path], value) <= 1e-4, path
         for name, leaf in leaves.items():
             assert relative_l2(of_inputs[name], leaf.grad) <= 1e-4, name
+
+
+def test_guided_sampling(theirs, ours):
+    """Four steps with guidance by the modular pipeline's own denoising loop, from the same noise."""
+    feed, x = both((3, 6, 4))
+    negative = np.random.default_rng(8).standard_normal(x["text"].shape, np.float32)
+    sampler = SamplerConfig(steps=4, shift=5.0, guidance=3.0, skip_unconditional=(SKIPPED,))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    scheduler.set_timesteps(4)
+    _, frames, rows, columns, _ = x["driving"].shape
+    with torch.no_grad():
+        _, cache = run_theirs(theirs, feed, 999.0, unconditional=False)
+        state = BlockState(
+            latents=channels_first(feed["noise"]), reference_latents=channels_first(feed["condition"]), kv_cache=cache, num_segments=1,
+            timesteps=scheduler.timesteps, num_inference_steps=4, max_seq_len=(frames + 1) * rows * columns // 4, generator=None,
+            grid_sizes_ref=torch.tensor([[frames, rows // 2, columns // 2]]), segment_frame_length=4 * (frames - 1) + 1,
+            height=8 * rows, width=8 * columns, prompt_embeds=feed["text"], negative_prompt_embeds=torch.tensor(negative),
+            denoiser_input_fields={"encoder_hidden_states_image": feed["image"]},
+        )  # fmt: skip
+        parts = SimpleNamespace(transformer=theirs, scheduler=scheduler, guider=ClassifierFreeGuidance(guidance_scale=3.0))
+        _, state = WanAnimate2SegmentDenoiseInner()(parts, state, k=0)
+    wanted = state.latents.permute(1, 2, 3, 0)[None]
+    conditions = Conditions(x["text"], jnp.asarray(negative), x["image"], x["condition"], (reference(x),))
+    made = jax.jit(lambda model: denoise(model, conditions, x["noise"], sampler))(ours)
+    assert relative_l2(made, wanted) <= 1e-4
+    every_block = jax.jit(lambda model: denoise(model, conditions, x["noise"], replace(sampler, skip_unconditional=())))(ours)
+    assert relative_l2(every_block, made) > 1e-3
