@@ -61,8 +61,8 @@ class SamplerConfig:
 
     KIND: ClassVar[Kind] = "run"
 
-    solver: Literal["unipc", "euler"] = "unipc"
-    """UniPC (order 2, bh2) on integer timesteps, or Euler on exact ones, both on the original's grid."""
+    solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    """UniPC (order 2, bh2) or DPM-Solver++ (order 2) on integer timesteps, or Euler on exact ones, all on the original's grid."""
     steps: int = 40
     """Denoising steps."""
     shift: float = 3.0

@@ -58,7 +58,7 @@ FULL = WanAnimate2(
     dit=replace(wan.I2V_14B, **ANIMATE_2),
     video=VIDEO,
     data=DataConfig(reference=VIDEO),
-    sampler=SamplerConfig(steps=40, shift=5.0, guidance=3.0, skip_unconditional=(9,), negative_prompt=NEGATIVE_PROMPT),
+    sampler=SamplerConfig(solver="dpm++", steps=40, shift=5.0, guidance=3.0, skip_unconditional=(9,), negative_prompt=NEGATIVE_PROMPT),
 )
 SMOKE = wan.get_config("smoke")
 SMOKE_VIDEO = VideoConfig(frames=9, height=48, width=32, fps=8)
@@ -76,7 +76,7 @@ VARIANTS = {
         alignment=SMOKE.alignment,
         video=SMOKE_VIDEO,
         data=DataConfig(reference=SMOKE_VIDEO, threads=1),
-        sampler=SamplerConfig(steps=3, shift=5.0, guidance=3.0, skip_unconditional=(1,)),
+        sampler=SamplerConfig(solver="dpm++", steps=3, shift=5.0, guidance=3.0, skip_unconditional=(1,)),
     ),
 }
 
