@@ -1,5 +1,6 @@
 """The transformer with Wan-Animate-2's values against diffusers' WanAnimate2Transformer3DModel: cache, velocity, gradients, sampling."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,20 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, WanAnimate2Transformer3DModel
+from diffusers import DPMSolverMultistepScheduler, ModularPipeline, WanAnimate2Transformer3DModel
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.models.transformers import transformer_wan_animate_2 as module
 from diffusers.modular_pipelines.modular_pipeline import BlockState
+from diffusers.modular_pipelines.wan_animate_2 import WanAnimate2ModularPipeline
 from diffusers.modular_pipelines.wan_animate_2.denoise import WanAnimate2SegmentDenoiseInner
+from safetensors.torch import load_file, save_file
 
+from configs import wan_animate_2
 from configs.base import DiTConfig
 from configs.run import SamplerConfig
 from configs.wan_animate_2 import ANIMATE_2
+from launch import command, import_weights
+from launch import export as export_weights
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference
 from omnitransfer_jax.models.rope3d import rotate
 from omnitransfer_jax.models.wan_dit import WanDiT
-from omnitransfer_jax.weights.wan_dit import config_json, entries
+from omnitransfer_jax.weights import convert
+from omnitransfer_jax.weights.parts import PARTS
+from omnitransfer_jax.weights.wan_dit import ANIMATE_2_NAMES, config_json, entries
 from tests.compare import relative_l2
 from tests.parity.bridge import gradients, port, randomise, to_ours
 
@@ -217,3 +225,50 @@ def test_guided_sampling(theirs, ours):
     assert relative_l2(made, wanted) <= 1e-4
     every_block = jax.jit(lambda model: denoise(model, conditions, x["noise"], replace(sampler, skip_unconditional=())))(ours)
     assert relative_l2(every_block, made) > 1e-3
+
+
+def test_weights_there_and_back(theirs, tmp_path, capsys):
+    """A diffusers folder and an original file are imported and exported again, bit for bit; a modular pipeline loads the export."""
+    theirs.save_pretrained(tmp_path / "theirs" / "transformer")
+    state = theirs.state_dict()
+    attention = {new: old for old, new in ANIMATE_2_NAMES.items()}
+
+    def original(name: str) -> str:
+        """The release's name (single_file_utils.py of diffusers, read backwards)."""
+        name = re.sub(r"^(blocks\.\d+)\.", r"\1.block.", name)
+        return re.sub(r"(self_attn|cross_attn)\.(to_out\.0|\w+)\.", lambda m: f"{m[1]}.{attention.get(m[2], m[2])}.", name)
+
+    (tmp_path / "original").mkdir()
+    save_file({original(name): value.contiguous() for name, value in state.items()}, tmp_path / "original" / "m.safetensors")
+    sizes = [
+        f"--dit.{name}={getattr(CONFIG, name)}"
+        for name in ("dim", "ffn_dim", "num_layers", "num_heads", "text_dim", "text_len", "freq_dim")
+    ]
+    sizes += ["--text.dim=24", "--text.num_heads=4", "--dit.image_dim=1280", "--image.dim=1280"]
+    place = tmp_path / "ours"
+    assert command.execute(import_weights.main, import_weights.FLAGS, [f"--source={tmp_path / 'theirs'}", f"--out={place}"]) == 0
+    export = ["--config=wan_animate_2:smoke", *sizes, f"--checkpoint={place}"]
+    for layout in ("diffusers", "original"):
+        args = [*export, f"--layout={layout}", f"--out={tmp_path / layout}.out"]
+        assert command.execute(export_weights.main, export_weights.FLAGS, args) == 0, capsys.readouterr().err
+    again = load_file(tmp_path / "diffusers.out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert again.keys() == state.keys()
+    assert all((again[name] == value).all() for name, value in state.items())
+    files = load_file(tmp_path / "original.out" / "diffusion_pytorch_model.safetensors")
+    assert {name: files[original(name)].tolist() for name in state} == {name: value.tolist() for name, value in state.items()}
+    pipe = ModularPipeline.from_pretrained(str(tmp_path / "diffusers.out"))
+    pipe.load_components(names=["transformer", "scheduler"])
+    assert isinstance(pipe, WanAnimate2ModularPipeline)
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert all((value == state[name]).all() for name, value in pipe.transformer.state_dict().items())
+
+
+def test_full_size_has_the_published_names():
+    """Names, shapes and number of parameters of the release's transformer, from diffusers' class on the meta device."""
+    config = wan_animate_2.get_config().dit
+    settings = {k: v for k, v in config_json(config).items() if not k.startswith("_")}
+    with torch.device("meta"):
+        model = WanAnimate2Transformer3DModel(**settings)
+    shapes = convert.specs(entries(config, "diffusers"), PARTS[0].shapes(config))
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == {name: spec.shape for name, spec in shapes.items()}
+    assert sum(value.numel() for value in model.parameters()) == 16_396_894_272  # as Wan2.1 I2V 14B
