@@ -18,6 +18,7 @@ from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference, reference_latents
 from omnitransfer_jax.models.rope3d import grid
 from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.train.flops import cache_bytes
 from tests.compare import relative_l2
 from tests.models.test_wan_dit import TINY
 
@@ -237,8 +238,24 @@ def test_sampling_with_a_cache_equals_recomputing(model):
 
     recomputed = sample("none")
     assert relative_l2(sample("full"), recomputed) <= 1e-5
+    assert relative_l2(sample("activations"), recomputed) <= 1e-5
     assert 0 < relative_l2(sample("int8"), recomputed) <= 0.01
     assert 0 < relative_l2(sample("float8"), recomputed) <= 0.05
+
+
+def held(kv_cache):
+    """Bytes of what is kept of all references."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(kv_cache.kept))
+
+
+def test_activations_are_half_of_keys_and_values(model):
+    """And the counts that people are told before anything is loaded are the bytes that are kept."""
+    both, tokens = references(3, 4), 2 * 3 * 3 * 2  # two references of 3 frames of 3 x 2 patches
+    full = make_kv_cache(model, both)
+    kept = jax.jit(lambda model, both: model.make_kv_cache(both, PATCHES, activations=True))(model, both)
+    assert held(full) == 2 * held(kept)
+    for name, found in {"full": full, "activations": kept, "int8": quantize(full, "int8")}.items():
+        assert held(found) == 2 * cache_bytes(TINY, name, tokens)  # of two samples
 
 
 def test_a_quantized_cache_is_small_and_near(model):
