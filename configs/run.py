@@ -1,12 +1,16 @@
 """What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
 from configs.errors import require
 from configs.kinds import FIXED, RUN, Kind, select
 from configs.ranges import BELOW_1, FROM_0, FROM_1, PATTERNS, SEED, require_ranges
+
+AnyConfig = TypeVar("AnyConfig", bound="Config")
+ReferenceCache = Literal["full", "activations", "float8", "int8", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,8 @@ class SamplerConfig:
 
     KIND: ClassVar[Kind] = "run"
 
-    solver: Literal["unipc", "euler"] = "unipc"
-    """UniPC (order 2, bh2) on integer timesteps, or Euler on exact ones, both on the original's grid."""
+    solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    """UniPC (order 2, bh2) or DPM-Solver++ (order 2) on integer timesteps, or Euler on exact ones, all on the original's grid."""
     steps: int = 40
     """Denoising steps."""
     shift: float = 3.0
@@ -71,11 +75,14 @@ class SamplerConfig:
     """The scale of guidance below `boundary`; None for `guidance`."""
     negative_prompt: str = ""
     """The prompt of the unconditional branch."""
-    reference_cache: Literal["full", "float8", "int8", "none"] = "full"
-    """The cache of the references' keys and values: in the type of the computation, in one byte a number, or `none`.
+    reference_cache: ReferenceCache = "full"
+    """What is kept of references: keys and values (`full`), the `activations` they are projected from, half the size and as exact, or
+    keys and values in one byte a number.
 
-    Without a cache they are computed at every step, as always with `dit.references=bidirectional`, where they depend on the step.
+    With `none` they are computed at every step, as always with `dit.references=bidirectional`, where they depend on the step.
     """
+    skip_unconditional: tuple[int, ...] = field(default=(), metadata=FROM_0)
+    """Blocks, counted from 0, that the unconditional pass of guidance leaves out (Wan-Animate-2: block 9)."""
     stack_references: bool = False
     """Several references of one family: if false, all are at the offset of Eq. 2; if true, the k-th is at k times the offset."""
 
@@ -318,6 +325,10 @@ class Config(RunConfig):
             dit.image_dim is None or dit.image_to_video,
             f"dit.image_dim={dit.image_dim}: text-to-video, dit.in_channels={dit.in_channels}, reads no image; give --dit.image_dim=None",
         )
+        require(
+            all(block < dit.num_layers for block in self.sampler.skip_unconditional),
+            f"sampler.skip_unconditional={self.sampler.skip_unconditional}: blocks are 0 to {dit.num_layers - 1} (dit.num_layers)",
+        )
         require(dit.text_dim == self.text.dim, f"dit.text_dim={dit.text_dim}: the text encoder's width is text.dim={self.text.dim}")
         require(
             dit.image_dim in (None, self.image.dim),
@@ -325,7 +336,7 @@ class Config(RunConfig):
         )
 
 
-def variant_of(variants: dict[str, Config], name: str) -> Config:
+def variant_of(variants: Mapping[str, AnyConfig], name: str) -> AnyConfig:
     """`variants[name]`, or a `RequestError` that lists what there is."""
     require(name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size")
     return variants[name]

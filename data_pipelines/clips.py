@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.error import FFmpegError
 from PIL import Image, ImageOps
 
@@ -19,23 +20,34 @@ from data_pipelines.frame_times import EARLIER, FrameTimes
 from omnitransfer_jax.folders.atomic import write_whole
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+MOST_FRAMES = 100_000  # of a clip that is read whole: over an hour at 24 fps
 
 
 def read_clip(
-    path: str | Path, *, frames: int, fps: float, height: int, width: int, start: float = 0.0, end: float | None = None
+    path: str | Path,
+    *,
+    frames: int | None,
+    fps: float,
+    height: int,
+    width: int,
+    start: float = 0.0,
+    end: float | None = None,
+    letterbox: bool = False,
 ) -> np.ndarray:
     """`frames` frames at `fps` from `start` seconds on, scaled to cover `height` x `width` and cropped to its centre: uint8 "T H W 3".
+
+    With `frames=None` they are all that the clip has. With `letterbox` they are scaled to fit inside, and what is left is black.
 
     Each frame is the one on the screen at its time; none is taken from `end` seconds on. Both count from the container's zero, as a
     player's clock does, and the first frame is the earliest that is read. A clip that is missing, broken, without video or
     too short is a `RequestError` that begins with its path.
     """
-    wanted = [Fraction(i) / Fraction(fps).limit_denominator(10**6) for i in range(frames)]
+    wanted = [Fraction(i) / Fraction(fps).limit_denominator(10**6) for i in range(MOST_FRAMES if frames is None else frames)]
     picked: list[np.ndarray] = []
     try:
         with streams.open_clip(path) as container:
             stream = streams.video_stream(container, path)
-            screen = Screen(path, stream.sample_aspect_ratio or Fraction(1), height, width)
+            screen = Screen(path, stream.sample_aspect_ratio or Fraction(1), height, width, letterbox)
             times, previous = FrameTimes(container, stream, path), None
             for frame in streams.decode(container, stream, path):
                 seen, now = screen.see(frame), times.of(frame)
@@ -52,9 +64,9 @@ def read_clip(
         raise RequestError(f"{path}: no such file") from None
     except FFmpegError as error:
         raise RequestError(f"{path}: cannot be decoded ({error.strerror}); give an undamaged video file") from None
-    if len(picked) < frames:
+    if len(picked) < (frames or 1):
         span = f"from {start:g} s" + ("" if end is None else f" to {end:g} s")
-        raise RequestError(f"{path}: {len(picked)} frames at {fps:g} fps {span}, {frames} needed; take a longer clip or fewer frames")
+        raise RequestError(f"{path}: {len(picked)} frames at {fps:g} fps {span}, {frames or 1} needed; take a longer clip or fewer frames")
     return np.stack(picked)
 
 
@@ -95,22 +107,57 @@ def _to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture, uint8 "H W 3", in the size of a clip: scaled and cropped as `read_clip` does it."""
-    screen = Screen("a picture", Fraction(1), height, width)
+def fit(image: np.ndarray, height: int, width: int, letterbox: bool = False) -> np.ndarray:
+    """A picture, uint8 "H W 3", in the size of a clip: scaled and cropped, or with `letterbox` framed, as `read_clip` does it."""
+    screen = Screen("a picture", Fraction(1), height, width, letterbox)
     return screen.picture(screen.see(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
 
 
-def write_clip(path: str | Path, video: np.ndarray, fps: float) -> None:
-    """Writes uint8 "T H W 3" (even height and width) as an H.264 mp4 that every player opens; the file is there whole or not at all."""
+def without_letterbox(video: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The part of "T H W 3" in which a picture of height and width `shape` lies after `fit` with `letterbox`; even height and width."""
+    _, height, width, _ = video.shape
+    scale = min(height / shape[0], width / shape[1])
+    down, across = (max(2, int(side * scale + 1e-6)) // 2 * 2 for side in shape)
+    top, left = (height - down) // 2, (width - across) // 2
+    return video[:, top : top + down, left : left + across]
+
+
+def write_clip(path: str | Path, video: np.ndarray, fps: float, sound_of: str | Path | None = None) -> None:
+    """Writes uint8 "T H W 3" (even height and width) as an H.264 mp4 that every player opens; the file is there whole or not at all.
+
+    It has the sound of the clip `sound_of`, if that has any, up to its own end.
+    """
     content = io.BytesIO()
     with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
+        sound = None if sound_of is None or not has_sound(sound_of) else container.add_stream("aac", rate=48_000)
         for picture in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
+        if sound is not None:
+            _copy_sound(sound_of, sound, container, round(len(video) / fps * sound.rate))
     write_whole(path, content.getvalue())
+
+
+def has_sound(path: str | Path) -> bool:
+    """Whether a clip has an audio stream."""
+    with streams.open_clip(path) as source:
+        return bool(source.streams.audio)
+
+
+def _copy_sound(path: str | Path, stream: av.AudioStream, output: OutputContainer, samples: int) -> None:
+    """Encodes the first `samples` of the sound of a clip into `stream`."""
+    resampler, done = av.AudioResampler(format="fltp", layout="stereo", rate=stream.rate), 0
+    with streams.open_clip(path) as source:
+        pieces = (piece.to_ndarray() for frame in source.decode(audio=0) for piece in resampler.resample(frame))
+        while done < samples and (piece := next(pieces, None)) is not None:
+            piece = np.ascontiguousarray(piece[:, : samples - done])
+            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts = stream.rate, done
+            output.mux(stream.encode(frame))
+            done += piece.shape[1]
+    output.mux(stream.encode())
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:

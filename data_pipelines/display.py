@@ -35,9 +35,9 @@ class Screen:
     Transparent pixels are white, which is said once. HDR frames are tone-mapped by the peak that the first one states.
     """
 
-    def __init__(self, path: str | Path, aspect: Fraction, height: int, width: int) -> None:
-        """`aspect` is that of a pixel, width over height."""
-        self._path, self._aspect, self._size = path, float(aspect), (height, width)
+    def __init__(self, path: str | Path, aspect: Fraction, height: int, width: int, letterbox: bool = False) -> None:
+        """`aspect` is that of a pixel, width over height. With `letterbox` frames are shown whole, between black bars."""
+        self._path, self._aspect, self._size, self._letterbox = path, float(aspect), (height, width), letterbox
         self._turn = QUARTERS[0]
         self._peak: float | None = None
         self._said = False
@@ -54,15 +54,24 @@ class Screen:
         return Seen(frame, self._turn)
 
     def picture(self, seen: Seen) -> np.ndarray:
-        """The frame scaled to cover the screen and cut at its centre: uint8 "H W 3"."""
+        """The frame scaled to cover the screen and cut at its centre, or between black bars: uint8 "H W 3"."""
         frame, (turned, flip_rows, flip_columns) = seen
         height, width = self._size
         across, down = frame.width * self._aspect, float(frame.height)
         need_across, need_down = (height, width) if turned else (width, height)
-        scale = max(need_across / across, need_down / down)
-        picture = self._rgb(frame, max(need_across, round(across * scale)), max(need_down, round(down * scale)))
+        if self._letterbox:
+            scale = min(need_across / across, need_down / down)
+            size = max(1, int(across * scale + 1e-6)), max(1, int(down * scale + 1e-6))
+        else:
+            scale = max(need_across / across, need_down / down)
+            size = max(need_across, round(across * scale)), max(need_down, round(down * scale))
+        picture = self._rgb(frame, *size)
         picture = picture.swapaxes(0, 1) if turned else picture
         picture = picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+        if self._letterbox:
+            above, before = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
+            room = (above, height - picture.shape[0] - above), (before, width - picture.shape[1] - before)
+            return np.pad(picture, (*room, (0, 0)))
         top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
         return picture[top : top + height, left : left + width]
 

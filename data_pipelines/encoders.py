@@ -202,7 +202,7 @@ def place_references(
     families = [together or tasks.TASKS[task[0]].family for task, _ in references]
     ranks = [families[: k + 1].count(family) if config.sampler.stack_references else 1 for k, family in enumerate(families)]
     return tuple(
-        omnitransfer.make_reference(jnp.asarray(latents), jnp.asarray(task), target, rank, config.dit.offsets)
+        omnitransfer.make_reference(jnp.asarray(latents), jnp.asarray(task), target, rank, config.dit.offsets, config.dit.reference_flag)
         for rank, (task, latents) in zip(ranks, references, strict=True)
     )
 

@@ -20,7 +20,8 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs.errors import require
-from configs.run import Config
+from configs.run import Config, SamplerConfig
+from configs.wan_animate_2 import WanAnimate2
 from launch import command
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
@@ -164,6 +165,10 @@ def export_adapters(config: Config, loaded: Mapping[str, np.ndarray], out: Path)
 
 def write_pipeline(config: Config, parts: Sequence[str], has_vocabulary: bool, out: Path) -> None:
     """Writes what a diffusers pipeline needs beside its parts: model_index.json, the scheduler, and the image preprocessing."""
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler_json(config.sampler))
+    if isinstance(config, WanAnimate2):
+        write_json(out / "modular_model_index.json", modular_json(config, parts, has_vocabulary))
+        return
     is_i2v, has_image_branch = config.dit.image_to_video, config.dit.image_dim is not None
     index: dict[str, Any] = {
         "_class_name": "WanImageToVideoPipeline" if is_i2v else "WanPipeline",
@@ -180,16 +185,35 @@ def write_pipeline(config: Config, parts: Sequence[str], has_vocabulary: bool, o
         index["image_processor"] = ["transformers", "CLIPImageProcessor"] if has_image_branch else [None, None]
     if has_image_branch:
         write_json(out / "image_processor" / "preprocessor_config.json", preprocessor_json(config.image.image_size))
-    write_json(out / "scheduler" / "scheduler_config.json", scheduler_json(config.sampler.shift))
     write_json(out / "model_index.json", index)
 
 
-def scheduler_json(shift: float) -> dict[str, Any]:
-    """The UniPC scheduler with the settings of Wan2.1."""
+def modular_json(config: WanAnimate2, parts: Sequence[str], has_vocabulary: bool) -> dict[str, Any]:
+    """What diffusers' modular pipeline of Wan-Animate-2 reads: where its components lie; null is this folder."""
+    distilled = "" if config.sampler.guidance > 1 else "Distilled"
+    components = {component: kind for name, (component, *kind) in COMPONENTS.items() if name in parts}
+    components |= {"transformer": ["diffusers", "WanAnimate2Transformer3DModel"], "scheduler": ["diffusers", scheduler_of(config.sampler)]}
+    components |= {"tokenizer": ["transformers", "T5TokenizerFast"]} if has_vocabulary else {}
+    place: dict[str, Any] = {"pretrained_model_name_or_path": None, "variant": None, "revision": None}
     return {
-        "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "solver_order": 2, "solver_type": "bh2",
-        "lower_order_final": True,
+        "_class_name": f"WanAnimate2{distilled}ModularPipeline",
+        "_blocks_class_name": f"WanAnimate2{distilled}Blocks",
+        "_diffusers_version": DIFFUSERS_VERSION,
+    } | {name: [*kind, place | {"type_hint": kind, "subfolder": name}] for name, kind in components.items()}
+
+
+def scheduler_of(sampler: SamplerConfig) -> str:
+    """The diffusers scheduler that takes the steps of `sampler.solver`; of Euler there is none on these times."""
+    return "DPMSolverMultistepScheduler" if sampler.solver == "dpm++" else "UniPCMultistepScheduler"
+
+
+def scheduler_json(sampler: SamplerConfig) -> dict[str, Any]:
+    """The scheduler with the settings of Wan."""
+    name = scheduler_of(sampler)
+    return {
+        "_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True, "flow_shift": sampler.shift, "solver_order": 2,
+        "solver_type": "midpoint" if name.startswith("DPM") else "bh2", "lower_order_final": True,
     }  # fmt: skip
 
 

@@ -27,9 +27,10 @@ from absl import flags
 from etils import epath
 from tqdm import tqdm
 
-from configs import wan
+from configs import wan, wan_animate_2
 from configs.errors import RequestError, require
 from configs.kinds import differences
+from configs.wan_animate_2 import WanAnimate2
 from launch import command
 from omnitransfer_jax.folders import atomic, checksums, fingerprint, inputs, model_folder, outputs
 from omnitransfer_jax.weights import convert, files, foreign, quantised, wan_dit
@@ -56,6 +57,11 @@ VARIANT = flags.DEFINE_string("variant", "", "which files of a part are read if 
 
 UNFINISHED = ".unfinished"  # the folder in --out of what is not whole yet
 LOW_NOISE_FILE = re.compile(r"low.?noise|[-_.]low[-_.]", re.IGNORECASE)  # in the name of a published file of Wan2.2's low-noise expert
+PRESETS = {
+    f"{name}:{variant}".removesuffix(":"): config
+    for name, module in (("wan", wan), ("wan_animate_2", wan_animate_2))
+    for variant, config in module.VARIANTS.items()
+}
 
 
 class Found(NamedTuple):
@@ -179,7 +185,7 @@ def candidates(part: Part, config_file: Path, layout: Layout | None, tensors: Ma
             return [(config, layout)]
         except RequestError as error:
             raise RequestError(f"{config_file}: {str(error).removeprefix('config.json').lstrip(': ')}; {remedy}") from None
-    sizes = dict.fromkeys(getattr(config, part.name) for config in wan.VARIANTS.values())
+    sizes = dict.fromkeys(getattr(config, part.name) for config in PRESETS.values())
     layouts: list[Layout] = [layout] if layout else ["diffusers", "original"]
     return [(size, name) for size in sizes for name in layouts]
 
@@ -279,18 +285,18 @@ def report(out: epath.Path) -> None:
     if MLLM.name in stored and not (out / MLLM_TOKENIZER).exists():
         print(f"{MLLM_TOKENIZER}: not there; the language model can read no prompt")
     fits = [
-        variant
-        for variant, config in wan.VARIANTS.items()
-        if not any(any(differences(model, getattr(config, name), ("model",))) for name, model in stored.items())
+        name
+        for name, config in PRESETS.items()
+        if not any(any(differences(model, getattr(config, part), ("model", "method"))) for part, model in stored.items())
         and (config.sampler.boundary > 0) == (LOW_NOISE in needed_parts(stored))
     ]
     if not fits:
         print(f"No variant of configs/wan.py has these sizes; {out / model_folder.MODEL_FILE} lists them, for a variant of your own")
         return
-    name = f"wan:{fits[0]}" if fits[0] else "wan"
     dit = stored.get("dit") or stored.get(LOW_NOISE.name)
     first_frame = "" if dit is not None and not dit.image_to_video else "--first_frame=IMAGE "
-    print(f'Next: python -m launch.sample --config={name} --checkpoint={out} {first_frame}--prompt="..." --out=out.mp4')
+    reference = "--reference=CLIP " if isinstance(PRESETS[fits[0]], WanAnimate2) else ""
+    print(f'Next: python -m launch.sample --config={fits[0]} --checkpoint={out} {reference}{first_frame}--prompt="..." --out=out.mp4')
 
 
 def needed_parts(stored: Mapping[str, Any]) -> list[Part]:

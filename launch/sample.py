@@ -7,9 +7,6 @@
 needed is that of the largest one, not of all.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from configs.errors import require
 from configs.run import Config, VideoConfig
+from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
+from launch.sampling import animation
+from launch.sampling.stages import StepBar, stage
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.mesh import make_mesh
@@ -66,6 +65,8 @@ def main(config: Config) -> None:
     networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if reads_image else []))
     given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
     load_models.require_weights(weights(config), config, networks, given)
+    if isinstance(config, WanAnimate2):
+        return animate(config)
     request = read_request(config)
     if not weights(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
@@ -79,6 +80,24 @@ def main(config: Config) -> None:
     print(f"wrote {OUT.value}: {size.frames} frames, {size.width} x {size.height}, {size.fps} fps")
 
 
+def animate(config: WanAnimate2) -> None:
+    """A driving clip to a video of the person of a picture (launch/sampling/animation.py)."""
+    require_out(config)
+    require(not TASK.value, f"--task={','.join(TASK.value)}: Wan-Animate-2 has one task, the movement of a person; leave it out")
+    request = animation.read_request(config, REFERENCE.value, FIRST_FRAME.value)
+    print(animation.cost(config, request), flush=True)
+    encoders = Encoders(config, weights(config))
+    video = animation.animate(config, encoders, request, clean_prompt(PROMPT.value))
+    clips.write_clip(OUT.value, video, config.video.fps, sound_of=REFERENCE.value[0])
+    print(f"wrote {OUT.value}: {len(video)} frames, {video.shape[2]} x {video.shape[1]}, {config.video.fps} fps")
+
+
+def require_out(config: Config) -> None:
+    """A `RequestError` unless `--out` can be what is written."""
+    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
+    outputs.require_file("--out", OUT.value, [*REFERENCE.value, FIRST_FRAME.value or "", weights(config)])
+
+
 def weights(config: Config) -> str:
     """The folder that all networks are loaded from; empty for random weights."""
     return config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
@@ -86,8 +105,7 @@ def weights(config: Config) -> str:
 
 def read_request(config: Config) -> Request:
     """The flags, checked before any weights are touched."""
-    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
-    outputs.require_file("--out", OUT.value, [*REFERENCE.value, FIRST_FRAME.value or "", weights(config)])
+    require_out(config)
     require(
         len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
@@ -176,7 +194,7 @@ def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> 
     config = encoders.config
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
     mesh = make_mesh(config.mesh)
-    with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
+    with StepBar(config.sampler.steps) as bar:
 
         def load(part: str) -> WanDiT:
             jax.effects_barrier()  # the steps so far are shown
@@ -184,22 +202,9 @@ def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> 
             with stage(NETWORKS[part] if config.sampler.boundary > 0 else "transformer", encoders):
                 return load_models.load_dit(encoders.folder, config, mesh, part)
 
-        def show(step: int) -> None:
-            bar.update(step + 1 - bar.n)
-
-        latents = omnitransfer.denoise_on(mesh, config, show)(load, conditions, noise).block_until_ready()
+        latents = omnitransfer.denoise_on(mesh, config, bar.reach)(load, conditions, noise).block_until_ready()
         jax.effects_barrier()
     return latents
-
-
-@contextmanager
-def stage(name: str, encoders: Encoders) -> Iterator[None]:
-    """Prints the name of a stage and how long it took; lets its networks go at the end."""
-    started = time.perf_counter()
-    print(f"{name} ... ", end="", flush=True)
-    yield
-    encoders.release()
-    print(f"{time.perf_counter() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From noise to latents: a grid of times, a solver, and one loop around the network, a `lax.scan` or a loop on the host.
 
-Both solvers are linear in what they combine, so a solver is a table of coefficients, computed in float64 before the loop:
+All solvers are linear in what they combine, so a solver is a table of coefficients, computed in float64 before the loop:
 
     x_0 estimate  m_i = x_i - t_i velocity(x_i, t_i)
     correct       y_i = c0 x_i + c1 y_{i-1} + c2 m_{i-1} + c3 m_{i-2} + c4 m_i
@@ -160,14 +160,17 @@ def euler_table(times: Float[np.ndarray, " S"]) -> tuple[Float[np.ndarray, "s 8"
     return np.stack([one, zero, zero, zero, zero, ratio, 1 - ratio, zero], -1), times[:-1] * TIMESTEPS
 
 
-def unipc_table(times: Float[np.ndarray, " S"]) -> tuple[Float[np.ndarray, "s 8"], Float[np.ndarray, " s"]]:
-    """UniPC of order 2, variant bh2 (arXiv 2302.04867), first order in the first and the last step; integer timesteps, as Wan2.1."""
+def unipc_table(times: Float[np.ndarray, " S"], corrects: bool = True) -> tuple[Float[np.ndarray, "s 8"], Float[np.ndarray, " s"]]:
+    """UniPC of order 2, variant bh2 (arXiv 2302.04867), first order in the first and the last step; integer timesteps, as Wan2.1.
+
+    Its predictor alone is DPM-Solver++ of order 2 (arXiv 2211.01095, 2M midpoint).
+    """
     steps = len(times) - 1
     order = [min(2, i + 1, steps - i) for i in range(steps)]
     rows = []
     for i in range(steps):
         correct = [1, 0, 0, 0, 0]
-        if i > 0:
+        if i > 0 and corrects:
             base, m1, m2, m0 = _bh2(times, i - 1, order[i - 1], corrector=True)
             correct = [0, base, m1, m2, m0]
         predict = _bh2(times, i, order[i], corrector=False)[:3]
@@ -194,4 +197,4 @@ def _bh2(times: np.ndarray, i: int, order: int, corrector: bool) -> tuple[float,
     return times[i + 1] / times[i], scale * (1 - previous - following), scale * previous, scale * following
 
 
-SOLVERS = {"euler": euler_table, "unipc": unipc_table}
+SOLVERS = {"euler": euler_table, "unipc": unipc_table, "dpm++": partial(unipc_table, corrects=False)}

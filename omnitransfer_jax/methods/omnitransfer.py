@@ -83,7 +83,7 @@ def loss(
         assert batch.mllm_inputs is not None  # records of a configuration with alignment have them
         context, empty = model.alignment(batch.mllm_inputs, batch.task), jnp.zeros((1, 1, 1))
     context = jnp.where(drawn.drop_text[:, None, None] > 0, empty, context)
-    reference = make_reference(batch.reference, batch.task, model.dit.grid(x), by=config.dit.offsets)
+    reference = make_reference(batch.reference, batch.task, model.dit.grid(x), by=config.dit.offsets, flag=config.dit.reference_flag)
     velocity = model.dit(
         jnp.concatenate([x, batch.condition], axis=-1),
         TIMESTEPS * drawn.time,

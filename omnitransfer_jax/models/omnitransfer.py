@@ -102,10 +102,15 @@ def make_reference(
     task: Int[Array, " B"],
     target: tuple[int, int, int],
     rank: int = 1,
-    by: Literal["task", "frames"] = "task",
+    by: Literal["task", "frames", "beside"] = "task",
+    flag: float | None = None,
 ) -> Reference:
-    """The reference of each sample's task for a target of that many patches; `rank` and `by` (`dit.offsets`) as in `tasks.offsets`."""
-    return Reference(reference_latents(latents, tasks.flags(task)), tasks.offsets(task, target, rank, by))
+    """The reference of each sample's task for a target of that many patches.
+
+    `rank` and `by` (`dit.offsets`) as in `tasks.offsets`; `flag` (`dit.reference_flag`) takes the place of the task's if it is given.
+    """
+    flags = tasks.flags(task) if flag is None else jnp.full(task.shape, flag)
+    return Reference(reference_latents(latents, flags), tasks.offsets(task, target, rank, by))
 
 
 def denoise(
@@ -126,13 +131,16 @@ def denoise(
     """
     references, kv_cache = conditions.references, None
     if references and sampler.reference_cache != "none" and dit.config.references != "bidirectional":
-        kv_cache = quantize(dit.make_kv_cache(references, dit.grid(state.latents), shard), sampler.reference_cache)
+        activations = sampler.reference_cache == "activations"
+        grid = dit.grid(state.latents)
+        kv_cache = quantize(dit.make_kv_cache(references, grid, shard, activations), sampler.reference_cache)
         references = ()
 
     def velocity(x: Array, timestep: Array) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
-        def with_context(text: Array) -> Array:
+        def with_context(passing: tuple[Array, Array | None]) -> Array:
+            text, active = passing
             return dit(
                 latents,
                 timestep,
@@ -142,11 +150,15 @@ def denoise(
                 kv_cache=kv_cache,
                 shard=shard,
                 embed_text=embed_text,
+                active=active,
             )
 
         if expert.guidance == 1:
-            return with_context(conditions.text_context)
-        v, negative = jax.lax.map(with_context, jnp.stack([conditions.text_context, conditions.negative_context]))
+            return with_context((conditions.text_context, None))
+        texts, active = jnp.stack([conditions.text_context, conditions.negative_context]), None
+        if sampler.skip_unconditional:
+            active = jnp.ones((2, dit.config.num_layers), bool).at[1, list(sampler.skip_unconditional)].set(False)
+        v, negative = jax.lax.map(with_context, (texts, active))
         return negative + expert.guidance * (v - negative)
 
     return samplers.advance(velocity, state, expert.steps, sampler, on_step)[0]

@@ -1,9 +1,14 @@
-"""The diffusion transformer's tensors: ours, diffusers' (WanTransformer3DModel) and the original's (Wan2.1 WanModel)."""
+"""The diffusion transformer's tensors: ours, diffusers' (WanTransformer3DModel) and the original's (Wan2.1 WanModel).
+
+Wan-Animate-2 is the same network under other names: in both of its layouts the original's, with one difference each. It is known by
+`dit.reference_context`, for no other published weights have references that read a context.
+"""
 
 from typing import Any, Literal
 
 from configs.base import DiTConfig
 from configs.errors import require
+from configs.wan_animate_2 import ANIMATE_2
 from omnitransfer_jax.folders.typed import read_fields
 from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry, Layout
 
@@ -64,11 +69,20 @@ BLOCK_IMAGE_TENSORS: list[Row] = [
 ]
 
 
+ANIMATE_2_CLASS = "WanAnimate2Transformer3DModel"
+ANIMATE_2_NAMES = {
+    "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k",
+}  # fmt: skip
+
+
 def entries(config: DiTConfig, layout: Literal["diffusers", "original"]) -> list[Entry]:
     """The table of a network of this configuration: 1,303 entries for I2V 14B."""
     has_image = config.image_dim is not None
+    inside = ".block" if config.reference_context and layout == "original" else ""  # its blocks are wrapped there
 
     def theirs(row: Row) -> str:
+        if config.reference_context and layout == "diffusers":
+            return _animate_2(row[2])
         return row[1] if layout == "diffusers" else row[2]
 
     whole = TENSORS + _linears(LINEARS)
@@ -78,8 +92,16 @@ def entries(config: DiTConfig, layout: Literal["diffusers", "original"]) -> list
         block += BLOCK_IMAGE_TENSORS + _linears(BLOCK_IMAGE_LINEARS)
     table = [Entry(theirs(row), row[0], row[3]) for row in whole]
     for layer in range(config.num_layers):
-        table += [Entry(f"blocks.{layer}.{theirs(row)}", f"blocks.{row[0]}", row[3], layer=layer) for row in block]
+        table += [Entry(f"blocks.{layer}{inside}.{theirs(row)}", f"blocks.{row[0]}", row[3], layer=layer) for row in block]
     return table
+
+
+def _animate_2(original: str) -> str:
+    """The name that diffusers' WanAnimate2Transformer3DModel has for a tensor: the original's but for the projections of attention."""
+    module, *rest = original.split(".", 2)
+    if module not in ("self_attn", "cross_attn"):
+        return original
+    return ".".join([module, ANIMATE_2_NAMES.get(rest[0], rest[0]), *rest[1:]])
 
 
 def _linears(rows: list[tuple[str, str, str]]) -> list[Row]:
@@ -94,6 +116,14 @@ def _norms(rows: list[tuple[str, str, str]]) -> list[Row]:
 
 def config_json(config: DiTConfig, layout: Literal["diffusers", "original"] = "diffusers") -> dict[str, Any]:
     """The config.json diffusers (or the original code) reads beside the weights."""
+    if config.reference_context:
+        return {
+            "_class_name": ANIMATE_2_CLASS, "patch_size": list(config.patch), "text_len": config.text_len, "in_dim": config.in_channels,
+            "dim": config.dim, "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "text_dim": config.text_dim,
+            "out_dim": config.out_channels, "num_heads": config.num_heads, "num_layers": config.num_layers, "cross_attn_norm": True,
+            "eps": config.eps, "use_img_emb": config.image_dim is not None, "refer_offset_t": 1, "refer_offset_h": 0,
+            "refer_offset_w": -1, "refer_stride": 1,
+        }  # fmt: skip
     if layout == "original":
         return {
             "_class_name": "WanModel", "model_type": "i2v" if config.image_to_video else "t2v",
@@ -134,10 +164,24 @@ def config_from_json(json: dict[str, Any]) -> DiTConfig:
         require(kind == "t2v" or json.get("image_dim", 1280) == 1280, "config.json image_dim: the original reads 1280")
         values = read_fields(DiTConfig, ORIGINAL_DEFAULTS | json, ORIGINAL_FIELDS)
         return DiTConfig(**values, image_dim=None if kind == "t2v" else 1280)
-    require(name == "WanTransformer3DModel", f"config.json _class_name={name!r}: WanTransformer3DModel (diffusers) or WanModel")
+    if name == ANIMATE_2_CLASS:
+        return _animate_2_config(json)
+    require(
+        name == "WanTransformer3DModel",
+        f"config.json _class_name={name!r}: WanTransformer3DModel or {ANIMATE_2_CLASS} (diffusers) or WanModel",
+    )
     for key, value in (("cross_attn_norm", True), ("qk_norm", "rms_norm_across_heads"), ("pos_embed_seq_len", None)):
         require(json.get(key, value) == value, f"config.json {key}={json.get(key)!r}: this network has {value!r}")
     values = read_fields(DiTConfig, json, DIFFUSERS_FIELDS)
     head = read_fields(DiTConfig, json, {"dim": "attention_head_dim"})["dim"]
     image = read_fields(DiTConfig, {"image_dim": None} | json, {"image_dim": "image_dim"})
     return DiTConfig(**values, **image, dim=values["num_heads"] * head)
+
+
+def _animate_2_config(json: dict[str, Any]) -> DiTConfig:
+    """The configuration of a Wan-Animate-2 transformer."""
+    fixed = {"cross_attn_norm": True, "use_img_emb": True, "refer_stride": 1}
+    fixed |= {"refer_offset_t": 1, "refer_offset_h": 0, "refer_offset_w": -1}
+    for key, value in fixed.items():
+        require(json.get(key, value) == value, f"config.json {key}={json.get(key)!r}: this network has {value!r}")
+    return DiTConfig(**read_fields(DiTConfig, json, ORIGINAL_FIELDS), image_dim=1280, **ANIMATE_2)

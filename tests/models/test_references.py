@@ -19,6 +19,7 @@ from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_refer
 from omnitransfer_jax.models.rope3d import grid
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.samplers import experts, start
+from omnitransfer_jax.train.flops import cache_bytes
 from tests.compare import relative_l2
 from tests.models.test_wan_dit import TINY
 
@@ -79,7 +80,7 @@ def run(model, batch, references=(), kv_cache=None):
 def streams(model, batch, references):
     """The tokens of the target and of each reference after all layers."""
     x, inputs, context, _ = model.prepare(**batch, references=references)
-    x, _ = model.run(x, inputs, context, model.strategy(True, None), None, UNSHARDED)
+    x, _ = model.run(x, inputs, context, model.strategy(True), None, UNSHARDED)
     return x.target, *x.references
 
 
@@ -244,6 +245,7 @@ def test_sampling_with_a_cache_equals_recomputing(model):
 
     recomputed = sample("none")
     assert relative_l2(sample("full"), recomputed) <= 1e-5
+    assert relative_l2(sample("activations"), recomputed) <= 1e-5
     assert 0 < relative_l2(sample("int8"), recomputed) <= 0.01
     assert 0 < relative_l2(sample("float8"), recomputed) <= 0.05
 
@@ -268,12 +270,27 @@ def test_each_of_two_experts_has_its_own_cache(model):
     assert relative_l2(sample("full"), sample("none")) <= 1e-5
 
 
+def held(kv_cache):
+    """Bytes of what is kept of all references."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(kv_cache.kept))
+
+
+def test_activations_are_half_of_keys_and_values(model):
+    """And the counts that people are told before anything is loaded are the bytes that are kept."""
+    both, tokens = references(3, 4), 2 * 3 * 3 * 2  # two references of 3 frames of 3 x 2 patches
+    full = make_kv_cache(model, both)
+    kept = jax.jit(lambda model, both: model.make_kv_cache(both, PATCHES, activations=True))(model, both)
+    assert held(full) == 2 * held(kept)
+    for name, found in {"full": full, "activations": kept, "int8": quantize(full, "int8")}.items():
+        assert held(found) == 2 * cache_bytes(TINY, name, tokens)  # of two samples
+
+
 def test_a_quantized_cache_is_small_and_near(model):
     kv_cache = make_kv_cache(model, references(3, 4))
     for storage, error in {"int8": 0.01, "float8": 0.04}.items():
         narrow = quantize(kv_cache, storage)
-        assert narrow.keys.values.dtype.itemsize == 1
-        for ours, wanted in ((narrow.keys, kv_cache.keys), (narrow.values, kv_cache.values)):
+        for ours, wanted in zip(sum(narrow.kept, ()), sum(kv_cache.kept, ()), strict=True):
+            assert ours.values.dtype.itemsize == 1
             assert 0 < relative_l2(ours.read(jnp.dtype("float32")), wanted.values) <= error
 
 
