@@ -12,7 +12,7 @@ from configs.run import Config, OptimizerConfig, record_fields
 
 RUN = {
     "checkpoint.every", "checkpoint.keep", "data.threads", "dit.attention", "dit.remat", "mesh.context", "mesh.data", "sampler.boundary",
-    "sampler.guidance", "sampler.low_noise_guidance", "sampler.negative_prompt", "sampler.reference_cache", "sampler.shift",
+    "sampler.guidance", "sampler.low_noise_guidance", "sampler.negative_prompt", "sampler.reference_cache", "sampler.skip_unconditional", "sampler.shift",
     "sampler.solver", "sampler.stack_references", "sampler.steps",
     "train.evaluate_every", "train.log_every", "train.steps", "vae.decode_frames", "vae.encode_frames",
 }  # fmt: skip
@@ -47,8 +47,9 @@ def test_a_training_that_goes_on_may_change_these_fields():
 def test_what_a_checkpoint_need_not_agree_in():
     """Training may compute in another type, and read references in another way, with the same weights."""
     other = set(kinds.flat(kinds.select(wan.I2V_480P.dit, ["method", "data", "training", "run"])))
-    assert set(kinds.select(wan.I2V_480P.dit, ["method"])) == {"references", "offsets"}
-    assert other == {"dtype", "attention", "references", "offsets", "remat", "text_len"}
+    how = {"references", "reach", "offsets", "reference_flag", "reference_time", "reference_context"}
+    assert set(kinds.select(wan.I2V_480P.dit, ["method"])) == how
+    assert other == how | {"dtype", "attention", "remat", "text_len"}
 
 
 def test_records_depend_on_data_fields_and_encoders():

@@ -59,13 +59,14 @@ ACCEPTED = {  # where 0 has a meaning
     "seed", "optimizer.warmup_steps", "optimizer.adapter_share", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay",
     "optimizer.clip_norm", "train.ema", "train.evaluate_every", "data.text_drop", "vae.latents_mean", "mllm.vision.full_attention",
     "mllm.image_token", "mllm.video_token", "mllm.vision_start", "kl_weight", "whole_share", "grey_share", "sampler.boundary",
+    "dit.reference_time",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(ACCEPTED))
 def test_what_may_be_0_may_be_0(name):
     config = vae.TINY if name in ("kl_weight", "whole_share", "grey_share") else stage3.get_config("smoke")
-    value = flat(select(config, ("model", "data", "training", "run")))[name]
+    value = flat(select(config, ("model", "method", "data", "training", "run")))[name]
     put(config, name.split("."), (0, *value[1:]) if isinstance(value, tuple) else type(value)(0)).validate()
 
 
