@@ -1,6 +1,9 @@
 """No NaN and no infinity among weights, wherever they lie; the message has the leaf and the count."""
 
-import jax
+import os
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from configs.errors import RequestError
 from omnitransfer_jax.folders import fingerprint, model_folder
 from omnitransfer_jax.folders.finite import _count_on_device, require_finite
+from tests.devices import xla_flags
 
 SIGNALLING = np.array([0x7FA0], np.uint16).view(ml_dtypes.bfloat16)[0]
 
@@ -43,11 +47,24 @@ def test_counted_on_the_device_alike():
     assert {path: int(count) for path, count in counts.items()} == {"fine": 0, "wrong": 3}
 
 
-def test_replicas_are_counted_once():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    whole = {"wrong": jax.device_put(spoilt()["wrong"], jax.sharding.NamedSharding(mesh, jax.P()))}
-    with pytest.raises(RequestError, match=r"wrong has 3 of 2,000"):
-        require_finite(whole, "DIR", "do this")
+ON_TWO_DEVICES = """
+import jax, numpy as np
+from configs.errors import RequestError
+from omnitransfer_jax.folders.finite import require_finite
+leaf, mesh = np.ones((40, 50), np.float32), jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+leaf[[3, 20, 39], 4] = np.nan
+for spec in (jax.P(), jax.P("data")):
+    try:
+        require_finite({"wrong": jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))}, "DIR", "do this")
+    except RequestError as error:
+        print(len(mesh.devices), error)
+"""
+
+
+def test_replicas_are_counted_once_and_shards_all():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2)}
+    found = subprocess.run([sys.executable, "-c", ON_TWO_DEVICES], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["2 DIR: numbers that are not finite (NaN or infinity): wrong has 3 of 2,000; do this"] * 2
 
 
 @pytest.mark.parametrize("save", [model_folder.save_part, lambda folder, name, leaves: model_folder.save_file(folder, name, dict(leaves))])
