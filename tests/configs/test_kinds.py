@@ -62,6 +62,8 @@ def test_records_depend_on_data_fields_and_encoders():
     assert fields["text"]["dtype"] == "float32"
     same = replace(smoke, vae=replace(smoke.vae, encode_frames=8), dit=replace(smoke.dit, dim=96), seed=3)
     assert record_fields(same) == fields
+    assert "image" in fields
+    assert "image" not in record_fields(wan.get_config("smoke_2_2")), "a network without an image branch reads no CLIP features"
     assert record_fields(replace(smoke, text=replace(smoke.text, dtype="bfloat16"))) != fields
     aligned = record_fields(stage3.get_config("smoke"))
     assert set(aligned["alignment"]) == {"frames", "frame_pixels", "prompt_tokens"}
