@@ -321,12 +321,17 @@ def test_the_process_ends_as_the_function_does(module, place):
 )
 def test_all_as_processes(place):
     before = contents(place)
+
+    def ended(request: Request) -> tuple[float, str, int]:
+        end = as_process(request, place)
+        lines, name = len(end.stderr.splitlines()), f"{request.module} {request.what}"
+        print(f"{end.seconds:5.1f} s of computing, exit code {end.code}, {lines} lines  {name}", flush=True)
+        check(request, end.code, end.stderr)
+        return end.seconds, name, lines
+
     with ThreadPoolExecutor(int(os.environ["OMNITRANSFER_ALL_PROCESSES"])) as pool:
-        ended = list(pool.map(lambda each: as_process(each, place), REQUESTS))
-    slowest = max(zip(ended, NAMES, strict=True), key=lambda pair: pair[0].seconds)
-    most = max(len(each.stderr.splitlines()) for each in ended)
-    print(f"\n{len(ended)} processes; slowest {slowest[0].seconds:.1f} s of computing ({slowest[1]}); at most {most} lines on stderr")
-    for request, each in zip(REQUESTS, ended, strict=True):
-        check(request, each.code, each.stderr)
-        assert each.seconds < SECONDS, request
+        found = list(pool.map(ended, REQUESTS))
+    seconds, slowest, _ = max(found)
+    print(f"{len(found)} processes; slowest {seconds:.1f} s ({slowest}); at most {max(lines for *_, lines in found)} lines on stderr")
+    assert seconds < SECONDS
     assert contents(place) == before

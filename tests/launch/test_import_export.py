@@ -319,9 +319,9 @@ def test_a_config_file_we_cannot_follow_is_named(source, tmp_path, capfd, change
     [
         (["--config=wan"], "made with dit.dim=48, the configuration has 5120"),
         (["--dit.ffn_dim=64"], "made with dit.ffn_dim=96, the configuration has 64"),
-        (["--checkpoint=no/such/folder"], "no/such/folder: no checkpoint, model.json is absent"),
+        (["--checkpoint=no/such/folder"], "--checkpoint=no/such/folder: no such folder; give --checkpoint=DIR, a folder of"),
         (["--layout=onnx"], "--layout=onnx: value should be one of <diffusers|original|comfyui>"),
-        (["--out={used}"], "not empty; give a new folder with --out"),
+        (["--out={used}"], "this command reads it; give another name"),
     ],
 )
 def test_exports_that_cannot_be(ours, tmp_path, capfd, args, message):
