@@ -151,7 +151,7 @@ def test_no_part_is_read_from_flipped_bits(model):
         with pytest.raises(RequestError, match=r"vae: damaged, .*; restore it from a copy, or remove vae and import again"):
             model_folder.load_part(model, "vae", LEAVES)
         with pytest.raises(RequestError, match="vae: damaged"):
-            model_folder.read_part(model, "vae")
+            next(model_folder.read_part(model, "vae"))
         assert place
     for _ in flips(model / "tokenizer"):
         with pytest.raises(RequestError, match="tokenizer: damaged"):
