@@ -8,7 +8,8 @@
     projected cached, but what is kept is the activations, half the size; keys and values are projected from them at every step
     frames    cached, and a token of the target reads the frame of the reference at its own time alone
 
-The last table is a whole sampling of 40 steps with guidance, the reference's own pass included. The five alternate within one run, so that only their ratios are meaningful. Results: docs/benchmarks.md.
+The five alternate within one run, so that only their ratios are meaningful. The last table is a whole sampling of 40 steps with guidance,
+the reference's own pass included. Results: docs/benchmarks.md.
 """
 
 import os
