@@ -285,9 +285,9 @@ def test_a_configuration_of_another_kind_is_named(module, name, place, capfd):
 
 
 def of_the_transformer() -> list[str]:
-    """The configurations whose variants are of the whole model: not those of the world's autoencoder and language model."""
+    """The configurations of runs but those of the world's autoencoder and language model."""
     modules = (importlib.import_module(f"configs.{path.stem}") for path in Path(configs.__file__).parent.glob("*.py"))
-    return sorted(module.__name__.removeprefix("configs.") for module in modules if "smoke" in getattr(module, "VARIANTS", {}))
+    return sorted({module.__name__.removeprefix("configs.") for module in modules if hasattr(module, "get_config")} - {"vae", "mllm"})
 
 
 def test_a_run_of_another_training_does_not_go_on(place, capfd):
