@@ -1,7 +1,8 @@
 """What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar
 
 from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
 from configs.errors import require
@@ -301,7 +302,15 @@ class Config(RunConfig):
         )
 
 
-def variant_of(variants: dict[str, Config], name: str) -> Config:
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def plain(config: Config) -> Config:
+    """The configuration without what a subclass adds: that of the networks which a method works on."""
+    return Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
+
+
+def variant_of(variants: Mapping[str, AnyConfig], name: str) -> AnyConfig:
     """`variants[name]`, or a `RequestError` that lists what there is."""
     require(name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size")
     return variants[name]

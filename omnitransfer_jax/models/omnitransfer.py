@@ -27,7 +27,7 @@ from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
-from omnitransfer_jax.models.wan_dit import Reference, WanDiT
+from omnitransfer_jax.models.wan_dit import Context, Reference, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 
 SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
@@ -53,9 +53,11 @@ def embeds_text(config: Config) -> bool:
 class Conditions(NamedTuple):
     """What the network reads beside the noise."""
 
-    text_context: Float[Array, "B S E"]
-    """Encoded prompt, zero rows beyond its end; from stage 2 on the alignment's context, one task's rows behind another's."""
-    negative_context: Float[Array, "B S E"]
+    text_context: Float[Array, "B S E"] | Context
+    """Encoded prompt, zero rows beyond its end; from stage 2 on the alignment's context, one task's rows behind another's.
+
+    A `Context` stands for text and image (`WanDiT`); the other one then has the same form."""
+    negative_context: Float[Array, "B S E"] | Context
     """What the unconditional pass of guidance reads instead."""
     image: Float[Array, "B I J"] | None = None
     """CLIP features of the first frame (image-to-video)."""
@@ -130,7 +132,7 @@ def denoise(
     def velocity(x: Array, timestep: Array) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
-        def with_context(text: Array) -> Array:
+        def with_context(text: Array | Context) -> Array:
             return dit(
                 latents,
                 timestep,
@@ -144,7 +146,8 @@ def denoise(
 
         if sampler.guidance == 1:
             return with_context(conditions.text_context)
-        v, negative = jax.lax.map(with_context, jnp.stack([conditions.text_context, conditions.negative_context]))
+        both = jax.tree.map(lambda *x: jnp.stack(x), conditions.text_context, conditions.negative_context)
+        v, negative = jax.lax.map(with_context, both)
         return negative + sampler.guidance * (v - negative)
 
     return samplers.sample(velocity, noise, sampler, on_step)

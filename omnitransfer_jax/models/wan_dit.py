@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -79,11 +79,24 @@ class Modulation(NamedTuple):
     ffn_gate: Float[Array, "b l D"]
 
 
-class Context(NamedTuple):
-    """What the target's cross-attention reads."""
+class Rows(NamedTuple):
+    """What the target's tokens read in one branch of the cross-attention."""
 
-    text: Float[Array, "B S D"]
-    image: Float[Array, "B I D"] | None
+    shared: Float[Array, "B S D"]
+    """Read by all tokens."""
+    of_frames: Float[Array, "B F s D"] | None = None
+    """Read by the tokens of one latent frame each, beside the shared ones under one softmax."""
+
+    def local(self, shard: Shard) -> "Rows":
+        """Without the rows of frames whose tokens are on other devices; a device has whole frames."""
+        return self if self.of_frames is None else Rows(self.shared, shard.local(self.of_frames))
+
+
+class Context(NamedTuple):
+    """What the target's cross-attention reads, as wide as the blocks and in their dtype."""
+
+    text: Rows
+    image: Rows | None
     has_image: Float[Array, " B"] | None
     """1 or 0: whether a sample's image counts; None: all do."""
 
@@ -110,7 +123,7 @@ class WanDiT(nnx.Module):
         self,
         latents: Float[Array, "B F H W C"],
         timestep: Float[Array, " B"] | Float[Array, "B L"],
-        text: Float[Array, "B S E"],
+        text: Float[Array, "B S E"] | Context,
         image: Float[Array, "B I J"] | None = None,
         has_image: Float[Array, " B"] | None = None,
         references: tuple[Reference, ...] = (),
@@ -122,7 +135,8 @@ class WanDiT(nnx.Module):
 
         `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame, of the
         samples where `has_image` is 1. The target reads `references`, or their `kv_cache`, or neither: plain Wan.
-        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is.
+        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is. A `Context` in the place of `text`
+        is what they read instead of text and image.
         """
         patches = self.grid(latents)
         require(
@@ -134,6 +148,10 @@ class WanDiT(nnx.Module):
         tokens = x.target.shape[1]
         if self.config.references == "bidirectional":
             require(not references or timestep.ndim == 1, "bidirectional references: they are at the target's time, so give one a sample")
+            require(
+                not references or context.text.of_frames is None,
+                "dit.references='bidirectional': references are of no latent frame, so none can have context of its own; take 'split'",
+            )
             x, inputs = one_sequence(x, inputs)
         x, _ = self.run(x, inputs, context, self.strategy(bool(x.references), kv_cache), kv_cache, shard)
         assert x.target is not None
@@ -208,7 +226,7 @@ class WanDiT(nnx.Module):
         self,
         latents: Float[Array, "B F H W C"],
         timestep: Float[Array, " B"] | Float[Array, "B L"],
-        text: Float[Array, "B S E"],
+        text: Float[Array, "B S E"] | Context,
         image: Float[Array, "B I J"] | None = None,
         has_image: Float[Array, " B"] | None = None,
         references: tuple[Reference, ...] = (),
@@ -216,15 +234,27 @@ class WanDiT(nnx.Module):
         embed_text: bool = True,
     ) -> tuple[Streams[Array], Streams[Inputs], Context, Float[Array, "B L D"]]:
         """Before the blocks: tokens and inputs of all streams, the context, and the embedded time; arguments as for `__call__`."""
-        dtype = jnp.dtype(self.config.dtype)
         x, rotation = self.embed(latents, jnp.zeros((1, 3), jnp.int32), shard)
         time = self.time_embedder(shard.local(timestep) if timestep.ndim == 2 else timestep[:, None])
-        if self.image_embedder is not None and image is not None:
-            image = self.image_embedder(image.astype(dtype))
-        text = text.astype(dtype)
-        context = Context(self.text_embedder(text) if embed_text else text, image, has_image)
+        context = text if isinstance(text, Context) else self.make_context(text, image, has_image, embed_text)
+        context = Context(context.text.local(shard), context.image and context.image.local(shard), context.has_image)
         others, others_inputs = self.prepare_references(references, shard)
         return Streams(x, others.references), Streams(Inputs(self.project_time(time), rotation), others_inputs.references), context, time
+
+    def make_context(
+        self,
+        text: Float[Array, "B S E"],
+        image: Float[Array, "B I J"] | None = None,
+        has_image: Float[Array, " B"] | None = None,
+        embed_text: bool = True,
+    ) -> Context:
+        """What the blocks read of the encoders' outputs; arguments as for `__call__`."""
+        dtype = jnp.dtype(self.config.dtype)
+        rows = None
+        if self.image_embedder is not None and image is not None:
+            rows = Rows(self.image_embedder(image.astype(dtype)))
+        text = text.astype(dtype)
+        return Context(Rows(self.text_embedder(text) if embed_text else text), rows, has_image)
 
     def prepare_references(self, references: tuple[Reference, ...], shard: Shard) -> tuple[Streams[Array], Streams[Inputs]]:
         """Tokens and inputs of the references, all at time 0."""
@@ -351,16 +381,34 @@ class CrossAttention(nnx.Module):
         self.image_key_norm = RMSNorm(dim, config.eps) if has_image else None
 
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
-        q, text, image = self.query_norm(self.query(x)).astype(x.dtype), context.text, context.image
-        out = self._read(q, self.key_norm(self.key(text)), self.value(text))
+        q, image = self.query_norm(self.query(x)).astype(x.dtype), context.image
+        out = self._read(q, context.text, self.key, self.key_norm, self.value)
         if image is not None and self.image_key and self.image_value and self.image_key_norm:
-            read = self._read(q, self.image_key_norm(self.image_key(image)), self.image_value(image))
+            read = self._read(q, image, self.image_key, self.image_key_norm, self.image_value)
             out = out + (read if context.has_image is None else context.has_image.astype(read.dtype)[:, None, None] * read)
         return self.out(out)
 
-    def _read(self, q: Array, k: Array, v: Array) -> Array:
-        q, k, v = (rearrange(y.astype(q.dtype), "B L (N K) -> B L N K", N=self.num_heads) for y in (q, k, v))
-        return rearrange(attention(q, k, v), "B L N K -> B L (N K)")
+    def _read(self, q: Float[Array, "B L D"], rows: Rows, key: Linear, key_norm: RMSNorm, value: Linear) -> Float[Array, "B L D"]:
+        """What the queries read of `rows`."""
+
+        def heads(x: Array) -> Array:
+            return rearrange(x.astype(q.dtype), "B L (N K) -> B L N K", N=self.num_heads)
+
+        def keys_values(x: Array) -> tuple[Array, Array]:
+            return heads(key_norm(key(x))), heads(value(x))
+
+        queries, shared = heads(q), keys_values(rows.shared)
+        if rows.of_frames is None:
+            return rearrange(attention(queries, *shared), "B L N K -> B L (N K)")
+        # As if each latent frame was a sample: its queries, and its own keys and values in front of the shared ones.
+        F = rows.of_frames.shape[1]
+        own = keys_values(rearrange(rows.of_frames, "B F S D -> B (F S) D"))
+        k, v = (
+            jnp.concatenate([rearrange(a, "B (F S) N K -> (B F) S N K", F=F), repeat(b, "B S N K -> (B F) S N K", F=F)], 1)
+            for a, b in zip(own, shared, strict=True)
+        )
+        read = attention(rearrange(queries, "B (F L) N K -> (B F) L N K", F=F), k, v)
+        return rearrange(read, "(B F) L N K -> B (F L) (N K)", F=F)
 
 
 class MLP(nnx.Module):
