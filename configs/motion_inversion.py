@@ -38,8 +38,8 @@ class InversionConfig:
     the first frame stay, so appearance comes from the picture. `image`: in the place of the CLIP features, as in the paper, whose SVD has
     no other branch. A text-to-video network has `text` alone, and keeps its prompt beside the tokens."""
     space: Literal["blocks", "encoder"] = "blocks"
-    """Where the tokens live. `blocks` (ours): behind Wan's projection of the encoder's output, as wide as the blocks. `encoder`: in front of
-    it, as wide as the encoder's output, as in textual inversion."""
+    """Where the tokens live. `blocks` (ours): behind Wan's projection of the encoder's output, as wide as the blocks. `encoder`: in front
+    of it, as wide as the encoder's output, as in textual inversion."""
     sink: bool = field(default=True, metadata=METHOD)
     """Whether the encoded empty prompt, with its padding, is read beside tokens that stand in the place of the prompt (ours). Wan gives
     padding much of its attention; without it a few tokens share all of that."""
@@ -51,6 +51,9 @@ class InversionConfig:
     """Mean of that normal variable; 2.8 is a median level of 0.94 (unofficial; SVD's own is 0.7)."""
     time_std: float = field(default=1.6, metadata=TRAINING)
     """Its deviation (unofficial)."""
+    augment: int = field(default=0, metadata={**TRAINING, **FROM_0})
+    """Further copies of the clip to learn from, each cropped to a part and with other colours, first frame included, so that tokens keep
+    less of its look (the paper augments too; how is not known)."""
     init_noise: float = field(default=0.1, metadata={**TRAINING, **FROM_0})
     """Noise on the initial tokens, in deviations of them, so that the rows of a set differ (unofficial)."""
 

@@ -1,6 +1,6 @@
 """Motion-Textual Inversion on one clip: it is encoded once, its tokens start from that, and are learnt. `encode` takes many clips.
 
-    WORKDIR/   the run; its checkpoints hold the tokens and not the transformer, which is read again from train.init_from
+WORKDIR/   the run; its checkpoints hold the tokens and not the transformer, which is read again from train.init_from
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from configs.motion_inversion import MotionInversion
 from configs.run import plain
 from data_pipelines import in_memory
-from data_pipelines.clips import to_unit
+from data_pipelines.clips import fit, to_unit
 from data_pipelines.encoders import Encoders
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import fingerprint, run_folder
@@ -69,18 +69,40 @@ def digest_of(config: MotionInversion, clip: UInt8[np.ndarray, "T H W 3"], capti
 def encode(
     encoders: Encoders, config: MotionInversion, videos: UInt8[np.ndarray, "B T H W 3"], captions: Sequence[str]
 ) -> tuple[Sample, list[Start]]:
-    """Clips of the size in `config.video`, with their captions: the samples, numbered in this order, and the start of each."""
-    pixels, is_i2v = to_unit(videos), config.dit.image_dim is not None
+    """Clips of the size in `config.video`, with their captions: their samples, and the start of each.
+
+    The first samples are the clips, numbered in their order; `inversion.augment` others of each follow.
+    """
     text, rows = encoders.text(captions)
+    copies, number = 1 + config.inversion.augment, np.arange(len(videos), dtype=np.int32)
+    random = np.random.default_rng(config.seed)
+    others = [augmented(clip, random) for _ in range(copies - 1) for clip in videos]
+    pixels = to_unit(np.concatenate([videos, np.stack(others)]) if others else videos)
     read = text if config.keeps_prompt else np.repeat(encoders.text([""])[0], len(videos), 0)
+    is_i2v = config.dit.image_dim is not None
     condition, image = (encoders.condition(pixels[:, 0]), encoders.image(pixels[:, 0])) if is_i2v else (None, None)
-    samples = Sample(np.arange(len(videos), dtype=np.int32), encoders.latents(pixels), read, condition, image)
+    samples = Sample(np.tile(number, copies), encoders.latents(pixels), np.tile(read, (copies, 1, 1)), condition, image)
     frames = [None] * len(videos)
     if "image" in shapes(config):
-        picked = pixels[:, middle_frames(config)]
+        picked = pixels[: len(videos), middle_frames(config)]
         features = encoders.image(rearrange(picked, "B F H W C -> (B F) H W C"))
-        frames = list(rearrange(features, "(B F) I J -> B F I J", B=len(videos)))
+        frames = list(rearrange(features, "(B F) ... -> B F ...", B=len(videos)))
     return samples, [Start(text[i, : rows[i]], frames[i]) for i in range(len(videos))]
+
+
+def augmented(clip: UInt8[np.ndarray, "T H W 3"], random: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
+    """The clip cropped to 80 to 100 % of its sides, with saturation, contrast and brightness 80 to 120 %, the same in all frames."""
+    height, width = clip.shape[1:3]
+    share, across, down = random.uniform(0.8, 1), random.uniform(), random.uniform()
+    rows, columns = round(share * height), round(share * width)
+    top, left = round(down * (height - rows)), round(across * (width - columns))
+    cut = clip[:, top : top + rows, left : left + columns]
+    x = np.stack([fit(frame, height, width) for frame in cut]).astype(np.float32)
+    saturation, contrast, brightness = random.uniform(0.8, 1.2, 3)
+    grey = x.mean(-1, keepdims=True)
+    x = grey + saturation * (x - grey)
+    x = brightness * (x.mean() + contrast * (x - x.mean()))
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)
 
 
 def middle_frames(config: MotionInversion) -> list[int]:

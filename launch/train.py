@@ -36,9 +36,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=F
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes that a cluster started (TPU pod, Slurm, ...): join the others.", flag_values=FLAGS
 )
-REFERENCE = flags.DEFINE_string(
-    "reference", "", "Clip to learn from (follow_your_motion, motion_inversion).", flag_values=FLAGS
-)
+REFERENCE = flags.DEFINE_string("reference", "", "Clip to learn from (follow_your_motion, motion_inversion).", flag_values=FLAGS)
 PROMPT = flags.DEFINE_string("prompt", "", "Caption of that clip.", flag_values=FLAGS)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, memory and FLOPs, and stop.", flag_values=FLAGS)
 

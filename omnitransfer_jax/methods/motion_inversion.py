@@ -16,6 +16,7 @@ Several clips can be learnt in one run: the tokens are then stacked, and each sa
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -221,7 +222,7 @@ def initial_tokens(config: MotionInversion, dit: WanDiT, start: Start, key: Arra
 def _pooled(rows: Float[Array, "S E"], count: int) -> Float[Array, "N E"]:
     """`count` rows: means of equal pieces of more rows, or repetitions of fewer."""
     edges = np.arange(count + 1) * len(rows) // count
-    return jnp.stack([rows[begin : max(begin + 1, end)].mean(0) for begin, end in zip(edges[:-1], edges[1:], strict=True)])
+    return jnp.stack([rows[begin : max(begin + 1, end)].mean(0) for begin, end in pairwise(edges)])
 
 
 def _pooled_frame(features: Float[Array, "I J"], count: int) -> Float[Array, "N J"]:

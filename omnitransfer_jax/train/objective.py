@@ -34,7 +34,7 @@ class Objective:
     It is drawn before the batch is divided over devices, so that no division changes it.
     """
     loss: Callable[[Params, Any, Any, Shard], tuple[Float[Array, " B"], Metrics]]
-    """loss(params, batch, drawn, shard) -> the loss of each sample, and further metrics of each sample; `params` are those of `base` too."""
+    """loss(params, batch, drawn, shard) -> the loss of each sample, and further metrics of each sample; `params` with those of `base`."""
     init: Callable[[], Params]
     """Random parameters."""
     root_key: Callable[[], Array]
