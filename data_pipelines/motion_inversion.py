@@ -30,6 +30,7 @@ from omnitransfer_jax.train import loop
 
 def train(config: MotionInversion, workdir: Path, mesh: Mesh, clip: UInt8[np.ndarray, "T H W 3"], caption: str) -> None:
     """The tokens of a clip of `config.video` and its caption, up to `config.train.steps` or a signal."""
+    load_models.require_weights(config.train.init_from, config, ("dit", "vae", "text"))
     digest = digest_of(config, clip, caption)
     if run_folder.is_run(str(workdir)):
         loop.require_same_run(workdir.absolute(), loop.with_absolute_paths(config), digest)

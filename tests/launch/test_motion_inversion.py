@@ -109,7 +109,11 @@ def test_an_export_can_be_read(whole, tmp_path):
         (train, ["--workdir={new}", "--reference={clip}", "--mesh.context=3"], "mesh.context=3: a divisor of the 2 latent frames"),
         (sample, ["--checkpoint={run}"], "no --first_frame: the tokens move a picture"),
         (sample, ["--checkpoint={run}", "--first_frame={image}", "--prompt=a"], "--prompt='a': the tokens stand in its place"),
-        (sample, ["--checkpoint={run}", "--first_frame={image}", "--task=motion", "--reference={clip}"], "the run has learnt its reference"),
+        (
+            sample,
+            ["--checkpoint={run}", "--first_frame={image}", "--task=motion", "--reference={clip}"],
+            "the run has learnt its reference",
+        ),
         (sample, ["--checkpoint={run}", "--first_frame={image}", "--video.frames=9"], "has tokens for 2; give --video.frames=5"),
         (sample, ["--checkpoint={run}", "--first_frame={image}", "--inversion.sink=False"], "--inversion.sink=False"),
         (sample, ["--checkpoint=embedded", "--first_frame={image}"], "'embedded': no run, and the tokens of a motion are in one"),

@@ -109,7 +109,9 @@ def test_loss_and_gradient(case):
     ours = port(lambda rngs: WanDiT(dit, rngs=rngs), theirs, entries(dit, "diffusers"))
     leaves = {name: torch.tensor(x, requires_grad=True) for name, x in tokens.items()}
     torch_batch, torch_drawn = (type(tree)(*(None if x is None else torch.tensor(x) for x in tree)) for tree in (batch, drawn))
-    expected, _ = loss_of_oracle(theirs, inversion, {name: x[torch_batch.clip.long()] for name, x in leaves.items()}, torch_batch, torch_drawn)
+    expected, _ = loss_of_oracle(
+        theirs, inversion, {name: x[torch_batch.clip.long()] for name, x in leaves.items()}, torch_batch, torch_drawn
+    )
     expected.sum().backward()
 
     trained, base = method.objective(config, clips=2), {f"dit.{path}": x for path, x in flat_params(ours).items()}
