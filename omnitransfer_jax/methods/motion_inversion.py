@@ -37,7 +37,7 @@ from omnitransfer_jax.models.wan_dit import Context, Rows, WanDiT
 from omnitransfer_jax.train import flops
 from omnitransfer_jax.train.objective import Metrics, Objective, Params
 
-Tokens = Mapping[str, Float[Array, "B sets N D"]]
+Tokens = Mapping[str, Float[Array | np.ndarray, "B sets N D"]]
 """The tokens of each sample, by the branch that reads them, `text` or `image`: the sets of all latent frames, then the shared one."""
 
 
@@ -183,7 +183,7 @@ def conditions(config: MotionInversion, tokens: Tokens, dit: WanDiT, encoded: Co
     return Conditions(read, unread, None, encoded.latents)
 
 
-def embedded(dit: WanDiT, config: InversionConfig, branch: str, tokens: Float[Array, "B sets N E"]) -> Float[Array, "B sets N D"]:
+def embedded(dit: WanDiT, config: InversionConfig, branch: str, tokens: Float[Array | np.ndarray, "B sets N E"]) -> Float[Array, "B sets N D"]:
     """Tokens as wide as the blocks, in the dtype of the computation."""
     rows = tokens.astype(jnp.dtype(dit.config.dtype))
     if config.space == "blocks":
