@@ -140,7 +140,7 @@ def context(
 ) -> Context:
     """What the cross-attention reads: `tokens`, and of the encoded prompt and first frame what they leave in place."""
     given = dit.make_context(text, image)
-    rows = {name: embedded(dit, config, name, x) for name, x in tokens.items()}
+    rows = {name: embedded(dit, config, name, jnp.asarray(x)) for name, x in tokens.items()}
     text_rows, image_rows = given.text, given.image
     if "text" in rows:
         kept = [given.text.shared] if config.sink or dit.image_embedder is None else []
@@ -183,7 +183,7 @@ def conditions(config: MotionInversion, tokens: Tokens, dit: WanDiT, encoded: Co
     return Conditions(read, unread, None, encoded.latents)
 
 
-def embedded(dit: WanDiT, config: InversionConfig, branch: str, tokens: Float[Array | np.ndarray, "B sets N E"]) -> Float[Array, "B sets N D"]:
+def embedded(dit: WanDiT, config: InversionConfig, branch: str, tokens: Float[Array, "B sets N E"]) -> Float[Array, "B sets N D"]:
     """Tokens as wide as the blocks, in the dtype of the computation."""
     rows = tokens.astype(jnp.dtype(dit.config.dtype))
     if config.space == "blocks":
