@@ -133,7 +133,7 @@ VARIANTS = {
     "t2v_1_3b": on(short(wan.get_config("t2v_1_3b"))),
     "tiny": replace(
         TINY,
-        train=replace(TINY.train, steps=300, batch_size=4, init_from="embedded"),
+        train=replace(TINY.train, steps=300, init_from="embedded"),
         optimizer=replace(TINY.optimizer, learning_rate=1e-2),
     ),
     "smoke": replace(
