@@ -12,7 +12,8 @@ The three alternate within one run, so that only their ratios are meaningful. Re
 import os
 
 CORE = max(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {CORE})  # before any library counts the cores
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {CORE})  # before any library counts the cores
 
 import statistics
 import time
@@ -20,16 +21,18 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from configs.base import DiTConfig
 from configs.wan import I2V_14B
+from launch import command
 from omnitransfer_jax.models.omnitransfer import make_reference
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.train import flops
 
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs of each form, after one run that is not counted.")
+FLAGS = flags.FlagValues()
+ROUNDS = flags.DEFINE_integer("rounds", 5, "timed runs of each form, after one that is not counted", lower_bound=1, flag_values=FLAGS)
 
 CONFIG = DiTConfig(dim=512, ffn_dim=1408, num_layers=2, num_heads=4, text_dim=512, image_dim=512, dtype="float32", remat="none")
 GRID = (9, 32, 64)  # latent frames, rows, columns of target and reference: 9 x 16 x 32 = 4,608 tokens
@@ -42,7 +45,7 @@ def operations(config: DiTConfig, tokens: int) -> dict[str, int]:
     return {"joint": flops.target_pass(config, 2 * tokens), "split": split, "cached": cached}
 
 
-def main(_) -> None:
+def main() -> None:
     random = np.random.default_rng(0)
 
     def draw(*shape):
@@ -82,4 +85,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, FLAGS)

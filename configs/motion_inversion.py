@@ -73,7 +73,7 @@ class MotionInversion(Config):
     @property
     def keeps_prompt(self) -> bool:
         """Whether the transformer reads the prompt, beside the tokens or in another branch than theirs."""
-        return self.dit.image_dim is None or self.inversion.branch == "image"
+        return not self.dit.image_to_video or self.inversion.branch == "image"
 
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work."""
@@ -83,12 +83,16 @@ class MotionInversion(Config):
         require(not self.alignment.enabled, "alignment.enabled=True: motion inversion reads UMT5; give --alignment.enabled=False")
         require(not self.train.references, "train.references=True: motion inversion reads no reference; give --train.references=False")
         require(
+            self.sampler.boundary == 0,
+            f"sampler.boundary={self.sampler.boundary:g}: tokens are learnt for one network; give --sampler.boundary=0",
+        )
+        require(
             self.train.trainable == TRAINABLE,
             f"train.trainable={' '.join(self.train.trainable)}: motion inversion trains {TRAINABLE[0]} alone; leave it out",
         )
         require(
             self.dit.image_dim is not None or inversion.branch == "text",
-            f"inversion.branch={inversion.branch}: a text-to-video network has no image branch; give --inversion.branch=text",
+            f"inversion.branch={inversion.branch}: this network has no image branch; give --inversion.branch=text",
         )
         require(
             2 * inversion.tokens <= self.dit.text_len,

@@ -8,7 +8,9 @@ import numpy as np
 from configs.errors import require
 from configs.run import Config
 from data_pipelines import records
+from data_pipelines.encoders import weights_of
 from omnitransfer_jax.batch import Batch
+from omnitransfer_jax.folders import model_folder, run_folder
 
 
 def batches(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
@@ -17,10 +19,11 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
     Every epoch has its own order, drawn from `seed` (the order of the records with `data.shuffle=False`); a batch may begin in one epoch
     and end in the next. The batch over all processes does not depend on how many there are: each process reads consecutive samples, in
     the order of the processes. The iterator's state is the number of batches it gave, so it can be restored with any number of threads
-    and processes.
+    and processes. Records that other encoders made than those of train.init_from are a `RequestError`.
     """
     size = config.train.batch_size
     require(size % process_count == 0, f"train.batch_size={size}: a multiple of the {process_count} processes that share it")
+    require_same_weights(config)
     examples = grain.MapDataset.source(records.Records(_folder(config), config)).seed(seed % 2**32)
     if config.data.shuffle:
         examples = examples.shuffle()
@@ -28,6 +31,13 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
     parts = samples.batch(size // process_count, drop_remainder=True)
     threads = config.data.threads
     return iter(parts[process_index::process_count].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+
+
+def require_same_weights(config: Config) -> None:
+    """A `RequestError` if other encoders made the records than those of train.init_from, whose folder may be gone when a run goes on."""
+    folder = run_folder.imported_weights(config.train.init_from)
+    if not folder or model_folder.exists(folder):
+        records.require_same_weights(_folder(config), weights_of(config), config.train.init_from)
 
 
 def empty_text(config: Config) -> np.ndarray:

@@ -19,7 +19,7 @@ from data_pipelines import in_memory
 from data_pipelines.clips import fit, to_unit
 from data_pipelines.encoders import Encoders
 from omnitransfer_jax import load_models
-from omnitransfer_jax.folders import fingerprint, run_folder
+from omnitransfer_jax.folders import run_folder
 from omnitransfer_jax.mesh import data_share
 from omnitransfer_jax.methods.motion_inversion import Sample, Start, initial_tokens, objective, shapes
 from omnitransfer_jax.methods.omnitransfer import keys
@@ -30,10 +30,10 @@ from omnitransfer_jax.train import loop
 
 def train(config: MotionInversion, workdir: Path, mesh: Mesh, clip: UInt8[np.ndarray, "T H W 3"], caption: str) -> None:
     """The tokens of a clip of `config.video` and its caption, up to `config.train.steps` or a signal."""
-    load_models.require_weights(config.train.init_from, config, ("dit", "vae", "text"))
-    digest = digest_of(config, clip, caption)
+    load_models.require_weights(config.train.init_from, plain(config), ("dit", "vae", "text"))
+    digest = in_memory.digest((clip, np.frombuffer(caption.encode(), np.uint8)))
     if run_folder.is_run(str(workdir)):
-        loop.require_same_run(workdir.absolute(), loop.with_absolute_paths(config), digest)
+        loop.checked_origin(objective(config), loop.with_absolute_paths(config), workdir.absolute(), digest, done=1)
     print("encoding the clip", flush=True)
     encoders = Encoders(plain(config), config.train.init_from)
     samples, starts = encode(encoders, config, clip[None], [caption])
@@ -60,13 +60,6 @@ def stacked(config: MotionInversion, dit: WanDiT, starts: Sequence[Start]) -> di
     return jax.tree.map(lambda *rows: np.stack(rows), *each)
 
 
-def digest_of(config: MotionInversion, clip: UInt8[np.ndarray, "T H W 3"], caption: str) -> str:
-    """A digest of the clip, its caption, and the transformer that a run reads again when it goes on."""
-    found = in_memory.digest((clip, np.frombuffer(caption.encode(), np.uint8)))
-    imported = run_folder.imported_weights(config.train.init_from)
-    return f"{found} {fingerprint.of_part(imported, 'dit')}" if imported else found
-
-
 def encode(
     encoders: Encoders, config: MotionInversion, videos: UInt8[np.ndarray, "B T H W 3"], captions: Sequence[str]
 ) -> tuple[Sample, list[Start]]:
@@ -80,8 +73,8 @@ def encode(
     others = [augmented(clip, random) for _ in range(copies - 1) for clip in videos]
     pixels = to_unit(np.concatenate([videos, np.stack(others)]) if others else videos)
     read = text if config.keeps_prompt else np.repeat(encoders.text([""])[0], len(videos), 0)
-    is_i2v = config.dit.image_dim is not None
-    condition, image = (encoders.condition(pixels[:, 0]), encoders.image(pixels[:, 0])) if is_i2v else (None, None)
+    condition = encoders.condition(pixels[:, 0]) if config.dit.image_to_video else None
+    image = encoders.image(pixels[:, 0]) if config.dit.image_dim is not None else None
     samples = Sample(np.tile(number, copies), encoders.latents(pixels), np.tile(read, (copies, 1, 1)), condition, image)
     frames = [None] * len(videos)
     if "image" in shapes(config):

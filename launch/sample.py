@@ -8,28 +8,27 @@
 needed is that of the largest one, not of all.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from configs.errors import require
 from configs.motion_inversion import MotionInversion
 from configs.run import Config, VideoConfig, plain
+from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
+from launch.sampling import animation
+from launch.sampling.stages import StepBar, stage
 from omnitransfer_jax import load_models, tasks
-from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.folders import outputs, run_folder
 from omnitransfer_jax.mesh import make_mesh, replicated
 from omnitransfer_jax.methods import motion_inversion
 from omnitransfer_jax.models import omnitransfer
@@ -51,6 +50,8 @@ PROMPT = flags.DEFINE_string("prompt", "", "What the video shows.", flag_values=
 FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Image the video starts from (image-to-video networks).", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out.mp4", "The mp4 to write.", flag_values=FLAGS)
 
+NETWORKS = {"dit": "high-noise expert", "dit_low_noise": "low-noise expert"}  # the names of the stages in which they are loaded
+
 
 class Request(NamedTuple):
     """What the user asked for, read and checked."""
@@ -65,9 +66,13 @@ class Request(NamedTuple):
 
 
 def main(config: Config) -> None:
-    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
-    load_models.require_weights(weights(config), config, networks, "--checkpoint")
-    run_folder.require_same_function(weights(config), plain(config))
+    reads_image = bool(FIRST_FRAME.value) and config.dit.image_dim is not None
+    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if reads_image else []))
+    given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
+    of_networks = plain(config) if isinstance(config, MotionInversion) else config
+    load_models.require_weights(weights(config), of_networks, networks, given)
+    if isinstance(config, WanAnimate2):
+        return animate(config)
     finish = None
     if isinstance(config, MotionInversion):
         finish = jax.jit(partial(motion_inversion.conditions, config, load_models.load_tokens(checkpoint(config), config)))
@@ -89,6 +94,24 @@ def checkpoint(config: Config) -> str:
     return config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
 
 
+def animate(config: WanAnimate2) -> None:
+    """A driving clip to a video of the person of a picture (launch/sampling/animation.py)."""
+    require_out(config)
+    require(not TASK.value, f"--task={','.join(TASK.value)}: Wan-Animate-2 has one task, the movement of a person; leave it out")
+    request = animation.read_request(config, REFERENCE.value, FIRST_FRAME.value)
+    print(animation.cost(config, request), flush=True)
+    encoders = Encoders(config, weights(config))
+    video = animation.animate(config, encoders, request, clean_prompt(PROMPT.value))
+    clips.write_clip(OUT.value, video, config.video.fps, sound_of=REFERENCE.value[0])
+    print(f"wrote {OUT.value}: {len(video)} frames, {video.shape[2]} x {video.shape[1]}, {config.video.fps} fps")
+
+
+def require_out(config: Config) -> None:
+    """A `RequestError` unless `--out` can be what is written."""
+    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
+    outputs.require_file("--out", OUT.value, [*REFERENCE.value, FIRST_FRAME.value or "", weights(config)])
+
+
 def weights(config: Config) -> str:
     """The folder that all networks are loaded from; empty for random weights."""
     return run_folder.base_of(checkpoint(config), MotionInversion) if isinstance(config, MotionInversion) else checkpoint(config)
@@ -96,9 +119,7 @@ def weights(config: Config) -> str:
 
 def read_request(config: Config) -> Request:
     """The flags, checked before any weights are touched."""
-    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
-    read = {Path(path).resolve() for path in (*REFERENCE.value, FIRST_FRAME.value or "")}
-    require(Path(OUT.value).resolve() not in read, f"--out={OUT.value}: it is a file that this command reads; give another name")
+    require_out(config)
     require(
         len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
@@ -116,8 +137,9 @@ def read_request(config: Config) -> Request:
         f"--task={','.join(TASK.value)}: a temporal transfer starts from a picture; give --first_frame=IMAGE",
     )
     require(
-        not first_frame or config.dit.image_dim is not None,
-        f"--first_frame={first_frame}: this network is text-to-video; leave it out or take an image-to-video configuration",
+        config.dit.image_to_video or not (first_frame or chosen),
+        f"{f'--first_frame={first_frame}' if first_frame else '--reference'}: this network is text-to-video; leave it out or take an "
+        "image-to-video configuration",
     )
     video, frame, size = config.video, None, config.data.reference
     if first_frame:
@@ -137,7 +159,7 @@ def require_for_tokens(config: MotionInversion) -> None:
         f"--prompt={PROMPT.value!r}: the tokens stand in its place (inversion.branch={config.inversion.branch}); leave it out",
     )
     require(
-        config.dit.image_dim is None or bool(FIRST_FRAME.value),
+        not config.dit.image_to_video or bool(FIRST_FRAME.value),
         "no --first_frame: the tokens move a picture; give --first_frame=IMAGE",
     )
 
@@ -145,13 +167,13 @@ def require_for_tokens(config: MotionInversion) -> None:
 def notes(encoders: Encoders, request: Request) -> list[str]:
     """What the video will lack of what was asked for, or of what the network was trained with."""
     config, found = encoders.config, []
-    if config.dit.image_dim is not None and request.first_frame is None and not request.references:
+    if config.dit.image_to_video and request.first_frame is None and not request.references:
         found.append("no --first_frame: this is an image-to-video network, grey frames take its place; Wan2.1's were not trained so")
     if config.alignment.enabled:
         for index, _ in request.references:
             found += encoders.cut_prompts({"--prompt": request.prompt}, tasks.NAMES[index])
         return found
-    negative = {"--sampler.negative_prompt": config.sampler.negative_prompt} if config.sampler.guidance > 1 else {}
+    negative = {"--sampler.negative_prompt": config.sampler.negative_prompt} if config.sampler.has_negative else {}
     return found + encoders.cut_prompts({"--prompt": request.prompt} | negative)
 
 
@@ -166,10 +188,10 @@ def encode(encoders: Encoders, request: Request) -> Conditions:
     context, negative = encode_context(encoders, request)
     picture = None if request.first_frame is None else clips.to_unit(request.first_frame)[None]
     image, condition, references = None, None, ()
-    if picture is not None:
+    if picture is not None and config.dit.image_dim is not None:
         with stage("image encoder", encoders):
             image = jnp.asarray(encoders.image(picture))
-    if config.dit.image_dim is not None:
+    if config.dit.image_to_video:
         with stage("video encoder", encoders):
             frame = None if picture is None else np.asarray(bicubic_resize(jnp.asarray(picture), video.height, video.width))
             condition = jnp.asarray(encoders.no_condition if frame is None else encoders.condition(frame))
@@ -199,32 +221,27 @@ def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax
 def generate(
     encoders: Encoders, video: VideoConfig, conditions: Conditions, finish: Callable[[WanDiT, Conditions], Conditions] | None = None
 ) -> jax.Array:
-    """Latents from noise, with a progress bar; `finish` completes the conditions by what the transformer embeds."""
+    """Latents from noise, with a progress bar; of two experts one is in memory at a time.
+
+    `finish` completes the conditions with what the transformer embeds; there is one expert then.
+    """
     config = encoders.config
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
     mesh = make_mesh(config.mesh)
-    with stage("transformer", encoders):
-        dit = load_models.load_dit(encoders.folder, config, mesh)
+    with StepBar(config.sampler.steps) as bar:
+
+        def load(part: str) -> WanDiT:
+            jax.effects_barrier()  # the steps so far are shown
+            bar.clear()
+            with stage(NETWORKS[part] if config.sampler.boundary > 0 else "transformer", encoders):
+                return load_models.load_dit(encoders.folder, config, mesh, part)
+
         if finish is not None:
-            conditions = finish(dit, jax.device_put(conditions, replicated(mesh)))
-    with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
-
-        def show(step: int) -> None:
-            bar.update(step + 1 - bar.n)
-
-        latents = omnitransfer.denoise_on(mesh, config, show)(dit, conditions, noise).block_until_ready()
+            dit = load("dit")
+            conditions, load = finish(dit, jax.device_put(conditions, replicated(mesh))), lambda part: dit
+        latents = omnitransfer.denoise_on(mesh, config, bar.reach)(load, conditions, noise).block_until_ready()
         jax.effects_barrier()
     return latents
-
-
-@contextmanager
-def stage(name: str, encoders: Encoders) -> Iterator[None]:
-    """Prints the name of a stage and how long it took; lets its networks go at the end."""
-    started = time.perf_counter()
-    print(f"{name} ... ", end="", flush=True)
-    yield
-    encoders.release()
-    print(f"{time.perf_counter() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

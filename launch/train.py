@@ -24,6 +24,7 @@ from data_pipelines import clips, motion_inversion
 from data_pipelines.batches import batches, data_digest, empty_text
 from launch import command
 from omnitransfer_jax import load_models
+from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.mesh import data_share, make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
@@ -45,8 +46,13 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
     if DRY_RUN.value:
         print(describe(objective(config), config))
         return
-    loop.require_weights(objective(config), config)
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
+    data = config.data.path if isinstance(config, Config) else ""
+    outputs.require_folder("--workdir", WORKDIR.value, [config.train.init_from, data], holds="run", owns=[run_folder.CHECKPOINTS])
+    if run_folder.is_run(WORKDIR.value):  # a run that goes on needs no weights but its own
+        run_folder.read_config(WORKDIR.value, type(config))
+    else:
+        loop.require_weights(objective(config), config)
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     mesh, workdir = make_mesh(config.mesh), Path(WORKDIR.value)
@@ -58,6 +64,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
         case MotionInversion():
             motion_inversion.train(config, workdir, mesh, read_reference(config), PROMPT.value)
         case Config():
+            load_models.require_expert(config)
             index, count = data_share(mesh)
             data = batches(config, seed=config.seed, process_index=index, process_count=count)
             trained = omnitransfer.objective(config, empty_text(config))
@@ -70,6 +77,9 @@ def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
         case VAETraining():
             return vae_training.objective(config)
         case MLLMTraining():
+            inputs.require_checkpoint(load_models.INIT_FROM, config.train.init_from)
+            if source := run_folder.imported_weights(config.train.init_from):
+                model_folder.require_model(source, config.model)
             return mllm_training.objective(config, load_models.load_mllm_vocabulary(config.train.init_from))
         case MotionInversion():
             return motion_inversion.objective(config)

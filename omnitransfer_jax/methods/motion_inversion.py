@@ -52,7 +52,7 @@ class Sample(NamedTuple):
     condition: Float[Array, "B F H W M"] | None = None
     """Mask and latents of the clip's first frame (image-to-video)."""
     image: Float[Array, "B I J"] | None = None
-    """CLIP features of the clip's first frame (image-to-video)."""
+    """CLIP features of the clip's first frame, where the network has an image branch."""
 
 
 class Start(NamedTuple):
@@ -87,7 +87,7 @@ def objective(config: MotionInversion, initial: Tokens | None = None, clips: int
         base={f"dit.{path}": jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in flat_params(dit).items()},
         stack="dit.blocks.",
         models=plain(config),
-        imported={},
+        imported={"dit.": "dit"},
         # Forward, and backward to the tokens alone: no gradients of weights.
         flops=2 * size * flops.target_pass(config.dit, flops.tokens(config, config.video)),
     )
@@ -106,8 +106,9 @@ def shapes(config: MotionInversion) -> dict[str, tuple[int, int, int]]:
 def spec(config: MotionInversion) -> Sample:
     """Shape and type of one sample."""
     one = sample_spec(plain(config))
-    frame = (one.condition, one.image) if config.dit.image_dim is not None else (None, None)
-    return Sample(jax.ShapeDtypeStruct((), jnp.int32), one.target, one.text, *frame)
+    return Sample(
+        jax.ShapeDtypeStruct((), jnp.int32), one.target, one.text, one.condition if config.dit.image_to_video else None, one.image
+    )
 
 
 def draw(config: MotionInversion, key: Array, batch: Sample) -> Drawn:
@@ -139,11 +140,11 @@ def context(
     dit: WanDiT, config: InversionConfig, tokens: Tokens, text: Float[Array, "B S E"], image: Float[Array, "B I J"] | None
 ) -> Context:
     """What the cross-attention reads: `tokens`, and of the encoded prompt and first frame what they leave in place."""
-    given = dit.make_context(text, image)
+    given = dit.embed_context(text, image)
     rows = {name: embedded(dit, config, name, jnp.asarray(x)) for name, x in tokens.items()}
     text_rows, image_rows = given.text, given.image
     if "text" in rows:
-        kept = [given.text.shared] if config.sink or dit.image_embedder is None else []
+        kept = [given.text.shared] if config.sink or not dit.config.image_to_video else []
         text_rows = Rows(jnp.concatenate([rows["text"][:, -1], *kept], 1), rows["text"][:, :-1])
     if "image" in rows:
         image_rows = Rows(rows["image"][:, -1], rows["image"][:, :-1])
@@ -158,16 +159,16 @@ def negative_context(
     Every frame reads the same rows, and as many as with tokens: the prompt's rows and more of its padding, or only its first ones where
     tokens have no sink; of the frame, CLIP's features pooled as the tokens started.
     """
-    given = dit.make_context(text, image)
+    given = dit.embed_context(text, image)
     text_rows, image_rows = given.text, given.image
     if like.text.of_frames is not None:
         frames, own = like.text.of_frames.shape[1:3]
         count = own + like.text.shared.shape[1]
-        padding = dit.make_context(jnp.zeros((len(text), max(0, count - text.shape[1]), text.shape[2]))).text.shared
+        padding = dit.embed_context(jnp.zeros((len(text), max(0, count - text.shape[1]), text.shape[2]))).text.shared
         rows = jnp.concatenate([given.text.shared, padding], 1)[:, :count]
         text_rows = Rows(rows[:, own:], repeat(rows[:, :own], "B S D -> B F S D", F=frames))
     if like.image is not None and like.image.of_frames is not None and image is not None:
-        pooled = dit.make_context(text, jnp.stack([_pooled_frame(each, config.tokens) for each in image])).image
+        pooled = dit.embed_context(text, jnp.stack([_pooled_frame(each, config.tokens) for each in image])).image
         assert pooled is not None
         image_rows = Rows(pooled.shared, repeat(pooled.shared, "B S D -> B F S D", F=like.image.of_frames.shape[1]))
     return Context(text_rows, image_rows, None)

@@ -118,7 +118,7 @@ def test_an_export_can_be_read(whole, tmp_path):
         (sample, ["--checkpoint={run}", "--first_frame={image}", "--video.frames=9"], "has tokens for 2; give --video.frames=5"),
         (sample, ["--checkpoint={run}", "--first_frame={image}", "--inversion.sink=False"], "--inversion.sink=False"),
         (sample, ["--checkpoint=embedded", "--first_frame={image}"], "'embedded': no run, and the tokens of a motion are in one"),
-        (export, ["--checkpoint={new}", "--out={new}"], "no run, and the tokens of a motion are in one"),
+        (export, ["--checkpoint=embedded", "--out={new}"], "no run, and the tokens of a motion are in one"),
     ],
 )
 def test_wrong_requests(whole, made, tmp_path, capsys, module, args, words):

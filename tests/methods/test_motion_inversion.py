@@ -13,7 +13,7 @@ from configs import motion_inversion as configs
 from configs.motion_inversion import InversionConfig, MotionInversion
 from configs.run import SamplerConfig, plain
 from omnitransfer_jax.flow import draw_time
-from omnitransfer_jax.mesh import UNSHARDED
+from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.methods import motion_inversion as method
 from omnitransfer_jax.methods.motion_inversion import Drawn, Sample, Start
 from omnitransfer_jax.models import omnitransfer
@@ -62,18 +62,18 @@ def test_tokens_that_are_the_prompt_reproduce_it(dit):
     batch, text = sample(2), prompts(3, 6)
     latents, timestep = jnp.concatenate([batch.latents, batch.condition], axis=-1), jnp.array([900.0, 300.0])
     expected = jax.jit(lambda dit: dit(latents, timestep, text, batch.image))(dit)
-    plainly = jax.jit(lambda dit: dit(latents, timestep, dit.make_context(text, batch.image)))
+    plainly = jax.jit(lambda dit: dit(latents, timestep, dit.embed_context(text, batch.image)))
     assert np.array_equal(plainly(dit), expected)
 
     @jax.jit
     def with_frames(dit: WanDiT, rows):
         """The shared set is the prompt, and each frame has `rows`."""
-        given = dit.make_context(text, batch.image)
+        given = dit.embed_context(text, batch.image)
         return dit(latents, timestep, given._replace(text=Rows(given.text.shared, rows)))
 
     assert relative_l2(with_frames(dit, jnp.zeros((2, FRAMES, 0, WIDTH))), expected) <= 1e-6
     # Rows that come twice have half the weight each.
-    same = {"text": jnp.broadcast_to(dit.make_context(text).text.shared[:, None], (2, FRAMES + 1, 6, WIDTH))}
+    same = {"text": jnp.broadcast_to(dit.embed_context(text).text.shared[:, None], (2, FRAMES + 1, 6, WIDTH))}
     read = method.context(dit, replace(CONFIG.inversion, tokens=6, sink=False), same, text, batch.image)
     assert np.array_equal(read.text.shared, same["text"][:, -1])
     assert relative_l2(with_frames(dit, read.text.of_frames), expected) <= 1e-6
@@ -99,12 +99,12 @@ def test_the_unconditional_pass_has_the_same_layout(dit, branch, sink):
     unread = method.negative_context(dit, config, read, negative, batch.image)
     assert jax.tree.map(jnp.shape, unread) == jax.tree.map(jnp.shape, read)
     count = {"text": 10, "image": 6, "both": 4}[branch]
-    rows = dit.make_context(jnp.pad(negative, ((0, 0), (0, 4), (0, 0)))[:, :count]).text.shared
+    rows = dit.embed_context(jnp.pad(negative, ((0, 0), (0, 4), (0, 0)))[:, :count]).text.shared
     for frame in range(FRAMES):
         own = [] if branch == "image" else [unread.text.of_frames[:, frame]]
         assert np.allclose(jnp.concatenate([*own, unread.text.shared], 1), rows, atol=1e-6)
     if branch != "text":
-        classes = dit.make_context(negative, batch.image).image.shared[:, 0]
+        classes = dit.embed_context(negative, batch.image).image.shared[:, 0]
         assert np.allclose(unread.image.of_frames[:, :, 0], classes[:, None], atol=1e-6)
         assert np.allclose(unread.image.shared[:, 0], classes, atol=1e-6)
 
@@ -114,10 +114,10 @@ def test_a_prompt_stays_where_tokens_leave_it(dit):
     text = prompts(4)
     t2v = make_dit(T2V)
     read = method.context(t2v, replace(T2V.inversion, sink=False), tokens_of(T2V), text, None)
-    assert np.array_equal(read.text.shared[:, 2:], t2v.make_context(text).text.shared)
+    assert np.array_equal(read.text.shared[:, 2:], t2v.embed_context(text).text.shared)
     config = replace(CONFIG, inversion=replace(CONFIG.inversion, branch="image"))
     read = method.context(dit, config.inversion, tokens_of(config), text, sample(1).image)
-    assert np.array_equal(read.text.shared, dit.make_context(text).text.shared)
+    assert np.array_equal(read.text.shared, dit.embed_context(text).text.shared)
     assert read.text.of_frames is None
     assert T2V.keeps_prompt
     assert config.keeps_prompt
@@ -128,13 +128,13 @@ def test_guidance_moves_away_from_the_negative_prompt(dit):
     """A sample with tokens that are the negative prompt's own rows is that prompt's, whatever the scale."""
     batch, negative = sample(1), prompts(6)
     noise, config = normal(9, 1, 2, 4, 8, 16), replace(CONFIG, inversion=replace(CONFIG.inversion, tokens=3, sink=False))
-    rows = dit.make_context(negative).text.shared
+    rows = dit.embed_context(negative).text.shared
     own = {"text": jnp.stack([rows[:, :3]] * FRAMES + [rows[:, 3:]], 1)}
     encoded = Conditions(batch.text, negative, batch.image, batch.condition)
 
     def latents(conditions, guidance):
         sampler = replace(CONFIG.sampler, guidance=guidance)
-        return jax.jit(lambda dit, c: omnitransfer.denoise(dit, c, noise, sampler))(dit, conditions)
+        return omnitransfer.denoise_on(make_mesh(config.mesh), replace(config, sampler=sampler))(lambda part: dit, conditions, noise)
 
     expected = latents(encoded._replace(text_context=negative), 1.0)
     assert relative_l2(latents(method.conditions(config, own, dit, encoded), 4.0), expected) <= 1e-5
@@ -160,7 +160,7 @@ def test_tokens_start_from_caption_and_frames(dit, space):
     pieces = jnp.stack([start.caption[:2].mean(0), start.caption[2:4].mean(0), start.caption[4:].mean(0)])
     patches = jnp.stack([jnp.stack([f[0], f[1:5].mean(0), f[5:].mean(0)]) for f in start.frames])
     if space == "blocks":
-        read = dit.make_context(jnp.stack([pieces] * FRAMES), patches)
+        read = dit.embed_context(jnp.stack([pieces] * FRAMES), patches)
         pieces, patches = read.text.shared[0], read.image.shared
     assert found["text"].shape == found["image"].shape == (FRAMES + 1, 3, WIDTH if space == "blocks" else 8)
     assert all(np.allclose(rows, pieces, atol=1e-6) for rows in found["text"])
