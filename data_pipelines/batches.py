@@ -1,6 +1,7 @@
 """Records to batches: a Grain pipeline of NumPy arrays, the same for any number of threads and processes."""
 
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -9,6 +10,7 @@ from configs.errors import require
 from configs.run import Config
 from data_pipelines import records
 from data_pipelines.encoders import weights_of
+from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch
 from omnitransfer_jax.folders import model_folder, run_folder
 
@@ -27,7 +29,18 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
     examples = grain.MapDataset.source(records.Records(_folder(config), config)).seed(seed % 2**32)
     if config.data.shuffle:
         examples = examples.shuffle()
-    samples = examples.repeat().map(lambda record: records.from_record(record, config))
+
+    def sample(record: Any) -> Batch:
+        found = records.from_record(record, config)
+        task = tasks.TASKS[int(found.task)]
+        require(
+            config.dit.reach == "all" or task.family == "temporal",
+            f"{config.data.path}: a pair of task {task.name}; with dit.reach=same_frame references must share times with their targets, "
+            "which is so in temporal tasks: encode those alone, or take --dit.reach=all",
+        )
+        return found
+
+    samples = examples.repeat().map(sample)
     parts = samples.batch(size // process_count, drop_remainder=True)
     threads = config.data.threads
     return iter(parts[process_index::process_count].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))

@@ -8,6 +8,7 @@
 needed is that of the largest one, not of all.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -36,6 +37,7 @@ from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.resize import bicubic_resize
 from omnitransfer_jax.tokenizer import clean_prompt
+from omnitransfer_jax.train import flops
 
 FLAGS = flags.FlagValues()
 CHECKPOINT = flags.DEFINE_string(
@@ -80,7 +82,7 @@ def main(config: Config) -> None:
     if not checkpoint(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
     encoders = Encoders(plain(config), weights(config))
-    for note in notes(encoders, request):
+    for note in [*notes(encoders, request), *reference_notes(config, request)]:
         print(note, flush=True)
     latents = generate(encoders, request.video, encode(encoders, request), finish)
     with stage("video decoder", encoders):
@@ -131,6 +133,11 @@ def read_request(config: Config) -> Request:
         bool(chosen) or not config.alignment.enabled,
         "no --task: from stage 2 on the context is made from references; give --task and --reference, or --config=stage1 or wan",
     )
+    apart = [name for name in TASK.value if tasks.TASKS[tasks.task_index(name)].family == "appearance"]
+    require(
+        config.dit.reach == "all" or not apart,
+        f"--task={','.join(apart)}: with dit.reach=same_frame a reference must share times with the target, which is so in temporal tasks",
+    )
     first_frame = FIRST_FRAME.value
     require(
         bool(first_frame) or not chosen or any(tasks.TASKS[i].family == "appearance" for i in chosen),
@@ -175,6 +182,13 @@ def notes(encoders: Encoders, request: Request) -> list[str]:
         return found
     negative = {"--sampler.negative_prompt": config.sampler.negative_prompt} if config.sampler.has_negative else {}
     return found + encoders.cut_prompts({"--prompt": request.prompt} | negative)
+
+
+def reference_notes(config: Config, request: Request) -> list[str]:
+    """What each reference will cost."""
+    target, size = (math.prod(video.patches(config.vae, config.dit.patch)) for video in (request.video, config.data.reference))
+    _, rows, columns = config.data.reference.patches(config.vae, config.dit.patch)
+    return [flops.reference_note(config.dit, config.sampler, target, size, rows * columns)] * len(request.references)
 
 
 def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:

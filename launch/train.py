@@ -27,7 +27,7 @@ from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.mesh import data_share, make_mesh
 from omnitransfer_jax.methods import omnitransfer
-from omnitransfer_jax.train import loop
+from omnitransfer_jax.train import flops, loop
 from omnitransfer_jax.train.objective import Objective
 from omnitransfer_jax.train.plan import describe
 from world import mllm_training, vae_training
@@ -45,6 +45,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, 
 def main(config: Config | VAETraining | MLLMTraining) -> None:
     if DRY_RUN.value:
         print(describe(objective(config), config))
+        if isinstance(config, Config) and config.train.references:
+            print(f"in sampling, {flops.note_of(config)}")
         return
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     data = config.data.path if isinstance(config, Config) else ""

@@ -52,6 +52,12 @@ def reference_note(config: DiTConfig, sampler: SamplerConfig, tokens: int, refer
     return f"reference: {reference:,} tokens, {kept}, {share:.0%} of the work of one sequence with it"
 
 
+def note_of(config: Config) -> str:
+    """`reference_note` of a target and a reference of the configured sizes."""
+    _, rows, columns = config.data.reference.patches(config.vae, config.dit.patch)
+    return reference_note(config.dit, config.sampler, tokens(config, config.video), tokens(config, config.data.reference), rows * columns)
+
+
 def train_step(config: Config) -> int:
     """A training step: forward of target and reference, and twice as much again for the gradients, for every sample."""
     target, reference = tokens(config, config.video), tokens(config, config.data.reference)

@@ -81,7 +81,7 @@ def test_real_clips(tmp_path, shared):
         (["--reference={clip}", "--first_frame={person}", "--task=motion"], "--task=motion: Wan-Animate-2 has one task"),
         (["--reference={clip}", "--first_frame={person}", "--frames=99"], "99 needed; take a longer clip or fewer frames"),
         (["--reference={clip}", "--first_frame={person}", "--overlap=5"], "overlap=5: 4n+1 frames, fewer than video.frames=5"),
-        (["--reference={clip}", "--first_frame={person}", "--out={clip}"], "it is a file that this command reads"),
+        (["--reference={clip}", "--first_frame={person}", "--out={clip}"], "this command reads it; give another name"),
     ],
 )
 def test_wrong_requests(tmp_path, capsys, args, words):

@@ -156,7 +156,7 @@ RUN = {"training": "transfer", "dit": {"dim": 48}, "train": {"init_from": ""}}
 )
 def test_a_runs_configuration_that_cannot_be(tmp_path, capfd, main, content, words):
     module = {"export": export, "sample": sample}[main]
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(content)
     out = tmp_path / ("out.mp4" if main == "sample" else "out")
     arguments = ["--config=wan:smoke", f"--checkpoint={tmp_path / 'run'}", f"--out={out}"]
