@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     request = read_request(config)
     if not checkpoint(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
-    encoders = Encoders(plain(config), weights(config))
+    encoders = Encoders(of_networks, weights(config))
     for note in [*notes(encoders, request), *reference_notes(config, request)]:
         print(note, flush=True)
     latents = generate(encoders, request.video, encode(encoders, request), finish)
