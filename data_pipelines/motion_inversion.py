@@ -84,6 +84,20 @@ def encode(
     return samples, [Start(text[i, : rows[i]], frames[i]) for i in range(len(videos))]
 
 
+def load_tokens(folder: str, config: MotionInversion) -> dict[str, np.ndarray]:
+    """The tokens of the one clip that a run of Motion-Textual Inversion learnt, "1 sets N D" by the branch that reads them."""
+    run_folder.base_of(folder, MotionInversion)
+    run_folder.require_same_function(folder, config)
+    frames, learnt = (each.video.latent_shape(each.vae)[0] for each in (config, run_folder.read_config(folder, MotionInversion)))
+    require(
+        frames == learnt,
+        f"video.frames={config.video.frames}: {frames} latent frames, and the run in {folder} has tokens for {learnt}; "
+        f"give --video.frames={(learnt - 1) * config.vae.time_stride + 1}",
+    )
+    loaded = run_folder.load_params(folder, objective(config).params)
+    return {path.removeprefix("tokens."): np.asarray(x) for path, x in loaded.items()}
+
+
 def augmented(clip: UInt8[np.ndarray, "T H W 3"], random: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
     """The clip cropped to 80 to 100 % of its sides, with saturation, contrast and brightness 80 to 120 %, the same in all frames."""
     height, width = clip.shape[1:3]

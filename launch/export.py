@@ -24,8 +24,9 @@ from configs.errors import require
 from configs.motion_inversion import MotionInversion
 from configs.run import Config, SamplerConfig
 from configs.wan_animate_2 import WanAnimate2
+from data_pipelines.motion_inversion import load_tokens
 from launch import command
-from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
@@ -92,7 +93,7 @@ def main(config: Config) -> None:
     inputs.require_checkpoint("--checkpoint", checkpoint)
     outputs.require_new_folder("--out", OUT.value, [checkpoint])
     if isinstance(config, MotionInversion):
-        tokens = load_models.load_tokens(checkpoint, config)
+        tokens = load_tokens(checkpoint, config)
         with atomic.new_folder(Path(OUT.value)) as out:
             export_tokens(config, tokens, out)
         return

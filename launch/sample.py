@@ -25,6 +25,7 @@ from configs.run import Config, VideoConfig, plain
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
+from data_pipelines.motion_inversion import load_tokens
 from launch import command
 from launch.sampling import animation
 from launch.sampling.stages import StepBar, stage
@@ -77,7 +78,7 @@ def main(config: Config) -> None:
         return animate(config)
     finish = None
     if isinstance(config, MotionInversion):
-        finish = jax.jit(partial(motion_inversion.conditions, config, load_models.load_tokens(checkpoint(config), config)))
+        finish = jax.jit(partial(motion_inversion.conditions, config, load_tokens(checkpoint(config), config)))
     request = read_request(config)
     if not checkpoint(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from configs.errors import require
-from configs.motion_inversion import MotionInversion
 from configs.run import Config
 from omnitransfer_jax.folders import inputs, model_folder, run_folder
 from omnitransfer_jax.mesh import placed, specs
-from omnitransfer_jax.methods import motion_inversion
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
@@ -116,20 +113,6 @@ def load_alignment(folder: str, config: Config) -> Alignment:
         return _load_trained(folder, config, "alignment", None)
     require(not folder, f"{folder}: {WITHOUT_ALIGNMENT}")
     return _load("", "alignment", lambda rngs: Alignment(config, rngs=rngs))
-
-
-def load_tokens(folder: str, config: MotionInversion) -> dict[str, np.ndarray]:
-    """The tokens of the one clip that a run of Motion-Textual Inversion learnt, "1 sets N D" by the branch that reads them."""
-    run_folder.base_of(folder, MotionInversion)
-    run_folder.require_same_function(folder, config)
-    frames, learnt = (each.video.latent_shape(each.vae)[0] for each in (config, run_folder.read_config(folder, MotionInversion)))
-    require(
-        frames == learnt,
-        f"video.frames={config.video.frames}: {frames} latent frames, and the run in {folder} has tokens for {learnt}; "
-        f"give --video.frames={(learnt - 1) * config.vae.time_stride + 1}",
-    )
-    loaded = run_folder.load_params(folder, motion_inversion.objective(config).params)
-    return {path.removeprefix("tokens."): np.asarray(x) for path, x in loaded.items()}
 
 
 def load_vae(folder: str, config: Config) -> WanVAE:

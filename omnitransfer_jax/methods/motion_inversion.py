@@ -31,9 +31,10 @@ from omnitransfer_jax.batch import sample_spec
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
 from omnitransfer_jax.mesh import Shard
 from omnitransfer_jax.methods import omnitransfer
+from omnitransfer_jax.models.cross_attention import Context, Rows
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, Conditions
-from omnitransfer_jax.models.wan_dit import Context, Rows, WanDiT
+from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.train import flops
 from omnitransfer_jax.train.objective import Metrics, Objective, Params
 

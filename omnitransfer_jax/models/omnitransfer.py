@@ -24,10 +24,11 @@ from omnitransfer_jax.mesh import UNSHARDED, Shard, per_device, replicated, spec
 from omnitransfer_jax.models import alignment, wan_dit
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
+from omnitransfer_jax.models.cross_attention import Context
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
-from omnitransfer_jax.models.wan_dit import Context, Reference, WanDiT
+from omnitransfer_jax.models.wan_dit import Reference, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.samplers import Expert, State
 

@@ -48,12 +48,10 @@ def train(
     data_digest: str = "",
     base: Params | None = None,
 ) -> Params | None:
-    """All parameters but `base` after `config.train.steps`; None if a signal stopped the run before.
+    """All parameters after `config.train.steps`; None if a signal stopped the run before.
 
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
-    `base` are the arrays of `objective.base`, placed on `mesh`; the caller loads them whenever the run starts or goes on.
-    `evaluate` takes all parameters but `base` and measures them on held-out data every `train.evaluate_every` steps; what it returns is
-    logged.
+    `evaluate` takes all parameters and measures them on held-out data every `train.evaluate_every` steps; what it returns is logged.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)

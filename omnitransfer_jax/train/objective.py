@@ -40,7 +40,9 @@ class Objective:
     root_key: Callable[[], Array]
     """The key that step n folds n into."""
     base: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
-    """Parameters of the loss that belong to another folder: no step changes them and no checkpoint holds them (`loop.train`)."""
+    """Further parameters of the loss, of another folder: no step changes them and no checkpoint holds them.
+
+    `loop.train` is given their arrays, placed on the mesh, whenever the run starts or goes on."""
     stack: str | None = None
     """Where the paths of stacked layers begin; the loss gathers them one at a time with `shard.gather_layer`. Others arrive whole."""
     frozen_dtype: str = "float32"

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from configs.motion_inversion import MotionInversion
 from data_pipelines import clips, example
+from data_pipelines import motion_inversion as data
 from launch import command, export, sample, train
-from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import run_folder
 
 SMOKE = ["--config=motion_inversion:smoke", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--video.frames=5", "--video.fps=8"]
@@ -44,7 +44,7 @@ def losses(workdir):
 
 
 def tokens(workdir):
-    return load_models.load_tokens(str(workdir), run_folder.read_config(workdir, MotionInversion))["text"]
+    return data.load_tokens(str(workdir), run_folder.read_config(workdir, MotionInversion))["text"]
 
 
 def moves(workdir, image, out):
@@ -78,8 +78,8 @@ def test_a_video_of_another_picture(whole, made, tmp_path):
 def test_tokens_that_have_not_moved_are_the_initial_ones(made, tmp_path, monkeypatch):
     """After a step whose rate rounds to nothing; so the sample is that of the initial tokens."""
     started = []
-    initial = load_models.motion_inversion.initial_tokens
-    monkeypatch.setattr("data_pipelines.motion_inversion.initial_tokens", lambda *args: started.append(initial(*args)) or started[0])
+    initial = data.initial_tokens
+    monkeypatch.setattr(data, "initial_tokens", lambda *args: started.append(initial(*args)) or started[0])
     still = ["--train.steps=1", "--optimizer.learning_rate=1e-30"]
     assert run(train, f"--reference={made[0]}", f"--workdir={tmp_path}", "--prompt=a ball rolls", *still) == 0
     assert np.array_equal(tokens(tmp_path)[0], started[0]["text"])

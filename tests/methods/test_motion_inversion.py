@@ -17,9 +17,10 @@ from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.methods import motion_inversion as method
 from omnitransfer_jax.methods.motion_inversion import Drawn, Sample, Start
 from omnitransfer_jax.models import omnitransfer
+from omnitransfer_jax.models.cross_attention import Context, Rows
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.models.omnitransfer import Conditions
-from omnitransfer_jax.models.wan_dit import Context, Rows, WanDiT
+from omnitransfer_jax.models.wan_dit import WanDiT
 from tests.compare import relative_l2
 from tests.test_mesh import differences, on_eight_devices
 from tests.train.tiny_run import TINY
