@@ -14,7 +14,7 @@ tiny              the base inside the package                             smoke 
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from configs import stage1, wan
 from configs.errors import require
@@ -113,13 +113,11 @@ class MotionInversion(Config):
 
 def on(base: Config) -> MotionInversion:
     """The method with its default numbers on this model."""
-    return MotionInversion(
-        **vars(base)
-        | dict(
-            train=TransferTrainConfig(steps=1000, batch_size=1, trainable=TRAINABLE, references=False),
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.0),  # unofficial, but for the weight decay
-        )
-    )
+    values: dict[str, Any] = vars(base) | {
+        "train": TransferTrainConfig(steps=1000, batch_size=1, trainable=TRAINABLE, references=False),
+        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.0),  # unofficial, but for the weight decay
+    }
+    return MotionInversion(**values)
 
 
 def short(base: Config) -> Config:

@@ -75,13 +75,13 @@ def encode(
     read = text if config.keeps_prompt else np.repeat(encoders.text([""])[0], len(videos), 0)
     condition = encoders.condition(pixels[:, 0]) if config.dit.image_to_video else None
     image = encoders.image(pixels[:, 0]) if config.dit.image_dim is not None else None
-    samples = Sample(np.tile(number, copies), encoders.latents(pixels), np.tile(read, (copies, 1, 1)), condition, image)
+    samples = Sample._make((np.tile(number, copies), encoders.latents(pixels), np.tile(read, (copies, 1, 1)), condition, image))
     frames = [None] * len(videos)
     if "image" in shapes(config):
         picked = pixels[: len(videos), middle_frames(config)]
         features = encoders.image(rearrange(picked, "B F H W C -> (B F) H W C"))
         frames = list(rearrange(features, "(B F) ... -> B F ...", B=len(videos)))
-    return samples, [Start(text[i, : rows[i]], frames[i]) for i in range(len(videos))]
+    return samples, [Start._make((text[i, : rows[i]], frames[i])) for i in range(len(videos))]
 
 
 def load_tokens(folder: str, config: MotionInversion) -> dict[str, np.ndarray]:

@@ -107,9 +107,8 @@ def shapes(config: MotionInversion) -> dict[str, tuple[int, int, int]]:
 def spec(config: MotionInversion) -> Sample:
     """Shape and type of one sample."""
     one = sample_spec(plain(config))
-    return Sample(
-        jax.ShapeDtypeStruct((), jnp.int32), one.target, one.text, one.condition if config.dit.image_to_video else None, one.image
-    )
+    condition = one.condition if config.dit.image_to_video else None
+    return Sample._make((jax.ShapeDtypeStruct((), jnp.int32), one.target, one.text, condition, one.image))
 
 
 def draw(config: MotionInversion, key: Array, batch: Sample) -> Drawn:
