@@ -1,7 +1,7 @@
 """What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
@@ -334,6 +334,11 @@ class Config(RunConfig):
             dit.image_dim in (None, self.image.dim),
             f"dit.image_dim={dit.image_dim}: the image encoder's width is image.dim={self.image.dim}",
         )
+
+
+def plain(config: Config) -> Config:
+    """The configuration without what a subclass adds: that of the networks which a method works on."""
+    return Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
 
 
 def variant_of(variants: Mapping[str, AnyConfig], name: str) -> AnyConfig:

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs.errors import require
+from configs.motion_inversion import MotionInversion
 from configs.run import Config, SamplerConfig
 from configs.wan_animate_2 import WanAnimate2
+from data_pipelines.motion_inversion import load_tokens
 from launch import command
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
@@ -61,12 +64,39 @@ ALIGNMENT_README = """# What OmniTransfer adds to Wan2.1 from stage 2 on
 in the cross-attention of the target (into: {into}); results of several tasks are concatenated. References do not read it.
 """
 
+TOKENS_README = """# The motion of one clip, as tokens for the cross-attention of Wan2.1
+
+`tokens.safetensors` holds, in float32, what Motion-Textual Inversion (arXiv 2408.00458) learnt, by the branch that reads it:
+
+| branch | sets x rows x width |
+|---|---|
+{shapes}
+
+Set f belongs to latent frame f of {latent_frames} ({frames} video frames at {fps} fps); the last set is read by all frames. In every
+block, a query of latent frame f attends under one softmax to the keys and values of set f and of the last set, and in the text branch
+also to {kept}. The rows are {space}.
+
+In the unconditional pass of guidance all frames read the negative prompt instead, padded to as many rows. `config.json` holds the
+fields of the method (`inversion`) and of the transformer (`dit`). From the workdir of the training a video is made by
+
+    python -m launch.sample --config=motion_inversion --checkpoint=WORKDIR --first_frame=image.png --out=out.mp4
+"""
+SPACES = {
+    "blocks": "as wide as the blocks: they go to them as they are, behind Wan's text and image projections",
+    "encoder": "as wide as the encoder's output: Wan's text or image projection comes first",
+}
+
 
 def main(config: Config) -> None:
     checkpoint, layout = CHECKPOINT.value, LAYOUT.value
     require(bool(checkpoint), "--checkpoint='': empty; give the folder of a checkpoint")
     inputs.require_checkpoint("--checkpoint", checkpoint)
     outputs.require_new_folder("--out", OUT.value, [checkpoint])
+    if isinstance(config, MotionInversion):
+        tokens = load_tokens(checkpoint, config)
+        with atomic.new_folder(Path(OUT.value)) as out:
+            export_tokens(config, tokens, out)
+        return
     run = epath.Path(checkpoint) if run_folder.is_run(checkpoint) else None
     run_folder.require_same_function(checkpoint, config)
     if run:
@@ -98,6 +128,19 @@ def export_rest(config: Config, parts: Sequence[str], imported: str, run: epath.
         copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / place)
     if LAYOUT.value == "diffusers":
         write_pipeline(config, parts, has_vocabulary, out)
+
+
+def export_tokens(config: MotionInversion, tokens: Mapping[str, np.ndarray], out: Path) -> None:
+    """Writes the tokens of a motion as one safetensors file, the fields that they depend on as config.json, and a README."""
+    rows = {name: np.ascontiguousarray(x[0]) for name, x in tokens.items()}
+    save_file(rows, out / "tokens.safetensors", {"format": "pt"})
+    size = config.video
+    video = {"frames": size.frames, "latent_frames": size.latent_shape(config.vae)[0], "fps": size.fps}
+    write_json(out / "config.json", {"inversion": asdict(config.inversion), "video": video, "dit": asdict(config.dit)})
+    kept = "the encoded prompt" if config.keeps_prompt else "the encoded empty prompt" if config.inversion.sink else "nothing else"
+    shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, x.shape))} |" for name, x in rows.items())
+    (out / "README.md").write_text(TOKENS_README.format(shapes=shapes, kept=kept, space=SPACES[config.inversion.space], **video))
+    print(f"tokens: {sum(x.size for x in rows.values()):,} numbers of the {' and '.join(rows)} branch", flush=True)
 
 
 def export_part(part: Part, config: Config, imported: str, run: epath.Path | None, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Trains: --config=stage1|stage2|stage3 --workdir=DIR. Started again on the same workdir it goes on where it stopped.
 
     python -m launch.train --config=stage1 --workdir=runs/stage1 --data.path=records --train.init_from=checkpoints/wan_i2v
+    python -m launch.train --config=motion_inversion --workdir=W --reference=ref.mp4 --train.init_from=checkpoints/wan_i2v
     python -m launch.train --config=stage1 --dry_run
 
 `vae:tiny` and `mllm:tiny` train the autoencoder and the language model of the procedural world (docs/world.md). The workdir holds the
@@ -11,12 +12,15 @@ ends.
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 
 from configs.errors import require
 from configs.mllm import MLLMTraining
+from configs.motion_inversion import MotionInversion
 from configs.run import Config
 from configs.vae import VAETraining
+from data_pipelines import clips, motion_inversion
 from data_pipelines.batches import batches, data_digest, empty_text
 from launch import command
 from omnitransfer_jax import load_models
@@ -33,6 +37,8 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=F
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes that a cluster started (TPU pod, Slurm, ...): join the others.", flag_values=FLAGS
 )
+REFERENCE = flags.DEFINE_string("reference", "", "Clip to learn from (follow_your_motion, motion_inversion).", flag_values=FLAGS)
+PROMPT = flags.DEFINE_string("prompt", "", "Caption of that clip.", flag_values=FLAGS)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, memory and FLOPs, and stop.", flag_values=FLAGS)
 
 
@@ -57,6 +63,8 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
             vae_training.train(config, workdir, mesh)
         case MLLMTraining():
             mllm_training.train(config, workdir, mesh)
+        case MotionInversion():
+            motion_inversion.train(config, workdir, mesh, read_reference(config), PROMPT.value)
         case Config():
             load_models.require_expert(config)
             index, count = data_share(mesh)
@@ -75,8 +83,17 @@ def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
             if source := run_folder.imported_weights(config.train.init_from):
                 model_folder.require_model(source, config.model)
             return mllm_training.objective(config, load_models.load_mllm_vocabulary(config.train.init_from))
+        case MotionInversion():
+            return motion_inversion.objective(config)
         case Config():
             return omnitransfer.objective(config)
+
+
+def read_reference(config: Config) -> np.ndarray:
+    """The clip of --reference in the size of the configuration, uint8 "T H W 3"."""
+    require(bool(REFERENCE.value), "--reference: not given, and this training learns from one clip; give --reference=CLIP.mp4")
+    size = config.video
+    return clips.read_clip(REFERENCE.value, frames=size.frames, fps=size.fps, height=size.height, width=size.width)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import count
 from types import TracebackType
 from typing import Any, TypeVar
@@ -37,7 +37,12 @@ REMEDY = "restore it from a copy, or give another folder"
 NETWORKS = ("dit", "vae", "text", "image", "mllm", "lora", "alignment")  # fields of `Config`; the last three belong to the alignment
 PARAMETERS = ("trainable", "frozen", "ema")
 # The name of a training: what it trains, and the configurations that name it.
-TRAININGS = {"transfer": ("transformer", "stage1, stage2 or stage3"), "vae": ("autoencoder", "vae"), "mllm": ("language model", "mllm")}
+TRAININGS = {
+    "transfer": ("transformer", "stage1, stage2 or stage3"),
+    "motion_inversion": ("tokens of a motion", "motion_inversion"),
+    "vae": ("autoencoder", "vae"),
+    "mllm": ("language model", "mllm"),
+}
 ADDED = re.compile(r".*\.lora_\w+\.\w+")  # parameters of a named adapter
 Run = TypeVar("Run", bound=RunConfig)
 State = TypeVar("State", bound=tuple)  # a NamedTuple like `train.step.TrainState`
@@ -161,7 +166,7 @@ def require_same_function(folder: str, config: Config) -> None:
     """
     if is_run(folder):
         _require_same(folder, config, ("model", "method", "data"))
-    if imported := imported_weights(folder):
+    if imported := imported_weights(folder, type(config)):
         parts = model_folder.require_model(imported, config, ("model",) if is_run(folder) else ("model", "method"))
         _require_experts(folder, config, [] if is_run(folder) else parts)
 
@@ -199,7 +204,8 @@ def _other_networks(stored: RunConfig, config: RunConfig, of: Collection[kinds.K
     for name, value, now in kinds.differences(stored, config, of):
         if isinstance(stored, Config) and isinstance(config, Config):
             part, aligned = name.partition(".")[0], stored.alignment.enabled and config.alignment.enabled
-            if part not in NETWORKS[: None if aligned else -3] and name != "alignment.enabled":
+            others = {field.name for field in fields(Config)} - set(NETWORKS[: None if aligned else -3])
+            if part in others and name != "alignment.enabled":
                 continue
         yield name, value, now
 
@@ -231,6 +237,15 @@ def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: st
         changed += [each for each in steps if each[0] == "train.steps"]
     for name, value, now in changed:
         raise RequestError(f"--{name}={now!r}: the run in {workdir} was started with {value!r}; give that, or another --workdir")
+
+
+def base_of(workdir: str, of: type[RunConfig]) -> str:
+    """The folder of the networks that the run in `workdir` learnt something for, as `load_models` takes it; another folder is a
+    `RequestError`."""
+    name, configs = TRAININGS[of.training]
+    require(is_run(workdir), f"{workdir!r}: no run, and the {name} are in one; give the workdir of launch.train --config={configs}")
+    _require_training(workdir, training_of(workdir), of)
+    return _origin(workdir)
 
 
 def digests(workdir: epath.PathLike) -> dict[str, str]:

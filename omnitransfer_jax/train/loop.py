@@ -46,6 +46,7 @@ def train(
     data: grain.DatasetIterator[Any],
     evaluate: Evaluate | None = None,
     data_digest: str = "",
+    base: Params | None = None,
 ) -> Params | None:
     """All parameters after `config.train.steps`; None if a signal stopped the run before.
 
@@ -54,7 +55,7 @@ def train(
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
-    spec = specs(objective.params, objective.sharding, config.mesh)
+    spec = specs({**objective.params, **objective.base}, objective.sharding, config.mesh)
     like = placed_state(objective, config, optimizer, mesh, spec)
     with alone(workdir), run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
         done, steps = checkpoints.latest, config.train.steps
@@ -66,7 +67,7 @@ def train(
         run_folder.write_config(workdir, config, data_digest, origin)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         finite, pending = Finiteness(int(state.skipped)), {}
-        step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh)
+        step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh, base or {})
         with RunLog(workdir, config.train, done) as log:
 
             def settle(n: int, metrics: Mapping[str, Array]) -> None:
@@ -200,15 +201,15 @@ def require_small(objective: Objective, config: RunConfig, paths: Iterable[str])
     load_models.require_small(sizes, config.train.init_from)
 
 
-Step = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def make_step(objective: Objective, config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Specs) -> Step:
     """The training step as the loop calls it: step n draws from the key folded with n, and the learning rate is a metric."""
     train_step = make_train_step(objective, config, optimizer, mesh, specs)
 
-    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        after, metrics = train_step(state, batch, jax.random.fold_in(key, state.step))
+    def step(state: TrainState, batch: Any, key: Array, base: Params | None = None) -> tuple[TrainState, dict[str, Array]]:
+        after, metrics = train_step(state, batch, jax.random.fold_in(key, state.step), base)
         return after, metrics | {"learning_rate": learning_rate(state.step - state.skipped, config.optimizer, config.train.steps)}
 
     return step
@@ -217,9 +218,9 @@ def make_step(objective: Objective, config: RunConfig, optimizer: optax.Gradient
 class Program:
     """A step compiled once for each form of batch, the objective's own first; the state it is given is used up."""
 
-    def __init__(self, step: Step, like: TrainState, batch: Any, key: Array, mesh: Mesh):
+    def __init__(self, step: Step, like: TrainState, batch: Any, key: Array, mesh: Mesh, base: Params):
         places = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
-        self.step, self.like = jax.jit(step, donate_argnums=0, out_shardings=places), like
+        self.step, self.like, self.base = jax.jit(step, donate_argnums=0, out_shardings=places), like, base
         self.compiled: dict[Any, Any] = {}
         self.compile(placed(mesh, batch, batch_sharding(mesh).spec), key)
 
@@ -228,13 +229,13 @@ class Program:
         form = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if form not in self.compiled:
             started = time.perf_counter()
-            self.compiled[form] = self.step.lower(self.like, batch, key).compile()
+            self.compiled[form] = self.step.lower(self.like, batch, key, self.base).compile()
             print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
         self.chosen = self.compiled[form]
 
     def __call__(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
         with jax.transfer_guard("disallow"):
-            return self.chosen(state, batch, key)
+            return self.chosen(state, batch, key, self.base)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
