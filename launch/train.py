@@ -29,6 +29,8 @@ from world import mllm_training, vae_training
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=FLAGS)
+REFERENCE = flags.DEFINE_string("reference", "", "Clip to learn from (follow_your_motion, motion_inversion).", flag_values=FLAGS)
+PROMPT = flags.DEFINE_string("prompt", "", "Caption of that clip.", flag_values=FLAGS)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes that a cluster started (TPU pod, Slurm, ...): join the others.", flag_values=FLAGS
 )
