@@ -1,7 +1,8 @@
 """What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
 from configs.errors import require
@@ -142,8 +143,9 @@ class TransferTrainConfig(TrainConfig):
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     shift: float = 3.0
     """Bends the drawn times towards noise, as in sampling."""
-    weighting: Literal["velocity", "clean"] = "velocity"
-    """Weight of the squared velocity error at time t: 1, or min(1, 2t)^2, for the error of the clean estimate over max(t, 0.5)^2."""
+    weighting: Literal["velocity", "clean", "bell"] = "velocity"
+    """Weight of the loss at time t. `velocity`: 1. `clean`: min(1, 2t)^2, for the error of the clean estimate over max(t, 0.5)^2.
+    `bell`: largest at t = 0.5, 0 at t = 1 (DiffSynth-Studio's training weight, which Follow-Your-Motion has)."""
     references: bool = True
     """Whether targets attend to their references; if not, the network trains as Wan does, without any."""
 
@@ -301,7 +303,10 @@ class Config(RunConfig):
         )
 
 
-def variant_of(variants: dict[str, Config], name: str) -> Config:
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def variant_of(variants: Mapping[str, AnyConfig], name: str) -> AnyConfig:
     """`variants[name]`, or a `RequestError` that lists what there is."""
     require(name in variants, f"variant {name!r}: not one of {', '.join(sorted(filter(None, variants)))}, or none for the full size")
     return variants[name]

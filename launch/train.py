@@ -1,6 +1,7 @@
 """Trains: --config=stage1|stage2|stage3 --workdir=DIR. Started again on the same workdir it goes on where it stopped.
 
     python -m launch.train --config=stage1 --workdir=runs/stage1 --data.path=records --train.init_from=checkpoints/wan_i2v
+    python -m launch.train --config=follow_your_motion --workdir=W --reference=ref.mp4 --prompt="its caption" --train.init_from=wan_t2v
     python -m launch.train --config=stage1 --dry_run
 
 `vae:tiny` and `mllm:tiny` train the autoencoder and the language model of the procedural world (docs/world.md). The workdir holds the
@@ -11,17 +12,20 @@ ends.
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 
 from configs.errors import require
+from configs.follow_your_motion import FollowYourMotion
 from configs.mllm import MLLMTraining
 from configs.run import Config
 from configs.vae import VAETraining
+from data_pipelines import clips, motion_training
 from data_pipelines.batches import batches, data_digest, empty_text
 from launch import command
 from omnitransfer_jax import load_models
 from omnitransfer_jax.mesh import data_share, make_mesh
-from omnitransfer_jax.methods import omnitransfer
+from omnitransfer_jax.methods import follow_your_motion, omnitransfer
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.objective import Objective
 from omnitransfer_jax.train.plan import describe
@@ -51,6 +55,8 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
             vae_training.train(config, workdir, mesh)
         case MLLMTraining():
             mllm_training.train(config, workdir, mesh)
+        case FollowYourMotion():
+            motion_training.train(config, workdir, mesh, read_reference(config), PROMPT.value)
         case Config():
             index, count = data_share(mesh)
             data = batches(config, seed=config.seed, process_index=index, process_count=count)
@@ -65,8 +71,17 @@ def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
             return vae_training.objective(config)
         case MLLMTraining():
             return mllm_training.objective(config, load_models.load_mllm_vocabulary(config.train.init_from))
+        case FollowYourMotion():
+            return follow_your_motion.objective(follow_your_motion.stage(config, "temporal", config.train.init_from))
         case Config():
             return omnitransfer.objective(config)
+
+
+def read_reference(config: Config) -> np.ndarray:
+    """The clip of --reference in the size of the configuration, uint8 "T H W 3"."""
+    require(bool(REFERENCE.value), "--reference: not given, and this training learns from one clip; give --reference=CLIP.mp4")
+    size = config.video
+    return clips.read_clip(REFERENCE.value, frames=size.frames, fps=size.fps, height=size.height, width=size.width)
 
 
 if __name__ == "__main__":
