@@ -64,7 +64,8 @@ def train(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: UInt8[np.nd
     """Both stages on a clip of `config.video` and its caption; a signal ends the stage that runs after its step, and all."""
     origin = config.train.init_from
     require(
-        not run_folder.is_run(origin), f"train.init_from={origin}: a run, and its adapters would be on imported weights; give a folder of those"
+        not run_folder.is_run(origin),
+        f"train.init_from={origin}: a run, and its adapters would be on imported weights; give a folder of those",
     )
     samples = encode(config, Encoders(config, origin), clip, prompt)
     digest = digest_of(config, samples)
@@ -113,7 +114,9 @@ def _sample(encoders: Encoders, video: Float[np.ndarray, "T H W 3"], text: Float
     latents, condition, image = encoders.latents(video[None]), None, None
     if encoders.config.dit.image_dim is not None:
         first = video[:1] if given else None
-        condition = np.asarray(encode_first_frames(encoders.vae, None if first is None else jnp.asarray(first), shape=(1, *video.shape[:3])))
+        condition = np.asarray(
+            encode_first_frames(encoders.vae, None if first is None else jnp.asarray(first), shape=(1, *video.shape[:3]))
+        )
         image = None if first is None else encoders.image(first)
     return Sample(latents, text, condition, image)
 

@@ -2,6 +2,7 @@
 
     python -m launch.sample --config=stage1 --checkpoint=DIR --task=motion --reference=ref.mp4 --first_frame=image.png --out=out.mp4
     python -m launch.sample --config=wan --checkpoint=DIR --first_frame=image.png --prompt="..." --out=out.mp4
+    python -m launch.sample --config=follow_your_motion --checkpoint=DIR --prompt="..." --out=out.mp4
 
 `--task` and `--reference` repeat for combined transfer. The networks are loaded, used and let go one after the other, so the memory
 needed is that of the largest one, not of all.
@@ -21,6 +22,7 @@ from absl import flags
 from tqdm import tqdm
 
 from configs.errors import require
+from configs.follow_your_motion import FollowYourMotion
 from configs.run import Config, VideoConfig
 from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
@@ -89,6 +91,10 @@ def read_request(config: Config) -> Request:
     require(
         len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
+    )
+    require(
+        not (REFERENCE.value and isinstance(config, FollowYourMotion)),
+        f"--reference={','.join(REFERENCE.value)}: this network reads none, for the motion is in --checkpoint; leave --task and it out",
     )
     chosen = [tasks.task_index(name) for name in TASK.value]
     require(

@@ -30,7 +30,16 @@ from omnitransfer_jax.folders.whole import damage
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
 DATA_DIGEST = "data_digest"  # in config.json, beside the fields of the configuration
-NETWORKS = ("dit", "vae", "text", "image", "motion", "mllm", "lora", "alignment")  # fields of `Config`; the last three belong to the alignment
+NETWORKS = (
+    "dit",
+    "vae",
+    "text",
+    "image",
+    "motion",
+    "mllm",
+    "lora",
+    "alignment",
+)  # fields of `Config`; the last three belong to the alignment
 PARAMETERS = ("trainable", "frozen", "ema")
 # The name of a training: what it trains, and the configurations that name it.
 TRAININGS = {

@@ -90,9 +90,7 @@ def head_scores(config: FollowYourMotion, dit: WanDiT, clip: Sample, key: Array)
     return jax.tree.map(lambda *scores: jnp.mean(jnp.stack(scores), 0), *found)
 
 
-def _scores(
-    dit: WanDiT, latents: Float[Array, "1 F H W C"], timestep: Float[Array, "1"], text: Any, image: Any, band: int
-) -> HeadScores:
+def _scores(dit: WanDiT, latents: Float[Array, "1 F H W C"], timestep: Float[Array, "1"], text: Any, image: Any, band: int) -> HeadScores:
     """One forward pass, in which every block also scores its heads."""
     patches = dit.grid(latents)
     x, inputs, context, _ = dit.prepare(latents, timestep, text, image)
