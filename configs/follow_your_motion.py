@@ -61,7 +61,7 @@ class MotionConfig:
     """Noises over which a head's scores are averaged (ours; released: 1)."""
 
     sparse_frames: int = 17
-    """Frames of the second stage, evenly spaced from the first to the last of `video.frames` (paper: 17 of 81; not in the released code)."""
+    """Frames of the second stage, evenly spaced from the first to the last of `video.frames` (paper: 17 of 81; released: all)."""
     stretch: Literal["latent", "paper", "none"] = "latent"
     """Factor on the temporal positions of sparse frames. `latent`: (L - 1) / (l - 1) for L latent frames of the clip and l of the sparse
     one, so that both ends keep their positions (ours). `paper`: `video.frames / sparse_frames`. `none`: 1 (released)."""

@@ -1,4 +1,4 @@
-"""Follow-Your-Motion on one clip: its frames and caption are encoded once, heads are told apart, and the two stages run one after the other.
+"""Follow-Your-Motion on one clip: frames and caption are encoded once, heads are told apart, the two stages run one after the other.
 
     WORKDIR/heads.json    which heads are temporal, and how many of each block
     WORKDIR/spatial/      the run of the first stage

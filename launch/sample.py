@@ -24,7 +24,7 @@ from tqdm import tqdm
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.run import Config, VideoConfig
-from data_pipelines import clips
+from data_pipelines import clips, motion_training
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
 from omnitransfer_jax import load_models, tasks
@@ -62,6 +62,10 @@ class Request(NamedTuple):
 
 
 def main(config: Config) -> None:
+    require(
+        run_folder.is_run(weights(config)) or not (weights(config) and Path(weights(config), motion_training.SPATIAL).is_dir()),
+        f"--checkpoint={weights(config)}: its temporal stage has not begun; go on with its launch.train",
+    )
     networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
     load_models.require_weights(weights(config), config, networks, "--checkpoint")
     run_folder.require_same_function(weights(config), config)

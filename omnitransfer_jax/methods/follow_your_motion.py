@@ -80,16 +80,17 @@ class HeadScores(NamedTuple):
 
 def head_scores(config: FollowYourMotion, dit: WanDiT, clip: Sample, key: Array) -> HeadScores:
     """The scores of all heads of the frozen transformer on the noised clip, averaged over `motion.head_draws` noises; a batch of 1."""
-    motion, run = config.motion, jax.jit(partial(_scores, band=config.motion.band_tokens))
+    motion = config.motion
     time = jnp.full((1,), motion.head_time)
     found = []
     for draw in range(motion.head_draws):
         noise = jax.random.normal(jax.random.fold_in(key, draw), clip.latents.shape)
         latents = _with_condition(interpolate(clip.latents, noise, time), clip)
-        found.append(run(dit, latents, TIMESTEPS * time, clip.text, clip.image))
+        found.append(_scores(dit, latents, TIMESTEPS * time, clip.text, clip.image, band=motion.band_tokens))
     return jax.tree.map(lambda *scores: jnp.mean(jnp.stack(scores), 0), *found)
 
 
+@partial(jax.jit, static_argnames="band")
 def _scores(dit: WanDiT, latents: Float[Array, "1 F H W C"], timestep: Float[Array, "1"], text: Any, image: Any, band: int) -> HeadScores:
     """One forward pass, in which every block also scores its heads."""
     patches = dit.grid(latents)
@@ -114,7 +115,7 @@ def band_weights(
 
     The map is never whole: it is computed for `CHUNK` queries of one head at a time, in float32.
     """
-    L, N, K = q.shape
+    L, _, K = q.shape
     chunk = min(CHUNK, L)
     padded = -(-L // chunk) * chunk
     rows = jnp.minimum(jnp.arange(padded), L - 1).reshape(-1, chunk)

@@ -17,9 +17,9 @@ from configs.base import LoRAConfig
 from launch import command, export
 from omnitransfer_jax.flow import TIMESTEPS, interpolate, loss_weight
 from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.mesh import UNSHARDED
 from omnitransfer_jax.methods import follow_your_motion as method
 from omnitransfer_jax.methods.follow_your_motion import Drawn, Sample
-from omnitransfer_jax.mesh import UNSHARDED
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import OmniTransfer
 from omnitransfer_jax.train.step import TrainState
@@ -141,9 +141,8 @@ class Split(torch.nn.Module):
 
 def test_masked_adapters_against_split_projections():
     """Velocity, the temporal stage's loss, and its gradients with respect to the adapters."""
-    theirs, base, added = oracle(), {}, adapters()
-    base = ported(theirs)
-    modules = {}
+    theirs, added = oracle(), adapters()
+    base, modules = ported(theirs), {}
     for layer, block in enumerate(theirs.blocks):
         for ours, name in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
             path = f"dit.blocks.self_attention.{ours}."
@@ -198,16 +197,15 @@ def test_the_released_motion_loss_and_weight():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of the temporal stage: its workdir, the oracle with the transformer's weights, and all its parameters."""
-    workdir, theirs = tmp_path_factory.mktemp("run"), oracle()
-    base, added = ported(theirs), adapters()
+    """A run of the temporal stage on the oracle's transformer: its workdir, and all its parameters."""
+    workdir, base, added = tmp_path_factory.mktemp("run"), ported(oracle()), adapters()
     trainable = {path: x for path, x in added.items() if ".lora_temporal." in path and not path.endswith("mask")}
     frozen = base | {path: x for path, x in added.items() if path not in trainable}
     state = TrainState(jnp.int32(7), trainable, frozen, {"mu": jnp.zeros(1)}, {}, jnp.int32(0))
     with run_folder.open_checkpoints(workdir, CONFIG.checkpoint) as checkpoints:
         run_folder.save(checkpoints, 7, state, Nothing())
     run_folder.write_config(workdir, method.stage(CONFIG, "temporal", ""))
-    return workdir, theirs, base | added
+    return workdir, base | added
 
 
 class Nothing:
@@ -219,7 +217,7 @@ class Nothing:
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
 def test_the_exported_lora_in_diffusers(layout, trained, tmp_path, monkeypatch):
-    workdir, theirs, params = trained
+    workdir, params = trained
     monkeypatch.setattr(command, "load_config", lambda name: CONFIG)
     args = ["--config=follow_your_motion:smoke", f"--checkpoint={workdir}", f"--layout={layout}", f"--out={tmp_path / 'lora'}"]
     assert command.execute(export.main, export.FLAGS, args) == 0
