@@ -10,6 +10,7 @@ hold the adapters alone.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ from data_pipelines.encoders import Encoders, encode_first_frames
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import fingerprint, run_folder
 from omnitransfer_jax.folders.atomic import read_json, write_whole
-from omnitransfer_jax.mesh import data_share
 from omnitransfer_jax.methods.follow_your_motion import (
     ADAPTER,
     Sample,
@@ -67,7 +67,12 @@ def train(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: UInt8[np.nd
         not run_folder.is_run(origin),
         f"train.init_from={origin}: a run, and its adapters would be on imported weights; give a folder of those",
     )
-    samples = encode(config, Encoders(config, origin), clip, prompt)
+    require(jax.process_count() == 1, f"{jax.process_count()} processes: one clip is trained on by one; leave out --distributed")
+    encoders = Encoders(config, origin)
+    for note in encoders.cut_prompts({"--prompt": prompt}):
+        print(note, flush=True)
+    samples = encode(config, encoders, clip, prompt)
+    encoders.release()
     digest = digest_of(config, samples)
     workdir, spatial = workdir.absolute(), (workdir / SPATIAL).absolute()
     first, second = stage(config, "spatial", origin), stage(config, "temporal", str(spatial) if config.motion.spatial_steps else origin)
@@ -88,8 +93,7 @@ def run_stage(
 ) -> None:
     """One stage up to its last step, or to a signal."""
     print(f"{config.motion.stage} stage", flush=True)
-    index, count = data_share(mesh)
-    data = in_memory.batches(samples, config.train.batch_size, seed=config.seed, process_index=index, process_count=count)
+    data = in_memory.batches(samples, config.train.batch_size, seed=config.seed)
     imported = run_folder.imported_weights(config.train.init_from)
     trained = objective(config, temporal, stored=ADAPTER if imported else ".*")
     loop.train(trained, config, workdir, mesh, data, data_digest=digest)
@@ -134,12 +138,12 @@ def classify(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: Sample, 
     file = workdir / HEADS_FILE
     if file.exists() and (kept := read_json(file, "remove it: it is made again"))["made_of"] == made_of:
         return np.array(kept["temporal"], bool)
-    clip = jax.tree.map(jnp.asarray, clip)
-    scores = head_scores(config, base_dit(config, mesh), clip, keys(config)[2])
+    if mesh.size > 1:  # no fused kernel is divided over devices outside a shard_map
+        config = replace(config, dit=replace(config.dit, attention="chunked"))
+    scores = head_scores(config, base_dit(config, mesh), jax.tree.map(jnp.asarray, clip), keys(config)[2])
     temporal = temporal_heads(scores, config.motion)
     print(f"{HEADS_FILE}: heads by {config.motion.rule!r}\n{head_table(temporal)}", flush=True)
-    if jax.process_index() == 0:
-        write_whole(file, json.dumps(heads_json(temporal, scores._asdict(), made_of)) + "\n")
+    write_whole(file, json.dumps(heads_json(temporal, scores._asdict(), made_of)) + "\n")
     return temporal
 
 

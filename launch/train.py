@@ -40,11 +40,15 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, memory and FLOPs, and stop.", flag_values=FLAGS)
 
+ONE_CLIP = (FollowYourMotion,)  # configurations of trainings on one clip
+
 
 def main(config: Config | VAETraining | MLLMTraining) -> None:
     if DRY_RUN.value:
         print(describe(objective(config), config))
         return
+    one_clip = isinstance(config, ONE_CLIP)
+    require(one_clip or not (REFERENCE.value or PROMPT.value), "--reference, --prompt: this training reads records; leave them out")
     loop.require_weights(objective(config), config)
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     if DISTRIBUTED.value:

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ TINY = ["--config=follow_your_motion:tiny", "--motion.spatial_steps=2", "--train
 CAPTION = "--prompt=a ball bounces"
 
 
-class Interrupting:
+class Interrupting(grain.DatasetIterator):
     """Batches that send this process a signal in front of a step."""
 
     def __init__(self, data, step, number):
