@@ -1,5 +1,6 @@
 """Laws of Follow-Your-Motion: what the bands see, how heads are told apart, and what adapters and stretched positions may not change."""
 
+import json
 import re
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from omnitransfer_jax.models.flat_params import abstract, flat_params, with_para
 from omnitransfer_jax.models.lora import merge_lora
 from omnitransfer_jax.models.omnitransfer import OmniTransfer
 from tests.compare import relative_l2
+from tests.test_mesh import differences, on_eight_devices
 
 SMOKE = configs.get_config("smoke")
 CONFIG = replace(SMOKE, dit=replace(SMOKE.dit, num_layers=2, num_heads=4, dim=48, text_len=4, text_dim=8), text=replace(SMOKE.text, dim=8))
@@ -284,3 +286,22 @@ def test_every_preset_works():
         adapters = [lora.PATH.fullmatch(path.removeprefix("dit.")) for path in params if ".lora" in path]
         linears = {f"blocks.self_attention.{name}" for name in ("query", "key", "value")}
         assert {(match["linear"], match["name"]) for match in adapters} == set(product(linears, method.ADAPTERS.values()))
+
+
+# ---- Devices
+
+
+def test_sharded_equals_single():
+    """A step of the temporal stage: each device holds a part of the adapters, of the clips and of their tokens."""
+    report = on_eight_devices("tests.methods.test_follow_your_motion")
+    assert report["dead"] == []
+    ((loss, gradient),) = report["cases"].values()
+    assert loss < 1e-6
+    assert gradient < 1e-5
+
+
+if __name__ == "__main__":
+    eight = replace(CONFIG, train=replace(CONFIG.train, batch_size=8))
+    trained_on = method.objective(method.stage(eight, "temporal", ""))
+    clips = jax.tree.map(lambda x: np.asarray(draw(5, *x.shape)), trained_on.batch)
+    print(json.dumps(differences(trained_on, eight, clips, {"2x4": (2, 4, 1)})))

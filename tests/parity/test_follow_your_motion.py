@@ -35,7 +35,7 @@ CONFIG = replace(
     SMOKE,
     dit=replace(T2V, num_layers=2, num_heads=4, text_len=TEXT_LEN),
     text=replace(SMOKE.text, dim=T2V.text_dim),
-    motion=replace(SMOKE.motion, lora=LoRAConfig(rank=3, alpha=6.0, targets=configs.QKV), band_tokens=16, head_draws=2),
+    motion=replace(SMOKE.motion, lora=LoRAConfig(rank=3, alpha=6.0, targets=configs.QKV), head_draws=2),
     train=replace(SMOKE.train, weighting="bell"),
 )
 ROWS = CONFIG.dit.dim // CONFIG.dit.num_heads  # of a head
@@ -73,7 +73,8 @@ def test_head_scores_against_whole_maps():
     theirs, clip, text = oracle(), draw(0, 1, 3, 20, 20, 16), draw(1, 1, TEXT_LEN, 24)
     model, key = abstract(lambda rngs: OmniTransfer(CONFIG, rngs=rngs)), jax.random.key(5)
     dit = with_params(model, ported(theirs)).dit
-    found = method.head_scores(CONFIG, dit, Sample(jnp.asarray(clip), jnp.asarray(text)), key)
+    config = replace(CONFIG, motion=replace(CONFIG.motion, band_tokens=16))
+    found = method.head_scores(config, dit, Sample(jnp.asarray(clip), jnp.asarray(text)), key)
 
     maps = []
 
