@@ -31,9 +31,11 @@ from data_pipelines.encoders import Encoders, encode_first_frames
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import fingerprint, run_folder
 from omnitransfer_jax.folders.atomic import read_json, write_whole
+from omnitransfer_jax.mesh import specs, to_mesh
 from omnitransfer_jax.methods.follow_your_motion import (
     ADAPTER,
     Sample,
+    Stage,
     head_scores,
     head_table,
     keys,
@@ -41,10 +43,16 @@ from omnitransfer_jax.methods.follow_your_motion import (
     sparse_frames,
     stage,
     temporal_heads,
+    with_heads,
 )
+from omnitransfer_jax.models import lora
+from omnitransfer_jax.models.flat_params import flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import OmniTransfer
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.train import loop
+from omnitransfer_jax.train.objective import Params
+from omnitransfer_jax.train.optimizer import make_optimizer
+from omnitransfer_jax.train.step import init_state
 
 HEADS_FILE, SPATIAL = "heads.json", "spatial"
 
@@ -68,17 +76,17 @@ def train(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: UInt8[np.nd
         f"train.init_from={origin}: a run, and its adapters would be on imported weights; give a folder of those",
     )
     require(jax.process_count() == 1, f"{jax.process_count()} processes: one clip is trained on by one; leave out --distributed")
-    encoders = Encoders(config, origin)
-    for note in encoders.cut_prompts({"--prompt": prompt}):
-        print(note, flush=True)
-    samples = encode(config, encoders, clip, prompt)
-    encoders.release()
-    digest = digest_of(config, samples)
+    digest = digest_of(config, clip, prompt)
     workdir, spatial = workdir.absolute(), (workdir / SPATIAL).absolute()
     first, second = stage(config, "spatial", origin), stage(config, "temporal", str(spatial) if config.motion.spatial_steps else origin)
     for folder, each in ((spatial, first), (workdir, second)):
         if run_folder.is_run(str(folder)):
             loop.require_same_run(folder, loop.with_absolute_paths(each), digest)
+    encoders = Encoders(config, origin)
+    for note in encoders.cut_prompts({"--prompt": prompt}):
+        print(note, flush=True)
+    samples = encode(config, encoders, clip, prompt)
+    encoders.release()
     temporal = classify(config, workdir, mesh, samples.clip, digest)
     if config.motion.spatial_steps and not run_folder.is_run(str(workdir)):
         if run_folder.steps_done(spatial) < first.train.steps:
@@ -97,6 +105,43 @@ def run_stage(
     imported = run_folder.imported_weights(config.train.init_from)
     trained = objective(config, temporal, stored=ADAPTER if imported else ".*")
     loop.train(trained, config, workdir, mesh, data, data_digest=digest)
+
+
+class ManyClips:
+    """Both stages on one clip after another, without workdirs; each stage is compiled once. The result is that of `train`, bit for bit."""
+
+    def __init__(self, config: FollowYourMotion, mesh: Mesh):
+        self.config, self.mesh, self.base = config, mesh, base_dit(config, mesh)
+        self.encoders = Encoders(config, config.train.init_from)
+        names: tuple[Stage, ...] = ("spatial", "temporal") if config.motion.spatial_steps else ("temporal",)
+        self.stages = [stage(config, name, config.train.init_from) for name in names]
+        self.steps = [self._compiled_step(each) for each in self.stages]
+        drawn = objective(self.stages[-1])
+        self.adapters = jax.jit(lambda: {path: x for path, x in drawn.init().items() if lora.PATH.fullmatch(path)})()
+
+    def __call__(self, clip: UInt8[np.ndarray, "T H W 3"], prompt: str) -> WanDiT:
+        """The transformer with the adapters of a clip of `config.video` added to its kernels."""
+        config, samples = self.config, encode(self.config, self.encoders, clip, prompt)
+        scores = head_scores(config, self.base, jax.tree.map(jnp.asarray, samples.clip), keys(config)[2])
+        base = {f"dit.{path}": x for path, x in flat_params(self.base).items()}
+        params = base | with_heads(self.adapters, temporal_heads(scores, config.motion))
+        for each, step in zip(self.stages, self.steps, strict=True):
+            trained = objective(each)
+            params |= self._run(each, step, {path: params[path] for path in trained.params}, getattr(samples, each.motion.stage))
+        merged = lora.merge_lora({path.removeprefix("dit."): x for path, x in params.items()}, config.motion.lora.scale)
+        return with_params(self.base, merged)
+
+    def _compiled_step(self, config: FollowYourMotion) -> loop.Step:
+        trained, optimizer = objective(config), make_optimizer(config.optimizer, config.train.steps)
+        return jax.jit(loop.make_step(trained, config, optimizer, self.mesh, specs(trained.params, trained.sharding, config.mesh)))
+
+    def _run(self, config: FollowYourMotion, step: loop.Step, params: Params, samples: Sample) -> Params:
+        """All parameters after a stage: averages, if it keeps them."""
+        trained, data = objective(config), in_memory.batches(samples, config.train.batch_size, seed=config.seed)
+        state = init_state(params, trained, config, make_optimizer(config.optimizer, config.train.steps))
+        for _ in range(config.train.steps):
+            state, _ = step(state, to_mesh(next(data), self.mesh), trained.root_key())
+        return params | (state.ema or state.trainable)
 
 
 def encode(config: FollowYourMotion, encoders: Encoders, clip: UInt8[np.ndarray, "T H W 3"], prompt: str) -> Samples:
@@ -125,11 +170,12 @@ def _sample(encoders: Encoders, video: Float[np.ndarray, "T H W 3"], text: Float
     return Sample(latents, text, condition, image)
 
 
-def digest_of(config: FollowYourMotion, samples: Samples) -> str:
-    """A digest of the encoded clip and caption, which all samples share, and of the transformer that a run reads again when it goes on."""
-    found = in_memory.digest((samples.spatial._replace(text=samples.spatial.text[:1]), samples.temporal, samples.clip))
+def digest_of(config: FollowYourMotion, clip: UInt8[np.ndarray, "T H W 3"], prompt: str) -> str:
+    """A digest of the clip, the caption, and the imported weights that read them; a run that goes on reads the transformer again."""
+    found = in_memory.digest((clip, np.frombuffer(prompt.encode(), np.uint8)))
     imported = run_folder.imported_weights(config.train.init_from)
-    return f"{found} {fingerprint.of_part(imported, 'dit')}" if imported else found
+    parts = ("dit", "vae", "text", *(["image"] if config.dit.image_dim else []))
+    return " ".join([found, *(fingerprint.of_part(imported, part) for part in (parts if imported else ()))])
 
 
 def classify(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: Sample, digest: str) -> Bool[np.ndarray, "layers N"]:

@@ -150,7 +150,7 @@ def _load_adapted(folder: str, config: FollowYourMotion, mesh: Mesh, sharding: M
     if not base:  # the run keeps no copy of imported weights
         base = model_folder.load_part(run_folder.imported_weights(folder), "dit", flat_params(model), sharding, dtype)
     adapters = jax.device_put(load_adapters(folder, config), replicated(mesh))
-    return with_params(model, lora.merge_lora(base | adapters, config.motion.lora.alpha / config.motion.lora.rank))
+    return with_params(model, lora.merge_lora(base | adapters, config.motion.lora.scale))
 
 
 def _load(

@@ -335,12 +335,12 @@ def sparse_frames(config: FollowYourMotion) -> Int[np.ndarray, " T"]:
 
 def one_adapter(params: Params, config: FollowYourMotion) -> Params:
     """Both adapters as one of twice the rank, named `lora`, with head masks and alpha / rank in `up`: y + (x down) up."""
-    scale, folded, found = config.motion.lora.alpha / config.motion.lora.rank, lora.fold_head_masks(params), {}
+    folded, found = lora.fold_head_masks(params), {}
     for path in folded:
         match = lora.PATH.fullmatch(path)
         if match and match["name"] == ADAPTERS["spatial"] and match["leaf"] == "down":
             pairs = [(folded[f"{match['linear']}.{name}.down"], folded[f"{match['linear']}.{name}.up"]) for name in ADAPTERS.values()]
             downs, ups = zip(*pairs, strict=True)
             found[f"{match['linear']}.lora.down"] = jnp.concatenate(downs, axis=-1)
-            found[f"{match['linear']}.lora.up"] = scale * jnp.concatenate(ups, axis=-2)
+            found[f"{match['linear']}.lora.up"] = config.motion.lora.scale * jnp.concatenate(ups, axis=-2)
     return found
