@@ -140,11 +140,11 @@ VARIANTS: dict[str, FollowYourMotion] = {
     "tiny": replace(
         on(wan.get_config("tiny")),
         motion=MotionConfig(
-            lora=LoRAConfig(rank=8, alpha=8.0, targets=QKV), rule="ranked", band_tokens=1, sparse_frames=5, spatial_steps=100,
-            spatial_learning_rate=1e-3,
+            lora=LoRAConfig(rank=8, alpha=8.0, targets=QKV), rule="ranked", band_tokens=1, sparse_frames=9, spatial_steps=50,
+            spatial_learning_rate=1e-3, spatial_weight_decay=0.0,
         ),
-        train=replace(stage0.TINY_TRAIN, steps=200, batch_size=1, ema=0.0, references=False),
-        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, warmup_steps=10),
+        train=replace(stage0.TINY_TRAIN, steps=200, batch_size=4, ema=0.0, references=False),
+        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0, warmup_steps=10),
     ),
     "smoke": replace(
         SMOKE,

@@ -3,6 +3,8 @@
     WORKDIR/config.json          which training wrote it, the digest of its data, and the whole configuration
     WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped) and data
 
+Frozen parameters of imported weights need not be in it (`Objective.stored`).
+
 A checkpoint is whole or absent: Orbax writes it under another name first. `data` is the number of batches read, the same for all
 processes, so a run may go on with another number of processes.
 """
