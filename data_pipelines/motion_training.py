@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
-from configs.errors import require
+from configs.errors import RequestError, require
 from configs.follow_your_motion import FollowYourMotion
-from configs.kinds import select
+from configs.kinds import FIXED, differences, select
 from data_pipelines import in_memory
 from data_pipelines.clips import to_unit
 from data_pipelines.encoders import Encoders, encode_first_frames
@@ -81,6 +81,9 @@ def train(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: UInt8[np.nd
     first, second = stage(config, "spatial", origin), stage(config, "temporal", str(spatial) if config.motion.spatial_steps else origin)
     for folder, each in ((spatial, first), (workdir, second)):
         if run_folder.is_run(str(folder)):
+            before = run_folder.read_config(folder, FollowYourMotion)
+            for name, value, now in differences(before.motion, each.motion, FIXED, "motion."):  # by the name that the user gives
+                raise RequestError(f"--{name}={now!r}: the run in {folder} was started with {value!r}; give that, or another --workdir")
             loop.require_same_run(folder, loop.with_absolute_paths(each), digest)
     encoders = Encoders(config, origin)
     for note in encoders.cut_prompts({"--prompt": prompt}):
