@@ -62,7 +62,7 @@ from evaluation.report.curve import SERIES, STYLE, svg
 from evaluation.transfer import BATCH, Networks, Transfer
 from launch import command, encode_world
 from omnitransfer_jax import tasks
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import model_folder, outputs, run_folder
 from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer
@@ -123,6 +123,9 @@ def main() -> None:
         CORE.value is None or os.sched_getaffinity(0) == {CORE.value},
         f"--core={CORE.value}: this process may use {sorted(os.sched_getaffinity(0))}; give one of those",
     )
+    outputs.require_folder("--out", OUT.value)
+    for page in ("ablation.md", "ablation.svg"):
+        outputs.require_file("--docs", f"{DOCS.value or OUT.value}/{page}")
     if REPORT.value:
         require((out / SETTINGS_FILE).exists(), f"--out={out}: no ablation, {SETTINGS_FILE} is absent; run one without --report")
     else:

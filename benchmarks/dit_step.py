@@ -9,7 +9,8 @@ one run, so that only their ratios are meaningful. Results: docs/benchmarks.md.
 import os
 
 CORE = max(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {CORE})  # before any library counts the cores
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {CORE})  # before any library counts the cores
 
 import statistics
 import time
@@ -18,15 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from absl import app, flags
+from absl import flags
 from diffusers import WanTransformer3DModel
 from flax import nnx
 
 from configs.base import DiTConfig
+from launch import command
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.weights.wan_dit import config_json
 
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed runs of each program, after one run that is not counted.")
+FLAGS = flags.FlagValues()
+ROUNDS = flags.DEFINE_integer("rounds", 7, "timed runs of each program, after one that is not counted", lower_bound=1, flag_values=FLAGS)
 
 CONFIG = DiTConfig(
     dim=512, ffn_dim=2048, num_layers=4, num_heads=8, text_dim=512, image_dim=512, freq_dim=256, dtype="float32", remat="none"
@@ -62,7 +65,7 @@ def theirs(batch):
     return forward, backward
 
 
-def main(_) -> None:
+def main() -> None:
     draw = np.random.default_rng(0)
     batch = {
         "latents": draw.standard_normal((1, *GRID, CONFIG.in_channels), np.float32),
@@ -86,4 +89,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, FLAGS)

@@ -27,6 +27,7 @@ from absl import flags
 
 from configs.wan import T2V_1_3B
 from launch import command
+from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.weights import convert
 from omnitransfer_jax.weights.parts import PARTS
 
@@ -38,6 +39,9 @@ LIMIT = 1.5e9
 
 
 def main() -> None:
+    if FOLDER.value is not None:
+        outputs.require_folder("--folder", FOLDER.value)
+        Path(FOLDER.value).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER.value) as name:
         folder = Path(name)
         size = write_source(folder / "source" / "transformer")

@@ -39,7 +39,8 @@ class DiTConfig:
     text_len: int = field(default=512, metadata=DATA)
     """Rows of text context; shorter prompts are padded with zero rows, which take part in the attention as in the original."""
     image_dim: int | None = 1280
-    """Width of the CLIP features, or None for a text-to-video network, which has no image branch."""
+    """Width of the CLIP features, or None for a network without an image branch: text-to-video, and Wan2.2's image-to-video, which reads
+    the first frame from its latents alone."""
     freq_dim: int = 256
     """Width of the sinusoidal time embedding."""
     eps: float = 1e-6
@@ -59,10 +60,24 @@ class DiTConfig:
     another function, the paper's baseline: plain Wan over target and references as one sequence. References then attend to the target,
     have its time and attend to the context. They differ at every step, so sampling has no cache, whatever `sampler.reference_cache` is.
     """
-    offsets: Literal["task", "frames"] = field(default="task", metadata=METHOD)
-    """Positions of references: the offsets of their task (Eq. 2), or all after the target in time, the paper's baseline."""
+    reach: Literal["all", "same_frame"] = field(default="all", metadata=METHOD)
+    """What of a reference a token of the target reads: all, or the frame at its own time, which must share times with the target."""
+    offsets: Literal["task", "frames", "beside"] = field(default="task", metadata=METHOD)
+    """Positions of references: the offsets of their task (Eq. 2), all after the target in time (the paper's baseline), or all beside it,
+    one frame later and one width to the right (Wan-Animate-2, whose target begins with a picture of the identity)."""
+    reference_flag: float | None = field(default=None, metadata={**METHOD, **ANY})
+    """Value of the references' mask channels; None: the flag of their task."""
+    reference_time: float = field(default=0.0, metadata={**METHOD, **FROM_0})
+    """Timestep at which references are modulated, 0 to 1000."""
+    reference_context: bool = field(default=False, metadata=METHOD)
+    """Whether references read a text and a first frame of their own in the cross-attention."""
     remat: Literal["none", "attention", "full"] = field(default="attention", metadata=RUN)
     """What a block stores for the backward pass: everything, the attention outputs, or its input alone."""
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the network reads a mask and the latents of a first frame behind the noisy latent."""
+        return self.in_channels > self.out_channels
 
     def validate(self) -> None:
         require_ranges(self, "dit")
@@ -70,6 +85,12 @@ class DiTConfig:
         head = self.dim // self.num_heads
         require(head % 2 == 0 and head >= 6, f"dit.dim/dit.num_heads={head}: rotation needs an even head width of at least 6")
         require(self.rope_base >= 1, f"dit.rope_base={self.rope_base}: at least 1, the ratio of the highest frequency to the lowest")
+        require(
+            self.reach == "all" or self.references == "split",
+            f"dit.reach={self.reach!r} with dit.references={self.references!r}: only split reads single frames; "
+            "take --dit.references=split",
+        )
+        require(self.reference_time <= 1000, f"dit.reference_time={self.reference_time}: a timestep, 0 to 1000")
         require(self.freq_dim % 2 == 0, f"dit.freq_dim={self.freq_dim}: even, as it holds sines and cosines")
         require(
             self.in_channels >= self.out_channels,

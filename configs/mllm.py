@@ -42,9 +42,10 @@ TINY = MLLMTraining(
     train=TrainConfig(steps=1_500, batch_size=32, evaluate_every=250, log_every=50),
     optimizer=replace(vae.WORLD_OPTIMIZER, learning_rate=1e-2),
 )
+VARIANTS = {"tiny": TINY}
 
 
 def get_config(variant: str = "") -> MLLMTraining:
     """The configuration named `mllm:tiny`."""
-    require(variant == "tiny", f"variant {variant!r}: the only one is tiny; at full size the model is Qwen2.5-VL, imported")
-    return TINY
+    require(variant in VARIANTS, f"variant {variant!r}: the only one is tiny; at full size the model is Qwen2.5-VL, imported")
+    return VARIANTS[variant]

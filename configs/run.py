@@ -9,6 +9,9 @@ from configs.errors import require
 from configs.kinds import FIXED, RUN, Kind, select
 from configs.ranges import BELOW_1, FROM_0, FROM_1, PATTERNS, SEED, require_ranges
 
+AnyConfig = TypeVar("AnyConfig", bound="Config")
+ReferenceCache = Literal["full", "activations", "float8", "int8", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
@@ -58,26 +61,42 @@ class SamplerConfig:
 
     KIND: ClassVar[Kind] = "run"
 
-    solver: Literal["unipc", "euler"] = "unipc"
-    """UniPC (order 2, bh2) on integer timesteps, or Euler on exact ones, both on the original's grid."""
+    solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    """UniPC (order 2, bh2) or DPM-Solver++ (order 2) on integer timesteps, or Euler on exact ones, all on the original's grid."""
     steps: int = 40
     """Denoising steps."""
     shift: float = 3.0
     """Bends the time grid towards noise: 3 at 480p, 5 at 720p."""
     guidance: float = field(default=5.0, metadata=FROM_1)
     """Scale of classifier-free guidance; 1 runs no unconditional branch."""
+    boundary: float = field(default=0.0, metadata=BELOW_1)
+    """With the two experts of Wan2.2: the noise level, from 0 to 1, from which up the high-noise expert runs; 0 for one network."""
+    low_noise_guidance: float | None = field(default=None, metadata=FROM_1)
+    """The scale of guidance below `boundary`; None for `guidance`."""
     negative_prompt: str = ""
     """The prompt of the unconditional branch."""
-    reference_cache: Literal["full", "float8", "int8", "none"] = "full"
-    """The cache of the references' keys and values: in the type of the computation, in one byte a number, or `none`.
+    reference_cache: ReferenceCache = "full"
+    """What is kept of references: keys and values (`full`), the `activations` they are projected from, half the size and as exact, or
+    keys and values in one byte a number.
 
-    Without a cache they are computed at every step, as always with `dit.references=bidirectional`, where they depend on the step.
+    With `none` they are computed at every step, as always with `dit.references=bidirectional`, where they depend on the step.
     """
+    skip_unconditional: tuple[int, ...] = field(default=(), metadata=FROM_0)
+    """Blocks, counted from 0, that the unconditional pass of guidance leaves out (Wan-Animate-2: block 9)."""
     stack_references: bool = False
     """Several references of one family: if false, all are at the offset of Eq. 2; if true, the k-th is at k times the offset."""
 
+    @property
+    def has_negative(self) -> bool:
+        """Whether any step runs the unconditional branch."""
+        return max(self.guidance, self.low_noise_guidance or 1) > 1
+
     def validate(self) -> None:
         require_ranges(self, "sampler")
+        require(
+            self.boundary > 0 or self.low_noise_guidance is None,
+            f"sampler.low_noise_guidance={self.low_noise_guidance}: that of a second expert; give --sampler.boundary too, or leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +167,8 @@ class TransferTrainConfig(TrainConfig):
     `bell`: largest at t = 0.5, 0 at t = 1 (DiffSynth-Studio's training weight, which Follow-Your-Motion has)."""
     references: bool = True
     """Whether targets attend to their references; if not, the network trains as Wan does, without any."""
+    expert: Literal["high_noise", "low_noise"] | None = None
+    """Which of the two experts in `init_from` (Wan2.2) the training starts from; None where there is one network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +282,7 @@ class Config(RunConfig):
     text: UMT5Config = field(default_factory=UMT5Config)
     """The text encoder."""
     image: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
-    """The image encoder, which a text-to-video network does not use."""
+    """The image encoder, which only a network with `dit.image_dim` uses."""
     mllm: QwenConfig = field(default_factory=QwenConfig)
     """The multimodal language model, which stages 2 and 3 use."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -277,6 +298,11 @@ class Config(RunConfig):
     train: TransferTrainConfig = field(default_factory=TransferTrainConfig)
     """How long the training runs, where it starts, and what it trains."""
 
+    @property
+    def dit_low_noise(self) -> DiTConfig:
+        """Wan2.2's low-noise expert, as large as the high-noise one."""
+        return self.dit
+
     def validate(self) -> None:
         """Raises `RequestError` for the first value that cannot work; called before anything expensive starts."""
         super().validate()
@@ -290,20 +316,25 @@ class Config(RunConfig):
             dit.out_channels == vae.z_dim,
             f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",
         )
-        channels = dit.out_channels + (0 if dit.image_dim is None else MASK_CHANNELS + vae.z_dim)
+        channels = dit.out_channels + MASK_CHANNELS + vae.z_dim
         require(
-            dit.in_channels == channels,
-            f"dit.in_channels={dit.in_channels}: {channels}, the noisy latent's channels, and with dit.image_dim "
-            f"{MASK_CHANNELS} of the mask and vae.z_dim={vae.z_dim} of the first frame",
+            dit.in_channels in (dit.out_channels, channels),
+            f"dit.in_channels={dit.in_channels}: {dit.out_channels}, the noisy latent's channels, or for image-to-video {channels}: "
+            f"{MASK_CHANNELS} more of the mask and vae.z_dim={vae.z_dim} of the first frame",
+        )
+        require(
+            dit.image_dim is None or dit.image_to_video,
+            f"dit.image_dim={dit.image_dim}: text-to-video, dit.in_channels={dit.in_channels}, reads no image; give --dit.image_dim=None",
+        )
+        require(
+            all(block < dit.num_layers for block in self.sampler.skip_unconditional),
+            f"sampler.skip_unconditional={self.sampler.skip_unconditional}: blocks are 0 to {dit.num_layers - 1} (dit.num_layers)",
         )
         require(dit.text_dim == self.text.dim, f"dit.text_dim={dit.text_dim}: the text encoder's width is text.dim={self.text.dim}")
         require(
             dit.image_dim in (None, self.image.dim),
             f"dit.image_dim={dit.image_dim}: the image encoder's width is image.dim={self.image.dim}",
         )
-
-
-AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def variant_of(variants: Mapping[str, AnyConfig], name: str) -> AnyConfig:
@@ -320,4 +351,5 @@ def record_fields(config: Config) -> dict[str, Any]:
 
 def encoder_names(config: Config) -> tuple[str, ...]:
     """The networks whose outputs a record holds."""
-    return ("vae", "text", "image", *(["mllm"] if config.alignment.enabled else []))
+    image, mllm = config.dit.image_dim is not None, config.alignment.enabled
+    return ("vae", "text", *(["image"] if image else []), *(["mllm"] if mllm else []))

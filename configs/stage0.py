@@ -27,13 +27,14 @@ TINY = replace(
     train=replace(TINY_TRAIN, init_from="", steps=6_636, references=False),
     optimizer=TINY_OPTIMIZER,
 )
+VARIANTS = {"tiny": TINY}
 
 
 def get_config(variant: str = "") -> Config:
     """The configuration named `stage0:tiny`."""
     require(
-        variant == "tiny",
+        variant in VARIANTS,
         f"variant {variant!r}: stage0 has `tiny` alone; at full size the base is Wan2.1, imported: "
         "python -m launch.import_weights --source=DIR --out=DIR",
     )
-    return TINY
+    return VARIANTS[variant]

@@ -74,9 +74,10 @@ TINY = VAETraining(
     train=TrainConfig(steps=1_200, batch_size=8, evaluate_every=300, log_every=50),
     optimizer=WORLD_OPTIMIZER,
 )
+VARIANTS = {"tiny": TINY}
 
 
 def get_config(variant: str = "") -> VAETraining:
     """The configuration named `vae:tiny`."""
-    require(variant == "tiny", f"variant {variant!r}: the only one is tiny")
-    return TINY
+    require(variant in VARIANTS, f"variant {variant!r}: the only one is tiny")
+    return VARIANTS[variant]

@@ -1,9 +1,13 @@
-"""Plain Wan2.1, the base model: a first frame and a prompt, or a prompt alone, to a video.
+"""Plain Wan2.1, the base model, and Wan2.2: a first frame and a prompt, or a prompt alone, to a video.
 
-(none)      image-to-video 14B at 480p       t2v_14b   text-to-video 14B at 480p
-i2v_720p    image-to-video 14B at 720p       t2v_1_3b  text-to-video 1.3B at 480p
-tiny        every part at a size for two CPU cores, with the weights inside the package (omnitransfer_jax/embedded/)
-smoke       every part smaller still, with random weights: for tests
+(none)       image-to-video 14B at 480p              t2v_14b      text-to-video 14B at 480p
+i2v_720p     image-to-video 14B at 720p              t2v_1_3b     text-to-video 1.3B at 480p
+i2v_2_2_14b  Wan2.2 image-to-video A14B at 720p      t2v_2_2_14b  Wan2.2 text-to-video A14B at 720p
+tiny         every part at a size for two CPU cores, with the weights inside the package (omnitransfer_jax/embedded/)
+smoke        every part smaller still, with random weights: for tests; smoke_2_2 is that of Wan2.2
+
+Wan2.2 A14B has two transformers of the same sizes: the high-noise expert makes the first steps, the low-noise expert those below
+`sampler.boundary`. Its image-to-video network has no image branch, so it needs no CLIP.
 
 python -m launch.sample --config=wan --checkpoint=DIR --first_frame=IMAGE --prompt="..." --out=out.mp4
 """
@@ -16,6 +20,8 @@ from configs.run import Config, DataConfig, SamplerConfig, TransferTrainConfig, 
 I2V_14B = DiTConfig()
 T2V_14B = replace(I2V_14B, in_channels=16, image_dim=None)
 T2V_1_3B = replace(T2V_14B, dim=1536, ffn_dim=8960, num_layers=30, num_heads=12)
+I2V_2_2_14B = replace(I2V_14B, image_dim=None)
+HD = VideoConfig(height=720, width=1280)
 
 # Latents are 5 x 16 x 16 x 3 and a token covers 8 x 8 pixels, so there are 80 tokens; 2 frames are 4 of the language model's tokens.
 TINY_VIDEO = VideoConfig(frames=9, height=32, width=32, fps=8)
@@ -28,9 +34,15 @@ TINY_SHIFT = 8.0
 I2V_480P = Config()
 VARIANTS = {
     "": I2V_480P,
-    "i2v_720p": replace(I2V_480P, video=VideoConfig(height=720, width=1280), sampler=SamplerConfig(shift=5.0)),
+    "i2v_720p": replace(I2V_480P, video=HD, sampler=SamplerConfig(shift=5.0)),
     "t2v_14b": replace(I2V_480P, dit=T2V_14B, sampler=SamplerConfig(steps=50, shift=5.0)),
     "t2v_1_3b": replace(I2V_480P, dit=T2V_1_3B, sampler=SamplerConfig(steps=50, shift=8.0, guidance=6.0)),
+    "i2v_2_2_14b": replace(  # Wan2.2 wan_i2v_A14B.py
+        I2V_480P, dit=I2V_2_2_14B, video=HD, sampler=SamplerConfig(shift=5.0, boundary=0.9, guidance=3.5, low_noise_guidance=3.5)
+    ),
+    "t2v_2_2_14b": replace(  # Wan2.2 wan_t2v_A14B.py, whose sample_guide_scale is that at low noise, then that at high noise
+        I2V_480P, dit=T2V_14B, video=HD, sampler=SamplerConfig(shift=12.0, boundary=0.875, guidance=4.0, low_noise_guidance=3.0)
+    ),
     "tiny": Config(
         dit=DiTConfig(
             dim=160,
@@ -108,6 +120,11 @@ VARIANTS = {
         sampler=SamplerConfig(steps=8),
     ),
 }
+VARIANTS["smoke_2_2"] = replace(
+    VARIANTS["smoke"],
+    dit=replace(VARIANTS["smoke"].dit, image_dim=None),
+    sampler=SamplerConfig(steps=8, boundary=0.9, guidance=3.5, low_noise_guidance=3.0),
+)
 
 
 def get_config(variant: str = "") -> Config:

@@ -1,6 +1,7 @@
 """Records to batches: a Grain pipeline of NumPy arrays, the same for any number of threads and processes."""
 
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -8,7 +9,10 @@ import numpy as np
 from configs.errors import require
 from configs.run import Config
 from data_pipelines import records
+from data_pipelines.encoders import weights_of
+from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch
+from omnitransfer_jax.folders import model_folder, run_folder
 
 
 def batches(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
@@ -17,17 +21,36 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
     Every epoch has its own order, drawn from `seed` (the order of the records with `data.shuffle=False`); a batch may begin in one epoch
     and end in the next. The batch over all processes does not depend on how many there are: each process reads consecutive samples, in
     the order of the processes. The iterator's state is the number of batches it gave, so it can be restored with any number of threads
-    and processes.
+    and processes. Records that other encoders made than those of train.init_from are a `RequestError`.
     """
     size = config.train.batch_size
     require(size % process_count == 0, f"train.batch_size={size}: a multiple of the {process_count} processes that share it")
+    require_same_weights(config)
     examples = grain.MapDataset.source(records.Records(_folder(config), config)).seed(seed % 2**32)
     if config.data.shuffle:
         examples = examples.shuffle()
-    samples = examples.repeat().map(lambda record: records.from_record(record, config))
+
+    def sample(record: Any) -> Batch:
+        found = records.from_record(record, config)
+        task = tasks.TASKS[int(found.task)]
+        require(
+            config.dit.reach == "all" or task.family == "temporal",
+            f"{config.data.path}: a pair of task {task.name}; with dit.reach=same_frame references must share times with their targets, "
+            "which is so in temporal tasks: encode those alone, or take --dit.reach=all",
+        )
+        return found
+
+    samples = examples.repeat().map(sample)
     parts = samples.batch(size // process_count, drop_remainder=True)
     threads = config.data.threads
     return iter(parts[process_index::process_count].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+
+
+def require_same_weights(config: Config) -> None:
+    """A `RequestError` if other encoders made the records than those of train.init_from, whose folder may be gone when a run goes on."""
+    folder = run_folder.imported_weights(config.train.init_from)
+    if not folder or model_folder.exists(folder):
+        records.require_same_weights(_folder(config), weights_of(config), config.train.init_from)
 
 
 def empty_text(config: Config) -> np.ndarray:

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerFast
 
-from configs.run import Config, VideoConfig
+from configs.run import Config, VideoConfig, encoder_names
 from data_pipelines import mllm_inputs
+from data_pipelines.records import RANDOM
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.batch import sample_spec
 from omnitransfer_jax.folders import fingerprint, model_folder, run_folder
@@ -29,7 +30,6 @@ from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import clean_prompt, token_count, tokenize
 from omnitransfer_jax.weights.parts import MLLM_TOKENIZER, TOKENIZERS
 
-RANDOM = "random"  # what records.json says of weights that were not loaded
 NETWORKS = ("vision", "vae", "text_encoder", "image_encoder")  # the vision tower first, while there is memory for its language model
 
 align = jax.jit(Alignment.__call__)
@@ -83,8 +83,10 @@ class Encoders:
 
     def load(self) -> None:
         """Loads every network that a record needs, so that an absent one is an error before the first record."""
+        unused = {"vision"} if not self.config.alignment.enabled else set()
+        unused |= {"image_encoder"} if self.config.dit.image_dim is None else set()
         for name in NETWORKS:
-            if name != "vision" or self.config.alignment.enabled:
+            if name not in unused:
                 getattr(self, name)
 
     def release(self) -> None:
@@ -138,12 +140,15 @@ class Encoders:
 
     def first_frames(
         self, frames: Float[np.ndarray, "B H W 3"], has_frame: Float[np.ndarray, " B"]
-    ) -> tuple[Float[np.ndarray, "B I J"], Float[np.ndarray, "B F h w c"]]:
-        """`image` and `condition` of each sample; zeros and `no_condition` where `has_frame` is 0."""
-        image = np.zeros((len(frames), *sample_spec(self.config).image.shape), np.float32)
+    ) -> tuple[Float[np.ndarray, "B I J"] | None, Float[np.ndarray, "B F h w c"]]:
+        """`image` and `condition` of each sample; zeros and `no_condition` where `has_frame` is 0. No image without an image branch."""
+        spec = sample_spec(self.config).image
+        image = None if spec is None else np.zeros((len(frames), *spec.shape), np.float32)
         condition, given = np.repeat(self.no_condition, len(frames), 0), np.flatnonzero(has_frame)
         if len(given):
-            condition[given], image[given] = self.condition(frames[given]), self.image(frames[given])
+            condition[given] = self.condition(frames[given])
+        if len(given) and image is not None:
+            image[given] = self.image(frames[given])
         return image, condition
 
     def mllm_inputs(
@@ -197,7 +202,7 @@ def place_references(
     families = [together or tasks.TASKS[task[0]].family for task, _ in references]
     ranks = [families[: k + 1].count(family) if config.sampler.stack_references else 1 for k, family in enumerate(families)]
     return tuple(
-        omnitransfer.make_reference(jnp.asarray(latents), jnp.asarray(task), target, rank, config.dit.offsets)
+        omnitransfer.make_reference(jnp.asarray(latents), jnp.asarray(task), target, rank, config.dit.offsets, config.dit.reference_flag)
         for rank, (task, latents) in zip(ranks, references, strict=True)
     )
 
@@ -208,5 +213,5 @@ def weights_of(config: Config) -> str | dict[str, str]:
     if not folder:
         return RANDOM
     model_folder.require_model(folder, config)
-    aligned = ("mllm", MLLM_TOKENIZER) if config.alignment.enabled else ()
-    return fingerprint.of_model(folder, ("vae", "text", "image", *aligned[:1]), (TOKENIZERS["diffusers"], *aligned[1:]))
+    aligned = (MLLM_TOKENIZER,) if config.alignment.enabled else ()
+    return fingerprint.of_model(folder, encoder_names(config), (TOKENIZERS["diffusers"], *aligned))

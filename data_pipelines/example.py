@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from configs.errors import RequestError
 from data_pipelines import clips
+from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.folders.atomic import write_whole
 
 FRAMES, HEIGHT, WIDTH, FPS = 32, 64, 96, 16
@@ -26,8 +28,13 @@ Color = tuple[int, int, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True, help="folder for the clips and manifest.jsonl")
-    manifest = write_example(parser.parse_args().out)
+    parser.add_argument("--out", required=True, help="folder for the clips and manifest.jsonl")
+    out = parser.parse_args().out
+    try:
+        outputs.require_folder("--out", out)
+    except RequestError as error:
+        parser.error(str(error))
+    manifest = write_example(Path(out))
     print(f"wrote {manifest}")
     print(f"Next: python -m launch.encode --config=stage1:smoke --manifest={manifest} --out=records")
 

@@ -84,7 +84,7 @@ def train(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: UInt8[np.nd
             before = run_folder.read_config(folder, FollowYourMotion)
             for name, value, now in differences(before.motion, each.motion, FIXED, "motion."):  # by the name that the user gives
                 raise RequestError(f"--{name}={now!r}: the run in {folder} was started with {value!r}; give that, or another --workdir")
-            loop.require_same_run(folder, loop.with_absolute_paths(each), digest)
+            loop.checked_origin(objective(each), loop.with_absolute_paths(each), folder, digest, run_folder.steps_done(folder))
     encoders = Encoders(config, origin)
     for note in encoders.cut_prompts({"--prompt": prompt}):
         print(note, flush=True)

@@ -12,7 +12,7 @@ With `alignment.enabled` records also hold what the language model reads (mllm_i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -31,13 +31,16 @@ from configs.run import Config, record_fields
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
 from omnitransfer_jax.folders.atomic import place, read_json, write_whole
+from omnitransfer_jax.folders.checksums import print_once
+from omnitransfer_jax.folders.inputs import RECORDS_FILE
 from omnitransfer_jax.folders.model_folder import MODEL_FILE
 from omnitransfer_jax.models.alignment import MLLMInputs
 
 FORMAT = 1
 NAME, SPLIT = "records", "train"
+RANDOM = "random"  # what records.json says of weights that were not loaded
 TFDS_FILES = ("dataset_info.json", "features.json")
-MADE_FILE, EMPTY_TEXT_FILE = "records.json", "empty_text.npy"
+MADE_FILE, EMPTY_TEXT_FILE = RECORDS_FILE, "empty_text.npy"
 SAMPLED = 16  # records that the digest of a data set reads
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read, as random access wants it
 ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
@@ -46,8 +49,8 @@ ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
 def record_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of what a record holds of a sample (`sample_spec`), by the names it has there."""
     require(
-        config.dit.image_dim is not None,
-        "dit.image_dim=None: records are for an image-to-video network; take a configuration like stage1",
+        config.dit.image_to_video,
+        f"dit.in_channels={config.dit.in_channels}: records are for an image-to-video network; take a configuration like stage1",
     )
     return named(sample_spec(config))
 
@@ -88,7 +91,7 @@ def named(sample: Batch) -> dict[str, Any]:
 
 def _names(sample: Batch) -> Any:
     """The name in a record of each array of `sample`: that of its field, with `shown_` before the language model's inputs (format 1)."""
-    names: Any = Batch._make(Batch._fields)
+    names: Any = Batch._make(name if value is not None else None for name, value in sample._asdict().items())
     return names._replace(mllm_inputs=sample.mllm_inputs and MLLMInputs._make(f"shown_{field}" for field in MLLMInputs._fields))
 
 
@@ -121,9 +124,15 @@ def begin(folder: Path, config: Config, source: Mapping[str, Any]) -> None:
         changed = [f"{key}={known.get(key)} there, {now.get(key)} now" for key in {**known, **now} if known.get(key) != now.get(key)]
         require(not changed, f"{folder}: begun as other records ({'; '.join(changed)}); give another folder, or remove this one")
         return
-    others = [path.name for path in folder.glob("*") if not path.name.startswith(".")]  # hidden files: another process begins just now
-    require(not others, f"{folder}: no records, but {', '.join(others[:3])}; give a new or empty folder")
+    require_place(folder)
     write_whole(folder / MADE_FILE, json.dumps(made, indent=2).encode())
+
+
+def require_place(folder: Path) -> None:
+    """A `RequestError` if something other than records is in `folder`."""
+    others = [path.name for path in folder.glob("*") if not path.name.startswith(".")]  # hidden files: another process begins just now
+    begun = (folder / MADE_FILE).exists()
+    require(begun or not others, f"{folder}: no records, but {', '.join(others[:3])}; give a new or empty folder")
 
 
 def read_made(folder: Path) -> dict[str, Any]:
@@ -182,6 +191,35 @@ def require_same_encoding(folder: Path, made: Mapping[str, Any], config: Config)
         if found.get(key, value) != value and key != "dit.text_len" and not key.endswith(".dtype")
     ]
     require(not changed, f"{folder}: records of another encoding ({'; '.join(changed)}); give those numbers, or make others: {ENCODE}")
+
+
+def require_same_weights(folder: Path, weights: str | Mapping[str, str], origin: str) -> None:
+    """A `RequestError` unless the encoders that made the records have the weights and vocabularies of those in `origin`.
+
+    `weights` is what `encoders.weights_of` says of `origin`, the value of train.init_from. A part that `origin` lacks is not compared:
+    the transformer's weights may lie apart from the encoders'. Records of earlier versions do not say what made them; a line is printed.
+    """
+    made = read_made(folder)["source"].get("weights")
+    if made != RANDOM and (not isinstance(made, dict) or MODEL_FILE in made):
+        print_once(f"{folder}: does not say which weights made it, as records of earlier versions; they are not compared")
+        return
+    remedy = f"give --train.init_from the weights that made the records, or make others with this one: {ENCODE}"
+    given = f"train.init_from={origin!r}"
+    require(
+        weights == RANDOM or not weights or made != RANDOM,
+        f"{folder}: records made by random encoders, but {given} has weights of {_listed(weights)}; {remedy}",
+    )
+    require(
+        weights != RANDOM or made == RANDOM,
+        f"{folder}: records made with weights of {_listed(made)}, but {given} has none; {remedy}",
+    )
+    if isinstance(made, dict) and isinstance(weights, dict):
+        others = [name for name, digest in weights.items() if made.get(name) != digest]
+        require(not others, f"{folder}: records made by another {_listed(others)} than {given} has; {remedy}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names))
 
 
 class Records:

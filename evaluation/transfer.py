@@ -90,7 +90,7 @@ class Transfer:
         """Latents from the conditions of a batch."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
         noise = jax.random.normal(key, (len(conditions.text_context), *self.config.video.latent_shape(self.config.vae)))
-        return self.denoise(networks.dit, conditions, noise)
+        return self.denoise(lambda _: networks.dit, conditions, noise)
 
     def conditions(self, networks: Networks, *lists: Sequence[Example], with_reference: bool = True) -> Conditions:
         """What the transformer reads of a batch with one list of pairs for each reference, of equal targets and prompts.
@@ -111,7 +111,8 @@ class Transfer:
         context, negative = encoders.contexts(prompts, networks.alignment, inputs)
         image, condition = encoders.first_frames(frames, has_frame)
         references = place_references(config, config.video, latents)
-        return Conditions(context, negative, jnp.asarray(image) if has_frame.any() else None, jnp.asarray(condition), references)
+        given = jnp.asarray(image) if image is not None and has_frame.any() else None
+        return Conditions(context, negative, given, jnp.asarray(condition), references)
 
 
 def with_control(

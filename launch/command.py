@@ -8,10 +8,8 @@ Exit codes: 0 for success; 2 for a `RequestError`, 1 for an error of the operati
 """
 
 import difflib
-import importlib
 import inspect
 import os
-import pkgutil
 import re
 import sys
 import threading
@@ -24,11 +22,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 from absl import app, flags, logging
 
-import configs
+from configs import named
 from configs.errors import RequestError, require
+from configs.run import RunConfig
 
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a field has one type; booleans are given as True or False
-NO_CONFIGS = ("base", "errors", "kinds", "ranges", "run")  # modules of configs/ that hold what the configurations share
 WRONG_REQUEST, SYSTEM_ERROR, INTERRUPTED = 2, 1, 130  # exit codes
 FULL = ("No space left on device", "Disk quota exceeded")  # libraries that write files themselves raise their own errors with these words
 
@@ -59,7 +57,8 @@ def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequ
     try:
         kinds = _config_types(main)
         if kinds and "config" not in flag_values:
-            flags.DEFINE_string("config", None, f"NAME[:VARIANT] of {', '.join(_names())}", required=True, flag_values=flag_values)
+            accepted = f"NAME[:VARIANT] of {', '.join(named.names(kinds))}"
+            flags.DEFINE_string("config", None, accepted, required=True, flag_values=flag_values)
         if {"--help", "-h", "-help"} & set(argv):
             _print_help(main, flag_values, kinds)
             return 0
@@ -68,10 +67,7 @@ def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequ
             _override(None, rest, flag_values)
             main()
         else:
-            name = str(flag_values["config"].value)
-            config = load_config(name)
-            require(isinstance(config, kinds), f"--config={name}: the configuration of another command; take wan, stage1, stage2 or stage3")
-            config = _override(config, rest, flag_values)
+            config = _override(load_config(str(flag_values["config"].value), kinds), rest, flag_values)
             config.validate()
             main(config)
         sys.stdout.flush()
@@ -112,16 +108,13 @@ def _system_message(error: BaseException | None) -> str:
     return ""
 
 
-def load_config(name: str) -> Any:
-    """The configuration `NAME[:VARIANT]` of configs/NAME.py."""
+def load_config(name: str, of: tuple[type, ...] = (RunConfig,)) -> Any:
+    """The configuration `NAME[:VARIANT]` of configs/NAME.py; one of another type than `of` is a `RequestError`."""
     module, _, variant = name.partition(":")
-    if module not in _names():
-        raise RequestError(f"--config={name}: no such configuration{_nearest(module, _names())}; there are {', '.join(_names())}")
-    return importlib.import_module(f"configs.{module}").get_config(variant)
-
-
-def _names() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name not in NO_CONFIGS]
+    known, accepted = named.names(), named.names(of)
+    require(module in known, f"--config={name}: no such configuration{_nearest(module, accepted)}; there are {', '.join(accepted)}")
+    require(module in accepted, f"--config={name}: the configuration of another command; take {', '.join(accepted)}")
+    return named.module_of(module).get_config(variant)
 
 
 def _config_types(main: Callable[..., None]) -> tuple[type, ...]:

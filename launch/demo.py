@@ -34,6 +34,7 @@ from evaluation.report.page import Picture, Report, Row, Score, Section, Table
 from evaluation.transfer import Results, Transfer
 from launch import command, encode_world
 from omnitransfer_jax import tasks
+from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
@@ -47,6 +48,7 @@ PAIRS = flags.DEFINE_integer("pairs", 2500, "pairs to train on", lower_bound=5, 
 SCORED = flags.DEFINE_integer("scored", 40, "held-out pairs of each task that are scored", lower_bound=8, flag_values=FLAGS)
 LENGTH = flags.DEFINE_float("length", 1.0, "training steps, as a multiple of the configurations' own", lower_bound=0.001, flag_values=FLAGS)
 
+RECORDS, SCORES, PICTURE, PAGE = "records", "scores.json", "result.webp", "report.html"
 STAGES = ("stage1", "stage2", "stage3")
 SHARE = {"records": 0.14, "stage1": 0.40, "stage2": 0.08, "stage3": 0.27, "transfers": 0.11}  # of the time, measured on two CPU cores
 SHOWN = 6  # pairs of each task on the page, the first ones
@@ -56,10 +58,11 @@ PARTS = {"id": "identity", "style": "style", "motion": "motion", "camera": "came
 
 
 def main() -> None:
+    require_places(OUT.value)
     out, clock = Path(OUT.value), Clock(SHARE)
     configs = {stage: stage_config(stage, out) for stage in STAGES}
     with clock.part("records", f"{PAIRS.value} pairs of the world, rendered and encoded"):
-        encode_world.write(command.load_config("stage3:tiny"), out / "records", PAIRS.value, key=0)  # by the encoders of the package
+        encode_world.write(command.load_config("stage3:tiny"), out / RECORDS, PAIRS.value, key=0)  # by the encoders of the package
     for stage, config in configs.items():
         with clock.part(stage, f"{config.train.steps} training steps"):
             data = batches(config, seed=config.seed)
@@ -70,11 +73,21 @@ def main() -> None:
                 raise RequestError(f"{error}; to begin anew, remove {out}") from None
     with clock.part("transfers", f"{SCORED.value} held-out pairs of each task, with their controls"):
         results, both = transfers(configs["stage3"], str(out / "stage3"))
-    (out / "scores.json").write_text(json.dumps(results.table(), indent=2) + "\n")
-    draw(results, configs["stage3"].video, out / "result.webp")
-    report.write(page(configs, out, results, both, clock), out / "report.html")
+    (out / SCORES).write_text(json.dumps(results.table(), indent=2) + "\n")
+    draw(results, configs["stage3"].video, out / PICTURE)
+    report.write(page(configs, out, results, both, clock), out / PAGE)
     print(summary(results))
-    print(f"\n{clock.elapsed()} in all. Open {out / 'report.html'} in a browser.")
+    print(f"\n{clock.elapsed()} in all. Open {out / PAGE} in a browser.")
+
+
+def require_places(out: str) -> None:
+    """A `RequestError`, before minutes of training, if a folder or a file of the demo cannot be written."""
+    outputs.require_folder("--out", out)
+    outputs.require_folder("--out", f"{out}/{RECORDS}", holds="records")
+    for stage in STAGES:
+        outputs.require_folder("--out", f"{out}/{stage}", holds="run")
+    for name in (SCORES, PICTURE, PAGE):
+        outputs.require_file("--out", f"{out}/{name}")
 
 
 class Clock:
@@ -111,7 +124,7 @@ def stage_config(stage: str, out: Path) -> Config:
     before = STAGES.index(stage) - 1
     steps = max(1, round(config.train.steps * LENGTH.value))
     train = replace(config.train, steps=steps, log_every=min(25, steps), init_from=str(out / STAGES[before]) if before >= 0 else "embedded")
-    return replace(config, data=replace(config.data, path=str(out / "records")), train=train)
+    return replace(config, data=replace(config.data, path=str(out / RECORDS)), train=train)
 
 
 def transfers(config: Config, folder: str) -> tuple[Results, list[Row]]:

@@ -28,10 +28,11 @@ from transformers import PreTrainedTokenizerFast
 from configs.base import VAEConfig
 from configs.errors import require
 from configs.kinds import differences
+from configs.mllm import MLLMTraining
 from configs.run import Config
 from launch import command
 from omnitransfer_jax import tasks
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import checksums, inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.folders.atomic import new_folder, read_json
 from omnitransfer_jax.models.alignment import ASSISTANT, USER
 from omnitransfer_jax.models.flat_params import flat_params
@@ -60,6 +61,8 @@ class Made(NamedTuple):
 
 
 def main(config: Config) -> None:
+    outputs.require_new_folder("--out", OUT.value, [VAE.value, BASE.value, MLLM_RUN.value])
+    require_given(config)
     with new_folder(Path(OUT.value)) as out:
         shapes = write(config, out)
     print(f"wrote {OUT.value}" + ("" if "dit" in shapes else "; it has no transformer: give --base for one"))
@@ -67,11 +70,7 @@ def main(config: Config) -> None:
 
 def write(config: Config, out: Path) -> Mapping[str, Mapping[str, Any]]:
     """Writes the model folder and prints its parts; returns their shapes."""
-    origin = ""
-    if BASE.value:
-        run_folder.read_config(BASE.value)  # weights that no run trained are no base
-        run_folder.require_same_function(BASE.value, config)
-        origin = run_folder.imported_weights(BASE.value)
+    origin = run_folder.imported_weights(BASE.value)
     shapes = {part.name: part.shapes(getattr(config, part.name)) for part in (*PARTS, MLLM) if part.name != "dit" or BASE.value}
     require_small(shapes)
     vocabulary = world_vocabulary(config)
@@ -90,9 +89,29 @@ def write(config: Config, out: Path) -> Mapping[str, Mapping[str, Any]]:
     commands = [*read_made(origin)["commands"], command_line()]
     (out / MADE_FILE).write_text(json.dumps({"commands": commands, "parts": made}, indent=2) + "\n")
     model_folder.write_model(out, {name: getattr(config, name) for name in shapes})  # last: a folder is complete if it has this file
+    checksums.write(out)
     for name, entry in made.items():
         print(f"{name:5} {entry['parameters']:>10,} parameters {entry['bytes'] / 1e6:>6.2f} MB  {json.dumps(entry['from'])}")
     return shapes
+
+
+def require_given(config: Config) -> None:
+    """A `RequestError` unless the folders that the flags name hold what they should, of the configuration's models; nothing is loaded."""
+    if BASE.value:
+        run_folder.read_config(BASE.value)  # weights that no run trained are no base
+        inputs.require_checkpoint("--base", BASE.value)
+        run_folder.require_same_function(BASE.value, config)
+        inputs.require_trained("--base", BASE.value)
+    if VAE.value:
+        vae_result(config)
+    if MLLM_RUN.value:
+        read_result("mllm", MLLM_RUN.value)
+    if run_folder.is_run(MLLM_RUN.value):
+        trained = run_folder.read_config(MLLM_RUN.value, MLLMTraining).model.mllm
+        wrong = [f"{name} is {value}, not {now}" for name, value, now in differences(trained, config.mllm, ("model",), "mllm.")]
+        require(
+            not wrong, f"--mllm={MLLM_RUN.value}: another language model than the configuration's: {'; '.join(wrong)}; give its --config"
+        )
 
 
 def require_small(shapes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -113,7 +132,7 @@ def given(config: Config, shapes: Mapping[str, Mapping[str, Any]], origin: str) 
             if name in shapes:
                 parts[name] = load(origin, name, shapes[name]), before.get(name, {}).get("from", "imported")
     if VAE.value:
-        parts["vae"] = trained_vae(config, shapes["vae"])
+        parts["vae"] = load(VAE.value, "vae", shapes["vae"]), vae_result(config)
     if MLLM_RUN.value:
         result = read_result("mllm", MLLM_RUN.value)
         parts["mllm"] = load(MLLM_RUN.value, "mllm", shapes["mllm"]), result
@@ -135,13 +154,13 @@ def trained_dit(shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
     return to_host({path.removeprefix("dit."): leaf for path, leaf in found.items()}), source
 
 
-def trained_vae(config: Config, shapes: Mapping[str, Any]) -> tuple[Leaves, Any]:
-    """The autoencoder of --vae, and its source. The configuration must have its latents' statistics: they are part of the model."""
+def vae_result(config: Config) -> dict[str, Any]:
+    """The result of --vae. The configuration must have its latents' statistics: they are part of the model."""
     made = read_result("vae", VAE.value)
     trained = model_folder.configuration(VAEConfig, made.pop("vae"), VAE.value)
     wrong = [f"{name} is {value}" for name, value, _ in differences(trained, config.vae, ("model",))]
     require(not wrong, f"--vae={VAE.value}: another autoencoder than the configuration's: {'; '.join(wrong)}; put that in configs/wan.py")
-    return load(VAE.value, "vae", shapes), made
+    return made
 
 
 def read_result(name: str, workdir: str) -> dict[str, Any]:

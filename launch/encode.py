@@ -23,11 +23,12 @@ from tqdm import tqdm
 from configs.errors import RequestError, require
 from configs.run import Config, encoder_names
 from data_pipelines import records
-from data_pipelines.encoders import RANDOM, Encoders, weights_of
+from data_pipelines.encoders import Encoders, weights_of
 from data_pipelines.manifest import Row, read_manifest
 from data_pipelines.pairs import encode, prefetch, read_pixels
 from launch import command
 from omnitransfer_jax import load_models, tasks
+from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
 
 FLAGS = flags.FlagValues()
@@ -46,6 +47,8 @@ REJECTED_FILE = "rejected.jsonl"
 
 def main(config: Config) -> None:
     folder, manifest = Path(OUT.value), Path(MANIFEST.value)
+    outputs.require_folder("--out", OUT.value, [MANIFEST.value, config.train.init_from], holds="records", owns=["."])
+    records.require_place(folder)
     rows = read_manifest(manifest)
     index, count = process()
     load_models.require_weights(config.train.init_from, config, encoder_names(config))
@@ -56,7 +59,7 @@ def main(config: Config) -> None:
     paths = [records.shard_path(folder, i, len(shards)) for i in range(len(shards))]
     missing = [i for i in range(index, len(shards), count) if not is_done(paths[i])]
     if missing or not (folder / records.EMPTY_TEXT_FILE).exists():
-        if weights == RANDOM:
+        if weights == records.RANDOM:
             print("no weights in train.init_from: the encoders are random, so these records only show that every part runs")
         encoders = Encoders(config, config.train.init_from)
         encoders.load()

@@ -18,6 +18,7 @@ from data_pipelines.encoders import Encoders, weights_of
 from data_pipelines.pairs import prefetch
 from launch import command
 from omnitransfer_jax import load_models
+from omnitransfer_jax.folders import outputs
 from world.pair_records import encode, example, render
 
 FLAGS = flags.FlagValues()
@@ -30,6 +31,8 @@ SHARD = 10 * BATCH
 
 
 def main(config: Config) -> None:
+    outputs.require_folder("--out", OUT.value, [config.train.init_from], holds="records", owns=["."])
+    records.require_place(Path(OUT.value))
     write(config, Path(OUT.value), PAIRS.value, KEY.value)
     print(f"Next: python -m launch.train --config={FLAGS['config'].value} --workdir=DIR --data.path={OUT.value}")
 

@@ -2,7 +2,7 @@
 
     diffusers   a folder that WanImageToVideoPipeline or WanPipeline loads
     original    the transformer in shards with its config.json, the other parts as one safetensors file each
-    comfyui     diffusion_models/NAME.safetensors, the transformer alone in one file
+    comfyui     diffusion_models/NAME.safetensors, the transformer alone in one file, of Wan2.2 one file for each expert
 
 python -m launch.export --config=wan --checkpoint=checkpoints/wan_i2v --layout=diffusers --out=wan_i2v_diffusers
 
@@ -28,16 +28,17 @@ from safetensors.numpy import save_file
 
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
-from configs.run import Config
+from configs.run import Config, SamplerConfig
+from configs.wan_animate_2 import WanAnimate2
 from launch import command
 from omnitransfer_jax import load_models, tasks
-from omnitransfer_jax.folders import atomic, model_folder, run_folder
+from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.methods import follow_your_motion
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl, wan_dit
 from omnitransfer_jax.weights.files import SHARD_BYTES
-from omnitransfer_jax.weights.parts import PARTS, TOKENIZERS, Part
+from omnitransfer_jax.weights.parts import EXPERT_FOLDERS, LOW_NOISE, PARTS, TOKENIZERS, Part
 
 FLAGS = flags.FlagValues()
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of the checkpoint to read", required=True, flag_values=FLAGS)
@@ -49,6 +50,7 @@ OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required
 DIFFUSERS_VERSION = "0.42.1"  # the version whose classes read what is written here
 COMPONENTS = {  # the name of each part in model_index.json, its library and its class
     "dit": ("transformer", "diffusers", "WanTransformer3DModel"),
+    "dit_low_noise": ("transformer_2", "diffusers", "WanTransformer3DModel"),
     "vae": ("vae", "diffusers", "AutoencoderKLWan"),
     "text": ("text_encoder", "transformers", "UMT5EncoderModel"),
     "image": ("image_encoder", "transformers", "CLIPVisionModel"),
@@ -76,15 +78,21 @@ in the cross-attention of the target (into: {into}); results of several tasks ar
 
 
 def main(config: Config) -> None:
-    if isinstance(config, FollowYourMotion):
-        export_motion(config)
-        return
     checkpoint, layout = CHECKPOINT.value, LAYOUT.value
+    require(bool(checkpoint), "--checkpoint='': empty; give the folder of a checkpoint")
+    inputs.require_checkpoint("--checkpoint", checkpoint)
+    outputs.require_new_folder("--out", OUT.value, [checkpoint])
     run = epath.Path(checkpoint) if run_folder.is_run(checkpoint) else None
     run_folder.require_same_function(checkpoint, config)
+    if run:
+        inputs.require_trained("--checkpoint", run)
+    if isinstance(config, FollowYourMotion):
+        return export_motion(config)
     imported = run_folder.imported_weights(checkpoint)
     stored = {*(model_folder.read_model(imported) if imported else ()), *(["dit"] if run else [])}
-    parts = [part for part in PARTS if part.name in stored and (layout != "comfyui" or part.name == "dit")]
+    if run:
+        stored -= {LOW_NOISE.name}  # a training has one network, whichever expert it started from
+    parts = [part for part in (*PARTS, LOW_NOISE) if part.name in stored and (layout != "comfyui" or part.table is wan_dit)]
     require(
         bool(parts) or layout != "comfyui",
         f"{checkpoint}: this checkpoint has no dit, which is what ComfyUI's layout holds; take --layout=diffusers",
@@ -103,6 +111,7 @@ def export_rest(config: Config, parts: Sequence[str], imported: str, run: epath.
     has_vocabulary = bool(imported) and (epath.Path(imported) / TOKENIZERS["diffusers"]).exists()
     if has_vocabulary:
         place = TOKENIZERS["original" if LAYOUT.value == "original" else "diffusers"]
+        model_folder.require_whole(imported, TOKENIZERS["diffusers"])
         copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / place)
     if LAYOUT.value == "diffusers":
         write_pipeline(config, parts, has_vocabulary, out)
@@ -112,19 +121,21 @@ def export_part(part: Part, config: Config, imported: str, run: epath.Path | Non
     """Writes one part leaf by leaf, from the run that trained it or else from the imported weights; and its config.json, if any."""
     start, model, layout = time.monotonic(), getattr(config, part.name), LAYOUT.value
     table, prefix, shard_bytes = part.entries(model, "diffusers" if layout == "diffusers" else "original"), "", SHARD_BYTES
+    expert = EXPERT_FOLDERS.get(part.name, "") if config.sampler.boundary > 0 else ""
     if layout == "diffusers":
         folder, stem = out / part.diffusers[0], part.diffusers[1]
     elif layout == "original":
-        folder, stem, shard_bytes = out, part.original, SHARD_BYTES if part.name == "dit" else math.inf
+        folder, stem, shard_bytes = out / expert, part.original, SHARD_BYTES if part.table is wan_dit else math.inf
     else:
-        folder, stem = out / "diffusion_models", str(FLAGS["config"].value).replace(":", "_")
+        name = str(FLAGS["config"].value).replace(":", "_")
+        folder, stem = out / "diffusion_models", "_".join(filter(None, (name, expert.removesuffix("_model"))))
         prefix, shard_bytes = part.prefixes[0], math.inf
     shapes = part.shapes(model) if run else model_folder.part_leaves(imported, part.name)
     leaves = trained_leaves(run, part.name, shapes) if run else model_folder.read_part(imported, part.name)
     written = convert.save(leaves, shapes, table, folder, stem, prefix=prefix, shard_bytes=shard_bytes)
     if layout == "diffusers":
         write_json(folder / "config.json", part.table.config_json(model))
-    elif layout == "original" and part.name == "dit":
+    elif layout == "original" and part.table is wan_dit:
         write_json(folder / "config.json", part.table.config_json(model, "original"))
     size = sum(path.stat().st_size for path in written)
     print(f"{part.name}: {len(written)} files, {size / 1e9:.3g} GB, {time.monotonic() - start:.1f} s", flush=True)
@@ -195,32 +206,55 @@ def export_adapters(config: Config, loaded: Mapping[str, np.ndarray], out: Path)
 
 def write_pipeline(config: Config, parts: Sequence[str], has_vocabulary: bool, out: Path) -> None:
     """Writes what a diffusers pipeline needs beside its parts: model_index.json, the scheduler, and the image preprocessing."""
-    is_i2v = config.dit.image_dim is not None
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler_json(config.sampler))
+    if isinstance(config, WanAnimate2):
+        write_json(out / "modular_model_index.json", modular_json(config, parts, has_vocabulary))
+        return
+    is_i2v, has_image_branch = config.dit.image_to_video, config.dit.image_dim is not None
     index: dict[str, Any] = {
         "_class_name": "WanImageToVideoPipeline" if is_i2v else "WanPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
-        "boundary_ratio": None,
+        "boundary_ratio": config.sampler.boundary or None,
         "expand_timesteps": False,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "tokenizer": ["transformers", "T5TokenizerFast"] if has_vocabulary else [None, None],
-        "transformer_2": [None, None],
     }
     for name, (component, *kind) in COMPONENTS.items():
         if name != "image" or is_i2v:
             index[component] = kind if name in parts else [None, None]
     if is_i2v:
-        index["image_processor"] = ["transformers", "CLIPImageProcessor"]
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"] if has_image_branch else [None, None]
+    if has_image_branch:
         write_json(out / "image_processor" / "preprocessor_config.json", preprocessor_json(config.image.image_size))
-    write_json(out / "scheduler" / "scheduler_config.json", scheduler_json(config.sampler.shift))
     write_json(out / "model_index.json", index)
 
 
-def scheduler_json(shift: float) -> dict[str, Any]:
-    """The UniPC scheduler with the settings of Wan2.1."""
+def modular_json(config: WanAnimate2, parts: Sequence[str], has_vocabulary: bool) -> dict[str, Any]:
+    """What diffusers' modular pipeline of Wan-Animate-2 reads: where its components lie; null is this folder."""
+    distilled = "" if config.sampler.guidance > 1 else "Distilled"
+    components = {component: kind for name, (component, *kind) in COMPONENTS.items() if name in parts}
+    components |= {"transformer": ["diffusers", "WanAnimate2Transformer3DModel"], "scheduler": ["diffusers", scheduler_of(config.sampler)]}
+    components |= {"tokenizer": ["transformers", "T5TokenizerFast"]} if has_vocabulary else {}
+    place: dict[str, Any] = {"pretrained_model_name_or_path": None, "variant": None, "revision": None}
     return {
-        "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "solver_order": 2, "solver_type": "bh2",
-        "lower_order_final": True,
+        "_class_name": f"WanAnimate2{distilled}ModularPipeline",
+        "_blocks_class_name": f"WanAnimate2{distilled}Blocks",
+        "_diffusers_version": DIFFUSERS_VERSION,
+    } | {name: [*kind, place | {"type_hint": kind, "subfolder": name}] for name, kind in components.items()}
+
+
+def scheduler_of(sampler: SamplerConfig) -> str:
+    """The diffusers scheduler that takes the steps of `sampler.solver`; of Euler there is none on these times."""
+    return "DPMSolverMultistepScheduler" if sampler.solver == "dpm++" else "UniPCMultistepScheduler"
+
+
+def scheduler_json(sampler: SamplerConfig) -> dict[str, Any]:
+    """The scheduler with the settings of Wan."""
+    name = scheduler_of(sampler)
+    return {
+        "_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True, "flow_shift": sampler.shift, "solver_order": 2,
+        "solver_type": "midpoint" if name.startswith("DPM") else "bh2", "lower_order_final": True,
     }  # fmt: skip
 
 
@@ -235,10 +269,11 @@ def preprocessor_json(size: int) -> dict[str, Any]:
 
 
 def copy_folder(source: epath.Path, target: Path) -> None:
-    """Copies the files of `source` into the new folder `target`."""
+    """Copies the files of `source`, but its checksums, into the new folder `target`."""
     target.mkdir(parents=True)
     for file in source.iterdir():
-        file.copy(target / file.name)
+        if not checksums.NAME.fullmatch(file.name):
+            file.copy(target / file.name)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,9 +8,7 @@
 needed is that of the largest one, not of all.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,21 +17,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.run import Config, VideoConfig
+from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips, motion_training
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
+from launch.sampling import animation
+from launch.sampling.stages import StepBar, stage
 from omnitransfer_jax import load_models, tasks
-from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.folders import outputs, run_folder
 from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
+from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.resize import bicubic_resize
 from omnitransfer_jax.tokenizer import clean_prompt
+from omnitransfer_jax.train import flops
 
 FLAGS = flags.FlagValues()
 CHECKPOINT = flags.DEFINE_string(
@@ -47,6 +49,8 @@ REFERENCE = flags.DEFINE_multi_string("reference", [], "Clip to transfer from; r
 PROMPT = flags.DEFINE_string("prompt", "", "What the video shows.", flag_values=FLAGS)
 FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Image the video starts from (image-to-video networks).", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out.mp4", "The mp4 to write.", flag_values=FLAGS)
+
+NETWORKS = {"dit": "high-noise expert", "dit_low_noise": "low-noise expert"}  # the names of the stages in which they are loaded
 
 
 class Request(NamedTuple):
@@ -66,20 +70,41 @@ def main(config: Config) -> None:
         run_folder.is_run(weights(config)) or not (weights(config) and Path(weights(config), motion_training.SPATIAL).is_dir()),
         f"--checkpoint={weights(config)}: its temporal stage has not begun; go on with its launch.train",
     )
-    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
-    load_models.require_weights(weights(config), config, networks, "--checkpoint")
-    run_folder.require_same_function(weights(config), config)
+    reads_image = bool(FIRST_FRAME.value) and config.dit.image_dim is not None
+    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if reads_image else []))
+    given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
+    load_models.require_weights(weights(config), config, networks, given)
+    if isinstance(config, WanAnimate2):
+        return animate(config)
     request = read_request(config)
     if not weights(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
     encoders = Encoders(config, weights(config))
-    for note in notes(encoders, request):
+    for note in [*notes(encoders, request), *reference_notes(config, request)]:
         print(note, flush=True)
     latents = generate(encoders, request.video, encode(encoders, request))
     with stage("video decoder", encoders):
         clips.write_clip(OUT.value, clips.to_bytes(encoders.decode(latents)[0]), request.video.fps)
     size = request.video
     print(f"wrote {OUT.value}: {size.frames} frames, {size.width} x {size.height}, {size.fps} fps")
+
+
+def animate(config: WanAnimate2) -> None:
+    """A driving clip to a video of the person of a picture (launch/sampling/animation.py)."""
+    require_out(config)
+    require(not TASK.value, f"--task={','.join(TASK.value)}: Wan-Animate-2 has one task, the movement of a person; leave it out")
+    request = animation.read_request(config, REFERENCE.value, FIRST_FRAME.value)
+    print(animation.cost(config, request), flush=True)
+    encoders = Encoders(config, weights(config))
+    video = animation.animate(config, encoders, request, clean_prompt(PROMPT.value))
+    clips.write_clip(OUT.value, video, config.video.fps, sound_of=REFERENCE.value[0])
+    print(f"wrote {OUT.value}: {len(video)} frames, {video.shape[2]} x {video.shape[1]}, {config.video.fps} fps")
+
+
+def require_out(config: Config) -> None:
+    """A `RequestError` unless `--out` can be what is written."""
+    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
+    outputs.require_file("--out", OUT.value, [*REFERENCE.value, FIRST_FRAME.value or "", weights(config)])
 
 
 def weights(config: Config) -> str:
@@ -89,9 +114,7 @@ def weights(config: Config) -> str:
 
 def read_request(config: Config) -> Request:
     """The flags, checked before any weights are touched."""
-    require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
-    read = {Path(path).resolve() for path in (*REFERENCE.value, FIRST_FRAME.value or "")}
-    require(Path(OUT.value).resolve() not in read, f"--out={OUT.value}: it is a file that this command reads; give another name")
+    require_out(config)
     require(
         len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
@@ -105,14 +128,20 @@ def read_request(config: Config) -> Request:
         bool(chosen) or not config.alignment.enabled,
         "no --task: from stage 2 on the context is made from references; give --task and --reference, or --config=stage1 or wan",
     )
+    apart = [name for name in TASK.value if tasks.TASKS[tasks.task_index(name)].family == "appearance"]
+    require(
+        config.dit.reach == "all" or not apart,
+        f"--task={','.join(apart)}: with dit.reach=same_frame a reference must share times with the target, which is so in temporal tasks",
+    )
     first_frame = FIRST_FRAME.value
     require(
         bool(first_frame) or not chosen or any(tasks.TASKS[i].family == "appearance" for i in chosen),
         f"--task={','.join(TASK.value)}: a temporal transfer starts from a picture; give --first_frame=IMAGE",
     )
     require(
-        not first_frame or config.dit.image_dim is not None,
-        f"--first_frame={first_frame}: this network is text-to-video; leave it out or take an image-to-video configuration",
+        config.dit.image_to_video or not (first_frame or chosen),
+        f"{f'--first_frame={first_frame}' if first_frame else '--reference'}: this network is text-to-video; leave it out or take an "
+        "image-to-video configuration",
     )
     video, frame, size = config.video, None, config.data.reference
     if first_frame:
@@ -127,14 +156,21 @@ def read_request(config: Config) -> Request:
 def notes(encoders: Encoders, request: Request) -> list[str]:
     """What the video will lack of what was asked for, or of what the network was trained with."""
     config, found = encoders.config, []
-    if config.dit.image_dim is not None and request.first_frame is None and not request.references:
+    if config.dit.image_to_video and request.first_frame is None and not request.references:
         found.append("no --first_frame: this is an image-to-video network, grey frames take its place; Wan2.1's were not trained so")
     if config.alignment.enabled:
         for index, _ in request.references:
             found += encoders.cut_prompts({"--prompt": request.prompt}, tasks.NAMES[index])
         return found
-    negative = {"--sampler.negative_prompt": config.sampler.negative_prompt} if config.sampler.guidance > 1 else {}
+    negative = {"--sampler.negative_prompt": config.sampler.negative_prompt} if config.sampler.has_negative else {}
     return found + encoders.cut_prompts({"--prompt": request.prompt} | negative)
+
+
+def reference_notes(config: Config, request: Request) -> list[str]:
+    """What each reference will cost."""
+    target, size = (math.prod(video.patches(config.vae, config.dit.patch)) for video in (request.video, config.data.reference))
+    _, rows, columns = config.data.reference.patches(config.vae, config.dit.patch)
+    return [flops.reference_note(config.dit, config.sampler, target, size, rows * columns)] * len(request.references)
 
 
 def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:
@@ -148,10 +184,10 @@ def encode(encoders: Encoders, request: Request) -> Conditions:
     context, negative = encode_context(encoders, request)
     picture = None if request.first_frame is None else clips.to_unit(request.first_frame)[None]
     image, condition, references = None, None, ()
-    if picture is not None:
+    if picture is not None and config.dit.image_dim is not None:
         with stage("image encoder", encoders):
             image = jnp.asarray(encoders.image(picture))
-    if config.dit.image_dim is not None:
+    if config.dit.image_to_video:
         with stage("video encoder", encoders):
             frame = None if picture is None else np.asarray(bicubic_resize(jnp.asarray(picture), video.height, video.width))
             condition = jnp.asarray(encoders.no_condition if frame is None else encoders.condition(frame))
@@ -179,30 +215,21 @@ def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax
 
 
 def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> jax.Array:
-    """Latents from noise, with a progress bar."""
+    """Latents from noise, with a progress bar; of two experts one is in memory at a time."""
     config = encoders.config
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
     mesh = make_mesh(config.mesh)
-    with stage("transformer", encoders):
-        dit = load_models.load_dit(encoders.folder, config, mesh)
-    with tqdm(total=config.sampler.steps, desc="denoising", unit="step") as bar:
+    with StepBar(config.sampler.steps) as bar:
 
-        def show(step: int) -> None:
-            bar.update(step + 1 - bar.n)
+        def load(part: str) -> WanDiT:
+            jax.effects_barrier()  # the steps so far are shown
+            bar.clear()
+            with stage(NETWORKS[part] if config.sampler.boundary > 0 else "transformer", encoders):
+                return load_models.load_dit(encoders.folder, config, mesh, part)
 
-        latents = omnitransfer.denoise_on(mesh, config, show)(dit, conditions, noise).block_until_ready()
+        latents = omnitransfer.denoise_on(mesh, config, bar.reach)(load, conditions, noise).block_until_ready()
         jax.effects_barrier()
     return latents
-
-
-@contextmanager
-def stage(name: str, encoders: Encoders) -> Iterator[None]:
-    """Prints the name of a stage and how long it took; lets its networks go at the end."""
-    started = time.perf_counter()
-    print(f"{name} ... ", end="", flush=True)
-    yield
-    encoders.release()
-    print(f"{time.perf_counter() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from data_pipelines import clips, motion_training
 from data_pipelines.batches import batches, data_digest, empty_text
 from launch import command
 from omnitransfer_jax import load_models
+from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.mesh import data_share, make_mesh
 from omnitransfer_jax.methods import follow_your_motion, omnitransfer
-from omnitransfer_jax.train import loop
+from omnitransfer_jax.train import flops, loop
 from omnitransfer_jax.train.objective import Objective
 from omnitransfer_jax.train.plan import describe
 from world import mllm_training, vae_training
@@ -46,11 +47,18 @@ ONE_CLIP = (FollowYourMotion,)  # configurations of trainings on one clip
 def main(config: Config | VAETraining | MLLMTraining) -> None:
     if DRY_RUN.value:
         print(describe(objective(config), config))
+        if isinstance(config, Config) and config.train.references:
+            print(f"in sampling, {flops.note_of(config)}")
         return
     one_clip = isinstance(config, ONE_CLIP)
     require(one_clip or not (REFERENCE.value or PROMPT.value), "--reference, --prompt: this training reads records; leave them out")
-    loop.require_weights(objective(config), config)
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
+    data = config.data.path if isinstance(config, Config) else ""
+    outputs.require_folder("--workdir", WORKDIR.value, [config.train.init_from, data], holds="run", owns=[run_folder.CHECKPOINTS])
+    if run_folder.is_run(WORKDIR.value):  # a run that goes on needs no weights but its own
+        run_folder.read_config(WORKDIR.value, type(config))
+    else:
+        loop.require_weights(objective(config), config)
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     mesh, workdir = make_mesh(config.mesh), Path(WORKDIR.value)
@@ -62,6 +70,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
         case FollowYourMotion():
             motion_training.train(config, workdir, mesh, read_reference(config), PROMPT.value)
         case Config():
+            load_models.require_expert(config)
             index, count = data_share(mesh)
             data = batches(config, seed=config.seed, process_index=index, process_count=count)
             trained = omnitransfer.objective(config, empty_text(config))
@@ -74,6 +83,9 @@ def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
         case VAETraining():
             return vae_training.objective(config)
         case MLLMTraining():
+            inputs.require_checkpoint(load_models.INIT_FROM, config.train.init_from)
+            if source := run_folder.imported_weights(config.train.init_from):
+                model_folder.require_model(source, config.model)
             return mllm_training.objective(config, load_models.load_mllm_vocabulary(config.train.init_from))
         case FollowYourMotion():
             return follow_your_motion.objective(follow_your_motion.stage(config, "temporal", config.train.init_from))

@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     """Clean latents of the reference."""
     text: Float[Array, "B S E"]
     """Encoded prompt, zero rows beyond its end."""
-    image: Float[Array, "B I J"]
-    """CLIP features of the first frame."""
+    image: Float[Array, "B I J"] | None
+    """CLIP features of the first frame; None for a network without an image branch."""
     has_image: Float[Array, " B"]
     """1 for image-to-video samples, 0 for the others, whose `image` is not used."""
     mllm_inputs: MLLMInputs | None = None
@@ -38,7 +38,8 @@ def sample_spec(config: Config) -> Batch:
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    target, image, (tokens, features) = config.video.latent_shape(config.vae), config.image, lengths(config)
+    target, clip, (tokens, features) = config.video.latent_shape(config.vae), config.image, lengths(config)
+    image = array(jnp.float32, (clip.image_size // clip.patch) ** 2 + 1, clip.dim)
     inputs = MLLMInputs(
         tokens=array(jnp.int32, tokens),
         mask=array(jnp.bool_, tokens),
@@ -52,7 +53,7 @@ def sample_spec(config: Config) -> Batch:
         condition=array(jnp.float32, *target[:-1], MASK_CHANNELS + config.vae.z_dim),
         reference=array(jnp.float32, *config.data.reference.latent_shape(config.vae)),
         text=array(jnp.float32, config.dit.text_len, config.text.dim),
-        image=array(jnp.float32, (image.image_size // image.patch) ** 2 + 1, image.dim),
+        image=None if config.dit.image_dim is None else image,
         has_image=array(jnp.float32),
         mllm_inputs=inputs if config.alignment.enabled else None,
     )

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.run import Config
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import inputs, model_folder, run_folder
 from omnitransfer_jax.mesh import placed, replicated, specs
 from omnitransfer_jax.methods import follow_your_motion
 from omnitransfer_jax.models import lora
@@ -29,20 +29,57 @@ from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
-from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer
-from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS
+from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer, require_tokenizer
+from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS
 
 RANDOM_LIMIT = 200_000_000  # parameters; the random weights of a larger network are of no use, so the absence of others is a mistake
 INIT_FROM = "--train.init_from"
+WITHOUT_ALIGNMENT = "imported weights have no queries and no connector; give the workdir of a stage 2 or 3 training"
+EXPERTS = {"high_noise": "dit", "low_noise": model_folder.LOW_NOISE}  # `train.expert` -> its part of a model folder
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 def require_weights(folder: str, config: Config, names: Collection[str], flag: str = INIT_FROM) -> None:
-    """A `RequestError`, before anything is read, if one of the networks `names` would be random and is too large; `flag` gives `folder`."""
-    if not run_folder.imported_weights(folder):
-        trained = ("dit",) if run_folder.is_run(folder) else ()
-        parts = [part for part in (*PARTS, MLLM) if part.name in names and part.name not in trained]
+    """A `RequestError`, before anything is read, unless `folder`, the value of `flag`, has the networks `names` of this configuration.
+
+    They may be random if they are small and there is no folder. `dit` stands for everything that a run trains.
+    """
+    inputs.require_checkpoint(flag, folder)
+    is_run, source = run_folder.is_run(folder), run_folder.imported_weights(folder)
+    parts = [part for part in (*PARTS, MLLM) if part.name in names and not (is_run and part.name == "dit")]
+    if "dit" in names:
+        run_folder.require_same_function(folder, config)
+        aligned = is_run or not folder or not config.alignment.enabled
+        require(aligned, f"{flag}={folder}: {WITHOUT_ALIGNMENT}")
+    if is_run and "dit" in names:
+        inputs.require_trained(flag, folder)
+    if not source:
         require_small({part.name: _size(part.shapes(getattr(config, part.name))) for part in parts}, folder, flag)
+        return
+    stored = model_folder.require_model(source, config)
+    absent = [f"{part.name} ({part.absent})" for part in parts if part.name not in stored]
+    require(not absent, f"{flag}={folder}: {source} has no {' and no '.join(absent)}; import it: {model_folder.IMPORT}")
+    if "text" in names:
+        require_tokenizer(source)
+    if "mllm" in names:
+        _mllm_vocabulary(source)
+
+
+def require_expert(config: Config) -> None:
+    """A `RequestError` unless `train.expert` names one of the two experts in `train.init_from`, or is None where there is one network."""
+    folder, expert = config.train.init_from, config.train.expert
+    imported = folder and not run_folder.is_run(folder)
+    parts = set(model_folder.read_model(model_folder.resolve(folder))) if imported else set()
+    if model_folder.LOW_NOISE not in parts:
+        remedy = "a folder with the two experts of Wan2.2 as train.init_from, or leave it out"
+        require(expert is None, f"train.expert={expert}: train.init_from={folder!r} has no experts to choose from; give {remedy}")
+        return
+    there = [name for name, part in EXPERTS.items() if part in parts]
+    require(
+        expert in there,
+        f"train.init_from={folder!r} holds the {' and the '.join(there)} expert of Wan2.2, and a training has one network: "
+        f"give --train.expert={' or '.join(there)}",
+    )
 
 
 def require_small(sizes: Mapping[str, int], folder: str = "", flag: str = INIT_FROM) -> None:
@@ -55,8 +92,11 @@ def require_small(sizes: Mapping[str, int], folder: str = "", flag: str = INIT_F
     )
 
 
-def load_dit(folder: str, config: Config, mesh: Mesh) -> WanDiT:
-    """The diffusion transformer, its weights in the dtype it computes in, as in the original, each where it lives on the mesh."""
+def load_dit(folder: str, config: Config, mesh: Mesh, part: str = "dit") -> WanDiT:
+    """The diffusion transformer, its weights in the dtype it computes in, as in the original, each where it lives on the mesh.
+
+    Where there are two experts, `part` names one of them (`samplers.Expert.part`).
+    """
     run_folder.require_same_function(folder, config)
 
     def make(rngs: nnx.Rngs) -> WanDiT:
@@ -69,7 +109,7 @@ def load_dit(folder: str, config: Config, mesh: Mesh) -> WanDiT:
         return _load_adapted(folder, config, mesh, sharding)
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "dit", config.dit.dtype, sharding)
-    return _load(folder, "dit", make, config.dit.dtype, sharding)
+    return _load(folder, part, make, config.dit.dtype, sharding)
 
 
 def load_adapters(folder: str, config: FollowYourMotion) -> dict[str, jax.Array]:
@@ -86,7 +126,7 @@ def load_alignment(folder: str, config: Config) -> Alignment:
     run_folder.require_same_function(folder, config)
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "alignment", None)
-    require(not folder, f"{folder}: imported weights have no queries and no connector; give the workdir of a stage 2 or 3 training")
+    require(not folder, f"{folder}: {WITHOUT_ALIGNMENT}")
     return _load("", "alignment", lambda rngs: Alignment(config, rngs=rngs))
 
 
@@ -113,6 +153,8 @@ def load_mllm(folder: str, config: Config) -> Qwen2_5VL:
 def load_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     """The text encoder's tokenizer; that of bytes if the weights are random."""
     source = run_folder.imported_weights(folder)
+    if source:
+        model_folder.require_whole(source, TOKENIZERS["diffusers"])
     return load_tokenizer(source) if source else byte_tokenizer()
 
 
@@ -121,11 +163,17 @@ def load_mllm_vocabulary(folder: str) -> PreTrainedTokenizerFast:
     source = run_folder.imported_weights(folder)
     if not source:
         return byte_tokenizer()
+    return load_tokenizer(_mllm_vocabulary(source))
+
+
+def _mllm_vocabulary(source: str) -> Path:
+    """Where the language model's vocabulary lies; a `RequestError` if it is absent."""
     place = Path(source, MLLM_TOKENIZER)
+    model_folder.require_whole(source, MLLM_TOKENIZER)
     require(
         (place / "tokenizer.json").is_file(), f"{place}: no tokenizer.json; import the Qwen2.5-VL folder it came in: {model_folder.IMPORT}"
     )
-    return load_tokenizer(place)
+    return place
 
 
 def _load_trained(

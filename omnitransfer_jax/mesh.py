@@ -47,6 +47,10 @@ class Shard(NamedTuple):
         part = x.shape[1] // size
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * part, part, axis=1)
 
+    def start(self, tokens: int) -> Any:
+        """The index of this device's first token, where each has `tokens` of them."""
+        return 0 if self.axis is None else jax.lax.axis_index(self.axis) * tokens
+
     def gather(self, x: jax.Array) -> jax.Array:
         """The tokens of all devices, the second axis."""
         return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=1, tiled=True)

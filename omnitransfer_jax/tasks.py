@@ -51,13 +51,16 @@ def is_temporal(task: Int[Array, " B"]) -> Bool[Array, " B"]:
 
 
 def offsets(
-    task: Int[Array, " B"], target_grid: tuple[int, int, int], rank: int = 1, by: Literal["task", "frames"] = "task"
+    task: Int[Array, " B"], target_grid: tuple[int, int, int], rank: int = 1, by: Literal["task", "frames", "beside"] = "task"
 ) -> Int[Array, "B 3"]:
     """The offset of each reference from the target's origin, in patches (time, row, column) like `target_grid`; section 4.2, Eq. 2.
 
     The paper writes (time, width, height): temporal (0, width, 0), appearance (frames, 0, 0). `rank` k multiplies the offset by k, for
-    the k-th of several references. `by` "frames" is the paper's baseline without positional bias: every task has the offset of appearance.
+    the k-th of several references. `by` is `DiTConfig.offsets`: with "frames", the paper's baseline without positional bias, every task
+    has the offset of appearance; with "beside", Wan-Animate-2's, every reference is one frame later and one width to the right.
     """
     frames, _, columns = target_grid
     beside, after = jnp.array([[0, 0, columns]]), jnp.array([[frames, 0, 0]])
+    if by == "beside":
+        return jnp.broadcast_to(jnp.array([[1, 0, rank * columns]]), (*task.shape, 3))
     return rank * jnp.where(is_temporal(task)[:, None] & (by == "task"), beside, after)

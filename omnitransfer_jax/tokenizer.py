@@ -44,13 +44,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     tokenizer.json is used unchanged. `AutoTokenizer` of transformers 5 would take only its vocabulary and build a plain T5 tokenizer
     without byte fallback, whose tokens differ from those that Wan was trained on.
     """
-    places = [Path(folder, place) for place in PLACES]
-    found = [place for place in places if (place / "tokenizer.json").is_file()]
+    return PreTrainedTokenizerFast.from_pretrained(require_tokenizer(folder), local_files_only=True)
+
+
+def require_tokenizer(folder: str | Path) -> Path:
+    """Where the tokenizer of a checkpoint folder lies; a `RequestError` if it has none."""
+    found = [Path(folder, place) for place in PLACES if Path(folder, place, "tokenizer.json").is_file()]
     require(
         bool(found),
         f"{folder}: no tokenizer.json in it, in tokenizer/ or in google/umt5-xxl/; copy the tokenizer folder of a Wan2.1 checkpoint there",
     )
-    return PreTrainedTokenizerFast.from_pretrained(found[0], local_files_only=True)
+    return found[0]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ("configs", "omnitransfer_jax", "data_pipelines", "world", "evaluation", "launch", "benchmarks", "tests")  # from the bottom up
 FILE_LINES, FUNCTION_LINES = 500, 60
+ORACLES = ("torch", "torchvision", "diffusers", "peft", "safetensors.torch", "tests.parity")
 LONGER: dict[str, str] = {}  # "path" or "path:function" -> why it is longer
 
 
@@ -68,6 +69,16 @@ def cycle(graph: dict[str, list[Import]]) -> list[str]:
     return []
 
 
+def oracle_imports(path: str, tree: ast.Module) -> list[str]:
+    """Where a test outside tests/parity imports a PyTorch oracle: without PyTorch it is to be skipped, by pytest.importorskip."""
+    found = []
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        found += [f"{path}:{node.lineno} imports {name}" for name in names if any(f"{name}.".startswith(f"{each}.") for each in ORACLES)]
+    return found
+
+
 def lengths() -> Iterator[tuple[str, int, int]]:
     """Name, lines and limit of every file and function."""
     for path, tree in FILES.items():
@@ -94,6 +105,25 @@ def test_files_and_functions_are_short():
     long = {name: lines for name, lines, limit in lengths() if lines > limit}
     assert {name: lines for name, lines in long.items() if name not in LONGER} == {}
     assert set(LONGER) <= set(long), "shorter now: no exception is needed"
+
+
+def test_tests_without_pytorch_import_none():
+    tests = {path: tree for path, tree in FILES.items() if path.startswith("tests/") and not path.startswith("tests/parity/")}
+    assert [line for path, tree in tests.items() for line in oracle_imports(path, tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("import torch", True),
+        ("def f():\n    from safetensors.torch import save_file", True),
+        ("from tests.parity import bridge", True),
+        ("from safetensors.numpy import save_file\nimport torchless", False),
+        ("torch = pytest.importorskip('torch')", False),
+    ],
+)
+def test_an_import_of_pytorch_is_seen(source, seen):
+    assert bool(oracle_imports("a.py", ast.parse(source))) == seen
 
 
 @pytest.mark.parametrize(

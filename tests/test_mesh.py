@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from configs import stage1, wan
 from configs.errors import RequestError
-from configs.run import MeshConfig, RunConfig, SamplerConfig
+from configs.run import MeshConfig, ReferenceCache, RunConfig, SamplerConfig
 from omnitransfer_jax.mesh import DATA, make_mesh, replicated, specs, to_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.models.flat_params import abstract, with_params
@@ -70,10 +70,10 @@ def differences(objective: Objective, config: RunConfig, batch, cases=CASES) -> 
 SAMPLED = {"2x4": (2, 4), "1x8": (1, 8), "8x1": (8, 1)}  # data, context; 2 samples do not divide over 8 devices
 
 
-def sampled(data: int, context: int, cache: Literal["full", "none"]) -> Array:
+def sampled(data: int, context: int, cache: ReferenceCache, reach: Literal["all", "same_frame"] = "all") -> Array:
     """Latents of two samples with guidance and references of both families, denoised by a mesh."""
-    sampler = SamplerConfig(steps=3, guidance=4.0, reference_cache=cache)
-    config = replace(TINY, sampler=sampler, mesh=MeshConfig(data=data, context=context))
+    sampler = SamplerConfig(steps=3, guidance=4.0, reference_cache=cache, skip_unconditional=(0,) if reach == "same_frame" else ())
+    config = replace(TINY, dit=replace(TINY.dit, reach=reach), sampler=sampler, mesh=MeshConfig(data=data, context=context))
     params = drawn_params(omnitransfer.objective(config))
     dit = with_params(abstract(lambda rngs: WanDiT(config.dit, rngs=rngs)), {p.removeprefix("dit."): x for p, x in params.items()})
     batch = jax.tree.map(jnp.asarray, batch_of(1, 2))
@@ -81,7 +81,7 @@ def sampled(data: int, context: int, cache: Literal["full", "none"]) -> Array:
     reference = make_reference(batch.reference, batch.task, dit.grid(noise))
     negative = jnp.broadcast_to(jnp.asarray(EMPTY_TEXT), batch.text.shape)
     conditions = Conditions(batch.text, negative, batch.image, batch.condition, (reference,))
-    return denoise_on(make_mesh(config.mesh), config)(dit, conditions, noise)
+    return denoise_on(make_mesh(config.mesh), config)(lambda _: dit, conditions, noise)
 
 
 def sampling() -> dict[str, float]:
@@ -90,7 +90,9 @@ def sampling() -> dict[str, float]:
     for cache in ("full", "none"):
         single = sampled(1, 1, cache)
         found |= {f"{name} {cache}": relative_l2(sampled(*mesh, cache), single) for name, mesh in SAMPLED.items()}
-    return found
+    frames = sampled(1, 1, "full", "same_frame")
+    near = {cache: sampled(2, 4, cache, "same_frame") for cache in ("full", "activations")}
+    return found | {f"same frame, {cache}": relative_l2(latents, frames) for cache, latents in near.items()}
 
 
 def on_eight_devices(module: str) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def test_sharded_equals_single():
     report = on_eight_devices("tests.test_mesh")
     assert report["dead"] == []  # no gradient vanishes
     assert {name: (loss, gradient) for name, (loss, gradient) in report["cases"].items() if loss > 1e-6 or gradient > 1e-5} == {}
-    assert len(report["sampling"]) == 2 * len(SAMPLED)
+    assert len(report["sampling"]) == 2 * len(SAMPLED) + 2
     assert {name: error for name, error in report["sampling"].items() if error > 1e-5} == {}
 
 

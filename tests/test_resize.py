@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from omnitransfer_jax.resize import bicubic_resize
 from tests.compare import relative_l2
@@ -14,6 +13,7 @@ from tests.compare import relative_l2
     [((9, 7), (23, 30)), ((53, 37), (28, 28)), ((31, 64), (64, 31)), ((1, 2), (5, 3)), ((480, 832), (224, 224)), ((540, 961), (480, 832))],
 )
 def test_equals_torch(old, new):
+    torch = pytest.importorskip("torch")
     image = np.random.default_rng(0).standard_normal((2, *old, 3), np.float32)
     expected = torch.nn.functional.interpolate(torch.tensor(image).permute(0, 3, 1, 2), size=new, mode="bicubic", align_corners=False)
     assert relative_l2(bicubic_resize(jnp.asarray(image), *new), expected.permute(0, 2, 3, 1)) <= 1e-5

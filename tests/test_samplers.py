@@ -1,13 +1,15 @@
-"""Laws of the sampler's loop: scan and host loop agree, and what steering may and may not change."""
+"""Laws of the sampler's loop: scan and host loop agree, what steering may and may not change, and two experts share the steps."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import wan
+from configs.errors import RequestError
 from configs.run import SamplerConfig
 from omnitransfer_jax.flow import time_grid
-from omnitransfer_jax.samplers import sample
+from omnitransfer_jax.samplers import experts, sample
 from tests.compare import relative_l2
 
 NOISE = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 5, 16)), jnp.float32)
@@ -94,3 +96,45 @@ def test_a_host_loop_traces_the_network_once():
 
     sample(network, NOISE, SamplerConfig(steps=8), host_loop=True)
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@pytest.mark.parametrize(("host_loop", "steer"), [(False, None), (True, None), (False, pull)])
+def test_two_experts_are_one_network_that_switches(solver, host_loop, steer):
+    """The history, the step's number and the steering cross the border, as if one network looked at the timestep."""
+    config = SamplerConfig(solver=solver, steps=8, boundary=0.9)
+    assert [(part, len(steps)) for part, steps, _ in experts(config)] == [("dit", 2), ("dit_low_noise", 6)]
+
+    def other(x, timestep):
+        return 0.5 * velocity(-x, timestep)
+
+    def switching(x, timestep):
+        return jnp.where(timestep[:, None, None, None, None] >= 900, velocity(x, timestep), other(x, timestep))
+
+    steps = []
+    made = sample(velocity, NOISE, config, steps.append, low_noise=other, steer=steer, trajectory=True, host_loop=host_loop)
+    expected = sample(switching, NOISE, SamplerConfig(solver=solver, steps=8), steer=steer, trajectory=True)
+    assert relative_l2(made, expected) <= 1e-6
+    assert relative_l2(made, sample(velocity, NOISE, SamplerConfig(solver=solver, steps=8), steer=steer, trajectory=True)) > 1e-2
+    jax.effects_barrier()
+    assert steps == list(range(8))
+
+
+@pytest.mark.parametrize(("variant", "high", "low"), [("i2v_2_2_14b", (15, 3.5), (25, 3.5)), ("t2v_2_2_14b", (26, 4.0), (14, 3.0))])
+def test_the_published_boundaries(variant, high, low):
+    """Counted by hand in the timesteps of the original's scheduler: 902 and 892 around 900, 877 and 865 around 875."""
+    made = experts(wan.get_config(variant).sampler)
+    assert [(len(steps), guidance) for _, steps, guidance in made] == [high, low]
+    assert [steps.start for _, steps, _ in made] == [0, high[0]]
+
+
+@pytest.mark.parametrize(("boundary", "parts"), [(0.0, [4]), (0.899, [2, 2]), (0.8991, [1, 3]), (0.1, [4]), (0.9999, [4])])
+def test_a_timestep_at_the_boundary_is_at_high_noise(boundary, parts):
+    """The timesteps are 999, 899, 749, 499; an expert without a step is left out."""
+    assert [len(steps) for _, steps, _ in experts(SamplerConfig(steps=4, boundary=boundary))] == parts
+
+
+def test_a_second_expert_needs_a_boundary():
+    for config, low in ((SamplerConfig(), velocity), (SamplerConfig(boundary=0.9), None)):
+        with pytest.raises(RequestError, match=r"sampler\.boundary=.*: above 0 with two experts, else 0"):
+            sample(velocity, NOISE, config, low_noise=low)

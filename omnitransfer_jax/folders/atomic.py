@@ -71,7 +71,7 @@ def read_json(path: epath.PathLike, remedy: str, *keys: str) -> dict[str, Any]:
     return content
 
 
-def sha256(path: Path) -> str:
+def sha256(path: epath.PathLike) -> str:
     """The SHA-256 digest of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from configs.errors import RequestError
-from omnitransfer_jax.folders import atomic, model_folder
+from omnitransfer_jax.folders import atomic, checksums, model_folder
 
 DIGESTS_FILE = "digests.json"
 LENGTH = 32  # hexadecimal digits of SHA-256 that are kept
@@ -39,7 +39,7 @@ class Digest:
         return item
 
     def value(self) -> str:
-        return _of(self.leaves.items())
+        return of_pairs(self.leaves.items())
 
 
 def of_part(folder: epath.PathLike, name: str) -> str:
@@ -64,7 +64,8 @@ def keep(folder: epath.PathLike, name: str, digest: Digest) -> None:
 
 def of_files(folder: Path) -> str:
     """The digest of the files of a vocabulary."""
-    return _of((path.name, atomic.sha256(path)) for path in folder.iterdir() if path.is_file())
+    paths = [path for path in folder.iterdir() if path.is_file() and not checksums.NAME.fullmatch(path.name)]
+    return of_pairs((path.name, atomic.sha256(path)) for path in paths)
 
 
 def of_model(folder: epath.PathLike, parts: Collection[str], vocabularies: Collection[str]) -> dict[str, str]:
@@ -72,6 +73,11 @@ def of_model(folder: epath.PathLike, parts: Collection[str], vocabularies: Colle
     stored = model_folder.read_model(folder)
     found = {name: of_part(folder, name) for name in parts if name in stored}
     return found | {name: of_files(Path(folder, name)) for name in vocabularies if Path(folder, name).is_dir()}
+
+
+def of_pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    """A digest of pairs of texts in any order."""
+    return hashlib.sha256(json.dumps(sorted(pairs)).encode()).hexdigest()[:LENGTH]
 
 
 def _kept(folder: epath.PathLike) -> dict[str, Any]:
@@ -86,14 +92,9 @@ def _stamp(folder: epath.PathLike, name: str) -> str:
     """What changes if the files of a part are replaced: their names, sizes and times."""
     root = epath.Path(folder) / name
     stats = [(path, path.stat()) for path in (_files(root) if root.is_dir() else ())]
-    return _of((str(path.relative_to(root)), f"{stat.length} {stat.mtime}") for path, stat in stats)
+    return of_pairs((str(path.relative_to(root)), f"{stat.length} {stat.mtime}") for path, stat in stats)
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         yield from _files(path) if path.is_dir() else [path]
-
-
-def _of(pairs: Iterable[tuple[str, str]]) -> str:
-    """A digest of pairs of texts in any order."""
-    return hashlib.sha256(json.dumps(sorted(pairs)).encode()).hexdigest()[:LENGTH]

@@ -2,11 +2,14 @@
 
     DIR/model.json              format version and the configuration of each part
     DIR/{dit,vae,text,image,mllm}/   parameters by path, as `flat_params` names them
+    DIR/dit_low_noise/          the second expert of Wan2.2; dit/ is then the high-noise expert
     DIR/tokenizer/              the text encoder's vocabulary, as transformers stores it
     DIR/mllm_tokenizer/         the language model's
 
+Each of these folders holds checksums of its files, which are compared before anything is loaded from it (checksums.py).
 Parts are read and written a group of leaves at a time, so that memory never holds a part twice. A small part may be one file,
-DIR/dit.safetensors, with the same names of parameters. Such are the parts of the model folder inside this package, named `EMBEDDED`.
+DIR/dit.safetensors, with the same names of parameters. Such are the parts of the model folder inside this package, named `EMBEDDED`;
+its checksums are in DIR itself.
 """
 
 import json
@@ -21,10 +24,14 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from configs import kinds
+from configs import kinds, named
+from configs.base import DiTConfig
 from configs.errors import RequestError, require
 from configs.run import Config
-from omnitransfer_jax.folders import atomic
+from omnitransfer_jax.folders import atomic, checksums
+from omnitransfer_jax.folders.finite import require_finite
+from omnitransfer_jax.folders.processes import first_text
+from omnitransfer_jax.folders.typed import require_type
 from omnitransfer_jax.weights import files
 
 EMBEDDED = "embedded"  # stands for the model folder inside this package, wherever that is installed
@@ -34,12 +41,19 @@ MODEL_FILE = "model.json"
 GROUP_BYTES = 2**28  # leaves are written and read in groups of about this size
 CHUNK_BYTES = 2**26  # a process reads every chunk that its shard of an array touches, so chunks are small
 Item = TypeVar("Item")
+LOW_NOISE = "dit_low_noise"
 IMPORT = "python -m launch.import_weights --source=DIR --out=DIR"
+AGAIN = f"import again: {IMPORT}"
 
 
 def resolve(folder: str) -> str:
     """`folder`, or the package's own for `EMBEDDED`."""
     return str(EMBEDDED_FOLDER) if folder == EMBEDDED else folder
+
+
+def exists(folder: str) -> bool:
+    """Whether `folder` is a model folder, imported or that of the package."""
+    return bool(folder) and (epath.Path(resolve(folder)) / MODEL_FILE).exists()
 
 
 def save_file(folder: Path, name: str, leaves: Mapping[str, np.ndarray]) -> Path:
@@ -61,6 +75,7 @@ def save_part(folder: epath.PathLike, name: str, leaves: Iterable[tuple[str, Any
             ocp.partial.save(path, dict(group))
             group.clear()
         ocp.partial.finalize(path)
+    checksums.write(path)
 
 
 def load_part(
@@ -69,12 +84,15 @@ def load_part(
     params: Mapping[str, Any],
     sharding: jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = None,
+    together: bool = False,
 ) -> dict[str, jax.Array]:
     """Part `name` as arrays by path, for a model whose leaves have the shapes of `params`.
 
     `sharding` is one sharding for all leaves or one for each path; None puts everything on the first device. `dtype` None keeps the
-    stored types. A part whose leaves have other names or shapes is a `RequestError`.
+    stored types. A part whose leaves have other names or shapes is a `RequestError`, and so are a damaged one and one with numbers that
+    are not finite. Processes that load it `together`, all at the same time, share the comparison with the checksums.
     """
+    require_whole(folder, name, together)
     stored = part_leaves(folder, name)
     misshaped = [path for path in stored if path in params and stored[path].shape != params[path].shape]
     problems = [
@@ -91,14 +109,33 @@ def load_part(
     if not isinstance(sharding, Mapping):
         sharding = dict.fromkeys(stored, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     targets = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path]) for path, leaf in stored.items()}
-    return dict(_read(folder, name, targets))
+    leaves = dict(_read(folder, name, targets))
+    require_finite(leaves, str(epath.Path(folder) / name), AGAIN)
+    return leaves
 
 
 def read_part(folder: epath.PathLike, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`."""
+    """Part `name` leaf by leaf, as pairs of path and array in host memory, in the order of `part_leaves`; refused as by `load_part`."""
+    require_whole(folder, name)
     # For a numpy target Orbax returns a numpy array. It reads only the target's dtype and shape, so the targets take no memory.
     leaves = part_leaves(folder, name).items()
-    return _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves})
+    for path, leaf in _read(folder, name, {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in leaves}):
+        require_finite({path: leaf}, str(epath.Path(folder) / name), AGAIN)
+        yield path, leaf
+        del leaf  # the next one may be as large
+
+
+def require_whole(folder: epath.PathLike, name: str, together: bool = False) -> None:
+    """A `RequestError` if a file of part or vocabulary `name` differs from its checksum; a line is printed if there are none."""
+    root, file, within = epath.Path(folder) / name, _file(folder, name), ()
+    if not (root / checksums.OF_ONE).exists():  # they are those of the whole folder, or there are none
+        root, within = epath.Path(folder), (name, file.name)
+    share = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    reason = checksums.mismatch(root, within, *share)
+    reason = first_text(reason) if together else reason
+    require(not reason, f"{root}: damaged, {reason}; restore it from a copy, or remove {name} and import again: {IMPORT}")
+    if not checksums.known(root, within) and (file.is_file() or (epath.Path(folder) / name).exists()):
+        checksums.print_once(f"{folder}: written by an earlier version, without checksums; its values are not compared")
 
 
 def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -106,6 +143,9 @@ def part_leaves(folder: epath.PathLike, name: str) -> dict[str, jax.ShapeDtypeSt
     path = epath.Path(folder).absolute() / name
     if (file := _file(folder, name)).is_file():
         tensors = files.inspect([file])
+        wrong = [f"{key} is {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in files.DTYPES]
+        wrong += [f"{key} is cut off" for key, tensor in tensors.items() if tensor.truncated]
+        require(not wrong, f"{file}: {', '.join(wrong[:6])}; restore it from a copy, or {AGAIN}")
         return {key: jax.ShapeDtypeStruct(tensor.shape, files.DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
     if not path.exists():
         raise RequestError(f"{path}: this checkpoint has no {name}; import one: {IMPORT}")
@@ -127,12 +167,12 @@ def read_model(folder: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(folder) / MODEL_FILE
     if not path.exists():
         raise RequestError(f"{folder}: no checkpoint, {MODEL_FILE} is absent; make one: {IMPORT}")
-    content = atomic.read_json(path, f"import again: {IMPORT}", "parts")
+    content = atomic.read_json(path, AGAIN, "parts")
     if content.get("format") != FORMAT:
         raise RequestError(f"{path}: format {content.get('format')}, this version reads {FORMAT}; import again: {IMPORT}")
-    types, parts = get_type_hints(Config), {}
+    types, parts = get_type_hints(Config) | {LOW_NOISE: DiTConfig}, {}
     for name, values in content["parts"].items():
-        require(name in types, f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
+        require(is_dataclass(types.get(name)), f"{path}: part {name} is unknown to this version; import again: {IMPORT}")
         parts[name] = configuration(types[name], values, f"{path}: {name}")
     return parts
 
@@ -144,12 +184,12 @@ def require_model(folder: epath.PathLike, config: Config, of: Collection[kinds.K
         for field, value, found in kinds.differences(part, getattr(config, name), of):
             raise RequestError(
                 f"{folder}: made with {name}.{field}={value!r}, the configuration has {found!r}; "
-                f"give the --config it was made for, or --{name}.{field}={value!r}"
+                f"give the --config it was made for, or --{name}.{field}={value!r}{named.fitting(stored, of)}"
             )
     return tuple(stored)
 
 
-def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {IMPORT}") -> Any:
+def configuration(of: Any, values: Any, at: str, remedy: str = AGAIN) -> Any:
     """A configuration of type `of` from JSON; `at` and `remedy` begin and end the message about fields that it does not have."""
     require(isinstance(values, Mapping), f"{at}: {str(values)[:60]} is no {of.__name__}; {remedy}")
     unknown = sorted(set(values) - {field.name for field in fields(of)})
@@ -157,8 +197,9 @@ def configuration(of: Any, values: Any, at: str, remedy: str = f"import again: {
     hints, found = get_type_hints(of), {}
     for name, value in values.items():
         if is_dataclass(hints[name]):
-            found[name] = configuration(hints[name], value, at, remedy)
+            found[name] = configuration(hints[name], value, f"{at}: {name}", remedy)
         else:
+            require_type(value, hints[name], f"{at}: {name}", f"; {remedy}")
             found[name] = tuple(value) if isinstance(value, list) else value
     return of(**found)
 

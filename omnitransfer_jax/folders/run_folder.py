@@ -1,47 +1,43 @@
 """The folder of a training run: its configuration, and checkpoints that it, another run and sampling start from.
 
-    WORKDIR/config.json          which training wrote it, the digest of its data, and the whole configuration
-    WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped) and data
+    WORKDIR/config.json          which training wrote it, digests of its data and of the weights it started from, the whole configuration
+    WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped), data, and checksums
 
 Frozen parameters of imported weights need not be in it (`Objective.stored`).
 
-A checkpoint is whole or absent: Orbax writes it under another name first. `data` is the number of batches read, the same for all
-processes, so a run may go on with another number of processes.
+A checkpoint is whole or absent: Orbax writes it under another name first, and checksums of its files follow (checksums.py). `data` is the
+number of batches read, the same for all processes, so a run may go on with another number of processes.
 """
 
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
 from itertools import count
+from types import TracebackType
 from typing import Any, TypeVar
 
 import grain
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from configs import kinds
+from configs import kinds, named
 from configs.errors import RequestError, require
 from configs.run import CheckpointConfig, Config, RunConfig
-from omnitransfer_jax.folders import atomic, model_folder
-from omnitransfer_jax.folders.whole import damage
+from omnitransfer_jax.folders import atomic, checksums, fingerprint, model_folder
+from omnitransfer_jax.folders.finite import require_finite
+from omnitransfer_jax.folders.processes import first_text, wait_for_all
+from omnitransfer_jax.folders.typed import require_type
+from omnitransfer_jax.folders.whole import METADATA, damage
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
-DATA_DIGEST = "data_digest"  # in config.json, beside the fields of the configuration
-NETWORKS = (
-    "dit",
-    "vae",
-    "text",
-    "image",
-    "motion",
-    "mllm",
-    "lora",
-    "alignment",
-)  # fields of `Config`; the last three belong to the alignment
+DATA_DIGEST, ORIGIN_DIGEST = "data_digest", "origin_digest"  # in config.json, beside the fields of the configuration
+REMEDY = "restore it from a copy, or give another folder"
+# Fields of `Config` and its kinds; the last three belong to the alignment.
+NETWORKS = ("dit", "vae", "text", "image", "motion", "mllm", "lora", "alignment")
 PARAMETERS = ("trainable", "frozen", "ema")
 # The name of a training: what it trains, and the configurations that name it.
 TRAININGS = {
@@ -56,36 +52,69 @@ Run = TypeVar("Run", bound=RunConfig)
 State = TypeVar("State", bound=tuple)  # a NamedTuple like `train.step.TrainState`
 
 
-def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> ocp.training.Checkpointer:
+class Checkpoints:
+    """The checkpoints of a run that writes them; a thread adds the checksums of each when it is complete."""
+
+    def __init__(self, folder: epath.Path, keep: int):
+        latest: Any = ocp.training.preservation_policies.LatestN(keep)
+        self.orbax = ocp.training.Checkpointer(folder, preservation_policy=latest, cleanup_tmp_directories=True)
+        self.thread, self.pending = ThreadPoolExecutor(1), Future()
+        self.pending.set_result(None)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.orbax.close()
+            self.pending.result()
+        finally:
+            self.thread.shutdown()
+
+    @property
+    def latest(self) -> int:
+        """The step of the newest checkpoint, 0 if there is none."""
+        return self.orbax.latest.step if self.orbax.latest else 0
+
+    def save(self, step: int, items: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint; when it returns, the items may change again."""
+        self.pending.result()  # of the checkpoint before, which Orbax may now remove
+        saving = self.orbax.save_checkpointables_async(step, dict(items), force=True)
+
+        def add_checksums() -> None:
+            if saving and saving.result():
+                checksums.write(self.orbax.directory / str(step), jax.process_index(), jax.process_count())
+
+        self.pending = self.thread.submit(add_checksums)
+
+
+def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> Checkpoints:
     """The run's checkpoints, without what interrupted saves left behind. Closing it waits for a save that is still being written.
 
     Damaged ones that are newer than the newest whole one get another name, so that the run goes on from that.
     """
     newest, damaged = _newest_whole(workdir)
     _require_one(newest, damaged)
-    _wait_for_all("looked for damaged checkpoints")
+    if newest:
+        _say_if_unverified(newest)
+    wait_for_all("looked for damaged checkpoints")
     for folder, reason in damaged.items() if jax.process_index() == 0 else ():
         aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.damaged{n}")).exists())
         folder.rename(aside)
         print(f"{folder}: damaged, {reason}; it is {aside.name} now", flush=True)
-    _wait_for_all("renamed damaged checkpoints")
-    latest: Any = ocp.training.preservation_policies.LatestN(config.keep)
-    return ocp.training.Checkpointer(
-        epath.Path(workdir).absolute() / CHECKPOINTS,
-        preservation_policy=latest,
-        cleanup_tmp_directories=True,
-    )
+    wait_for_all("renamed damaged checkpoints")
+    return Checkpoints(epath.Path(workdir).absolute() / CHECKPOINTS, config.keep)
 
 
-def save(checkpoints: ocp.training.Checkpointer, step: int, state: tuple, data: grain.DatasetIterator) -> None:
+def save(checkpoints: Checkpoints, step: int, state: tuple, data: grain.DatasetIterator) -> None:
     """Starts to write the state and the position in the data; when it returns, both may change again."""
-    checkpoints.save_checkpointables_async(step, _items(state) | {"data": data.get_state()}, force=True)
+    checkpoints.save(step, _items(state) | {"data": data.get_state()})
 
 
-def restore(checkpoints: ocp.training.Checkpointer, like: State, data: grain.DatasetIterator) -> State:
+def restore(checkpoints: Checkpoints, like: State, data: grain.DatasetIterator) -> State:
     """The latest state, with the shapes and shardings of `like`; `data` goes on behind the last batch that was read."""
-    with _readable(latest(checkpoints.directory.parent)):
-        items = checkpoints.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data.get_state()})
+    with _readable(checkpoints.orbax.directory / str(checkpoints.latest)):
+        items = checkpoints.orbax.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data.get_state()})
     data.set_state(items["data"])
     fields: Any = like
     rest = [name for name in fields._fields if name not in PARAMETERS]
@@ -102,26 +131,27 @@ def load_params(
     """Those of `params` that the run's latest checkpoint has, or `only` some paths; their averages if the run keeps averages.
 
     `sharding` and `dtype` are as for `model_folder.load_part`. A part (`dit`, `alignment`) whose parameters have other names or shapes
-    is a `RequestError`. Frozen parameters are stored in the narrow dtype of the computation; if the run before, which trained them, is
-    still there, they are read from it.
+    is a `RequestError`, and so are numbers that are not finite. Frozen parameters are stored in the narrow dtype of the computation; if
+    the run before, which trained them, is still there and has not gone on since, they are read from it.
     """
     folder, found = latest(workdir), {}
-    names = [path.name for path in folder.iterdir()]
-    for name in ("frozen", "ema" if "ema" in names else "trainable"):
-        if name in names:
-            found |= {path: (name, leaf) for path, leaf in ocp.metadata(folder, checkpointable_name=name).metadata.items()}
+    for name in _weights(folder):
+        found |= {path: (name, leaf) for path, leaf in ocp.metadata(folder, checkpointable_name=name).metadata.items()}
     _require_same_shapes(folder, params, {path: leaf for path, (_, leaf) in found.items()})
     if not isinstance(sharding, Mapping):
         sharding = dict.fromkeys(found, sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     wanted = {path for path in params if path in found and (only is None or path in only)}
     before, frozen = _origin(workdir), {path for path in wanted if found[path][0] == "frozen"}
-    loaded = load_params(before, params, sharding, dtype, frozen) if is_run(before) and frozen else {}
+    recorded = digests(workdir)[ORIGIN_DIGEST]
+    same = is_run(before) and (not recorded or recorded == origin_digest(before, ()))
+    loaded = load_params(before, params, sharding, dtype, frozen) if same and frozen else {}
     for path in sorted(wanted - loaded.keys()):  # one by one, because Orbax takes twice the memory of what it reads at once
         name, leaf = found[path]
         target = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding[path])
         others = dict.fromkeys((p for p, (part, _) in found.items() if part == name), ocp.PLACEHOLDER)
         with _readable(folder):
             loaded[path] = ocp.load(folder, others | {path: target}, checkpointable_name=name)[path]
+    require_finite(loaded, str(folder), "move it elsewhere, and the checkpoint before it is taken")
     return loaded
 
 
@@ -141,21 +171,46 @@ def require_same_function(folder: str, config: Config) -> None:
     if is_run(folder):
         _require_same(folder, config, ("model", "method", "data"))
     if imported := imported_weights(folder):
-        model_folder.require_model(imported, config, ("model",) if is_run(folder) else ("model", "method"))
+        parts = model_folder.require_model(imported, config, ("model",) if is_run(folder) else ("model", "method"))
+        _require_experts(folder, config, [] if is_run(folder) else parts)
+
+
+def _require_experts(folder: str, config: Config, imported: Collection[str]) -> None:
+    """A `RequestError` unless `config` has a boundary for two experts, and none for the one network of a run or of other weights."""
+    boundary, experts = config.sampler.boundary, {"dit": "high-noise", model_folder.LOW_NOISE: "low-noise"}
+    absent = [name for part, name in experts.items() if part not in imported]
+    given, one = f"--sampler.boundary={boundary:g}", "--sampler.boundary=0 --sampler.low_noise_guidance=None"
+    require(not (boundary and is_run(folder)), f"{given}: {folder} is a run, which has one network; give {one}")
+    require(
+        not boundary or len(absent) != 1,
+        f"{given}: {folder} has no {' and no '.join(absent)} expert; import it too, or give {one} for one network",
+    )
+    require(
+        boundary > 0 or bool(absent),
+        f"{given}: {folder} has two experts (Wan2.2), and one would run at all noise levels; give a configuration such as "
+        "wan:i2v_2_2_14b, or --sampler.boundary=0.9",
+    )
 
 
 def _require_same(workdir: epath.PathLike, config: RunConfig, of: Collection[kinds.Kind], except_for: Collection[str] = ()) -> None:
     """A `RequestError` for the first field of the networks, of these kinds, in which `config` differs from the run."""
     stored = read_config(workdir, type(config))
+    for name, value, now in _other_networks(stored, config, of):
+        if name not in except_for:
+            fits = [each for each, known in named.variants(type(config)).items() if not any(_other_networks(stored, known, of))]
+            raise RequestError(
+                f"--{name}={now!r}: the run in {workdir} has {value!r}; give its --config, or --{name}={value!r}{named.fit(fits)}"
+            )
+
+
+def _other_networks(stored: RunConfig, config: RunConfig, of: Collection[kinds.Kind]) -> Iterator[tuple[str, Any, Any]]:
+    """The fields of these kinds in which two configurations differ; of those of a whole model, the fields of networks that both use."""
     for name, value, now in kinds.differences(stored, config, of):
         if isinstance(stored, Config) and isinstance(config, Config):
             part, aligned = name.partition(".")[0], stored.alignment.enabled and config.alignment.enabled
             if part not in NETWORKS[: None if aligned else -3] and name != "alignment.enabled":
                 continue
-        require(
-            name in except_for,
-            f"--{name}={now!r}: the run in {workdir} has {value!r}; give its --config, or --{name}={value!r}",
-        )
+        yield name, value, now
 
 
 def training_of(workdir: epath.PathLike) -> str:
@@ -163,24 +218,51 @@ def training_of(workdir: epath.PathLike) -> str:
     return _content(workdir)["training"]
 
 
-def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: str = "") -> None:
-    """A `RequestError` for the first field that makes `config` another run than the one in `workdir`, or for other data.
+def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: str = "", origin: str = "") -> None:
+    """A `RequestError` for the first field that makes `config` another run than the one in `workdir`, or for other data or weights.
 
-    The data may lie elsewhere by now if both digests are known; runs of earlier versions have none.
+    Data, and the weights the run started from, may lie elsewhere by now if their digests are known, then and now; runs of earlier
+    versions have none. `origin` is the `origin_digest` of train.init_from.
     """
-    before, digest = read_config(workdir, type(config)), _content(workdir).get(DATA_DIGEST, "")
-    known = bool(digest and data_digest)
-    require(
-        not known or digest == data_digest,
-        f"{workdir}: was started with other records than --data.path has now, or another clip, caption or model; give those, or another "
-        "--workdir",
-    )
-    changed = [each for each in kinds.differences(before, config, kinds.FIXED) if each[0] != "data.path" or not known]
+    before, moved = read_config(workdir, type(config)), set()
+    records = "other records than --data.path has now"
+    if config.training in ON_A_MODEL:
+        records = "another clip, caption or model than --reference, --prompt and --train.init_from have now"
+    for name, what, digest, now in (
+        ("data.path", records, digests(workdir)[DATA_DIGEST], data_digest),
+        ("train.init_from", "other weights than --train.init_from has now", digests(workdir)[ORIGIN_DIGEST], origin),
+    ):
+        moved |= {name} if digest and now else set()
+        require(name not in moved or digest == now, f"{workdir}: was started with {what}; give those, or another --workdir")
+    changed = [each for each in kinds.differences(before, config, kinds.FIXED) if each[0] not in moved]
     if config.optimizer.schedule == "cosine":  # the rate falls to 0 at the last step, so all rates depend on their number
         steps = kinds.differences(before.train, config.train, ("run",), "train.")
         changed += [each for each in steps if each[0] == "train.steps"]
     for name, value, now in changed:
         raise RequestError(f"--{name}={now!r}: the run in {workdir} was started with {value!r}; give that, or another --workdir")
+
+
+def digests(workdir: epath.PathLike) -> dict[str, str]:
+    """The digests that config.json keeps of the data and of the weights that the run started from; empty texts if it keeps none."""
+    content = _content(workdir)
+    return {name: content.get(name, "") for name in (DATA_DIGEST, ORIGIN_DIGEST)}
+
+
+def origin_digest(folder: str, parts: Collection[str], recorded: str = "") -> str:
+    """What the weights that a run starts from are known by, wherever `folder` lies: `parts` of a model folder, or a run's checkpoint.
+
+    Of a run, which may have gone on since, it is the step and the checksums of the newest checkpoint, or of the one in `recorded`, an
+    earlier result. Empty if the checkpoint is gone or has no checksums, and for random weights.
+    """
+    if is_run(folder):
+        step = recorded.partition(":")[0] or latest(folder).name
+        at = epath.Path(folder) / CHECKPOINTS / step
+        known = checksums.known(at, _weights(at)) if at.exists() else {}
+        return f"{step}:{fingerprint.of_pairs(known.items())}" if known else ""
+    if not model_folder.exists(folder):
+        return ""
+    found = fingerprint.of_model(model_folder.resolve(folder), parts, ()) if jax.process_index() == 0 else {}
+    return first_text(fingerprint.of_pairs(found.items()) if found else "")
 
 
 def is_run(folder: str) -> bool:
@@ -202,13 +284,14 @@ def imported_weights(folder: str, of: type[RunConfig] = Config) -> str:
 
 
 def latest(workdir: epath.PathLike) -> epath.Path:
-    """The folder of the newest whole checkpoint; a line is printed for each newer one that is damaged."""
-    newest, damaged = _newest_whole(workdir)
+    """The folder of the newest checkpoint whose weights are whole; a line is printed for each newer one that is damaged."""
+    newest, damaged = _newest_whole(workdir, weights=True)
     _require_one(newest, damaged)
     if newest is None:
         raise RequestError(f"{workdir}: this run has no checkpoint yet; wait for its first, or start from what it started from")
     for folder, reason in damaged.items():
-        _print_once(f"{folder}: damaged, {reason}; checkpoint {newest.name} is taken")
+        checksums.print_once(f"{folder}: damaged, {reason}; checkpoint {newest.name} is taken")
+    _say_if_unverified(newest)
     return newest
 
 
@@ -218,33 +301,37 @@ def steps_done(workdir: epath.PathLike) -> int:
     return 0 if newest is None else int(newest.name)
 
 
-def _newest_whole(workdir: epath.PathLike) -> tuple[epath.Path | None, dict[epath.Path, str]]:
-    """The newest whole checkpoint, None if there is none, and by newer ones what is wrong with them."""
-    root, damaged = epath.Path(workdir).absolute() / CHECKPOINTS, {}
+def _newest_whole(workdir: epath.PathLike, weights: bool = False) -> tuple[epath.Path | None, dict[epath.Path, str]]:
+    """The newest whole checkpoint, None if there is none, and by newer ones what is wrong with them.
+
+    All processes of a run look together. With `weights` the values of other items than those that sampling reads are not compared.
+    """
+    root, damaged, share = epath.Path(workdir).absolute() / CHECKPOINTS, {}, (jax.process_index(), jax.process_count())
     steps = [found.step for found in ocp.path.step.standard_name_format().find_all(root)] if root.exists() else []
     for step in sorted(steps, reverse=True):
         folder = root / str(step)
-        if not (reason := damage(folder)):
+        within = (METADATA, *_weights(folder)) if weights else ()
+        if not (reason := first_text(damage(folder) or checksums.mismatch(folder, within, *share))):
             return folder, damaged
         damaged[folder] = reason
     return None, damaged
+
+
+def _weights(folder: epath.Path) -> list[str]:
+    """The items of a checkpoint that its weights are read from: averages instead of what trains, if there are averages."""
+    names = {path.name for path in folder.iterdir()}
+    return [name for name in ("frozen", "ema" if "ema" in names else "trainable") if name in names]
+
+
+def _say_if_unverified(folder: epath.Path) -> None:
+    if not checksums.known(folder):
+        checksums.print_once(f"{folder}: has no checksums, as an earlier version or a killed run leaves it; its values are not compared")
 
 
 def _require_one(newest: epath.Path | None, damaged: Mapping[epath.Path, str]) -> None:
     """A `RequestError` if all checkpoints that there are are damaged."""
     found = "; ".join(f"{folder}: damaged, {reason}" for folder, reason in damaged.items())
     require(newest is not None or not damaged, f"{found}; no other checkpoint is whole: restore it from a copy, or remove it")
-
-
-def _wait_for_all(done: str) -> None:
-    """Returns when all processes have `done` it."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(done)
-
-
-@cache
-def _print_once(line: str) -> None:
-    print(line, flush=True)
 
 
 @contextmanager
@@ -259,9 +346,10 @@ def _readable(folder: epath.PathLike) -> Iterator[None]:
         raise RequestError(f"{folder}: cannot be read ({reason}); move it elsewhere, and the checkpoint before it is taken") from None
 
 
-def write_config(workdir: epath.PathLike, config: RunConfig, data_digest: str = "") -> None:
-    """Writes the configuration, the name of its training, and the digest of its data if it has one; the first process does."""
-    content = {"training": config.training} | ({DATA_DIGEST: data_digest} if data_digest else {}) | asdict(config)
+def write_config(workdir: epath.PathLike, config: RunConfig, data_digest: str = "", origin: str = "") -> None:
+    """Writes the configuration, the name of its training, and the digests of its data and origin that there are; the first process does."""
+    known = {name: digest for name, digest in ((DATA_DIGEST, data_digest), (ORIGIN_DIGEST, origin)) if digest}
+    content = {"training": config.training} | known | asdict(config)
     if jax.process_index() == 0:
         atomic.write_whole(epath.Path(workdir) / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
@@ -270,7 +358,8 @@ def read_config(workdir: epath.PathLike, of: type[Run] = Config) -> Run:
     """The configuration that a run was started with; a run of another training than `of.training` is a `RequestError`."""
     content = _content(workdir)
     _require_training(workdir, content.pop("training"), of)
-    content.pop(DATA_DIGEST, None)
+    for name in (DATA_DIGEST, ORIGIN_DIGEST):
+        content.pop(name, None)
     return model_folder.configuration(of, content, str(epath.Path(workdir) / CONFIG_FILE), "use the one that wrote it")
 
 
@@ -278,13 +367,18 @@ def _content(workdir: epath.PathLike) -> dict[str, Any]:
     """config.json as it is. Earlier versions wrote no name of the training; it follows from the fields."""
     path = epath.Path(workdir) / CONFIG_FILE
     require(path.exists(), f"{workdir}: no training run, {CONFIG_FILE} is absent; give another folder")
-    content = atomic.read_json(path, "restore it from a copy, or give another folder")
+    content = atomic.read_json(path, REMEDY)
+    for name in ("training", DATA_DIGEST, ORIGIN_DIGEST):
+        require_type(content.get(name, ""), str, f"{path}: {name}", f"; {REMEDY}")
     return {"training": "transfer" if "dit" in content else "mllm" if "model" in content else "vae"} | content
 
 
 def _origin(workdir: epath.PathLike) -> str:
     """The folder that the run started from; empty if from random weights."""
-    return _content(workdir).get("train", {}).get("init_from", "")
+    train = _content(workdir).get("train", {})
+    origin = train.get("init_from", "") if isinstance(train, dict) else None
+    require_type(origin, str, f"{epath.Path(workdir) / CONFIG_FILE}: train.init_from", f"; {REMEDY}")
+    return origin or ""
 
 
 def _require_training(workdir: epath.PathLike, found: str, wanted: type[RunConfig]) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from configs.run import Config
 from omnitransfer_jax.batch import Batch, batch_spec
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
+from omnitransfer_jax.load_models import EXPERTS
 from omnitransfer_jax.mesh import Shard
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer, make_reference
@@ -49,7 +50,7 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
         stack="dit.blocks.",
         frozen_dtype=config.dit.dtype,
         models=config,
-        imported={"dit.": "dit", "alignment.mllm.": "mllm"},
+        imported={"dit.": EXPERTS[config.train.expert or "high_noise"], "alignment.mllm.": "mllm"},
         flops=flops.train_step(config),
     )
 
@@ -82,7 +83,7 @@ def loss(
         assert batch.mllm_inputs is not None  # records of a configuration with alignment have them
         context, empty = model.alignment(batch.mllm_inputs, batch.task), jnp.zeros((1, 1, 1))
     context = jnp.where(drawn.drop_text[:, None, None] > 0, empty, context)
-    reference = make_reference(batch.reference, batch.task, model.dit.grid(x), by=config.dit.offsets)
+    reference = make_reference(batch.reference, batch.task, model.dit.grid(x), by=config.dit.offsets, flag=config.dit.reference_flag)
     velocity = model.dit(
         jnp.concatenate([x, batch.condition], axis=-1),
         TIMESTEPS * drawn.time,

@@ -8,8 +8,10 @@ A strategy takes the queries, keys and values of all streams of a layer:
     cached     the target attends to itself and to the keys and values of references that were computed before
     recording  each reference attends to itself, and the layer returns their keys and values, for `cached`
 
-One-directional attention needs no mask: it is the two calls of `split`. `gathered` makes any strategy work on tokens that are divided
-over devices. Kernels of softmax attention, whose memory grows with the sequence and not with its square:
+One-directional attention needs no mask: it is the two calls of `split`. With a `Reach` the target reads of a reference the frame at its
+own time alone, without a mask too: one call over the target, one over each reference batched over frames, merged by their log-sum-exp.
+`gathered` makes any strategy work on tokens that are divided over devices. Kernels of softmax attention, whose memory grows with the
+sequence and not with its square:
 
     chunked   any backend: 256 queries of one head at a time against all keys, scores recomputed in the backward pass
     cudnn     GPU: cuDNN's fused kernel, bf16 or f16
@@ -24,9 +26,10 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from omnitransfer_jax.mesh import Shard
 
@@ -61,11 +64,37 @@ class QKV(NamedTuple):
     q: Float[Array, "B L N K"]
     k: Float[Array, "B S N K"]
     v: Float[Array, "B S N K"]
+    x: Float[Array, "B S D"]
+    """What they were projected from."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["later"], meta_fields=["tokens"])
+@dataclass(frozen=True)
+class Frames:
+    """The frames of one reference: frame f is at the time f + `later`."""
+
+    tokens: int
+    """Tokens of one frame."""
+    later: Int[Array, " b"]
+    """The reference's offset in time, in frames."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which frame of each reference a frame of the target reads: the one at the same time, or none if there is none."""
+
+    tokens: int
+    """Tokens of one frame of the target."""
+    references: tuple[Frames, ...]
+    start: Any = 0
+    """The first of the target's tokens that this device has."""
 
 
 KeysValues = tuple[Array, Array]  # "B S N K" each
-Attend = Callable[[Streams[QKV], KeysValues | None], tuple[Streams[Array], KeysValues | None]]
-"""attend(qkv of all streams, this layer's cached keys and values) -> (outputs "B L N K", keys and values to cache)."""
+Kept = tuple[tuple[Array, ...], ...]
+"""What one layer keeps of each reference: keys and values, or the activations "B S D" that they are projected from."""
+Attend = Callable[[Streams[QKV], Sequence[KeysValues] | None], tuple[Streams[Array], Kept | None]]
+"""attend(qkv of all streams, the references' cached keys and values of this layer) -> (outputs "B L N K", what to cache)."""
 
 
 def self_attention(qkv: QKV, kernel: Kind) -> Float[Array, "B L N K"]:
@@ -73,48 +102,102 @@ def self_attention(qkv: QKV, kernel: Kind) -> Float[Array, "B L N K"]:
     return attention(qkv.q, qkv.k, qkv.v, kernel)
 
 
-def plain(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], None]:
+def plain(streams: Streams[QKV], cache: Sequence[KeysValues] | None, kernel: Kind) -> tuple[Streams[Array], None]:
     """The target attends to itself."""
     return streams.map(partial(self_attention, kernel=kernel)), None
 
 
-def split(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], None]:
-    """Each reference attends to itself, the target to everything."""
+def split(
+    streams: Streams[QKV], cache: Sequence[KeysValues] | None, kernel: Kind, reach: Reach | None = None
+) -> tuple[Streams[Array], None]:
+    """Each reference attends to itself, the target to itself and to all of them, or to what of them is in `reach`."""
     assert streams.target is not None
     references = tuple(self_attention(qkv, kernel) for qkv in streams.references)
-    k, v = (jnp.concatenate(x, 1) for x in zip(*(qkv[1:] for qkv in (streams.target, *streams.references)), strict=True))
-    return Streams(attention(streams.target.q, k, v, kernel), references), None
+    return Streams(read(streams.target, [(qkv.k, qkv.v) for qkv in streams.references], kernel, reach), references), None
 
 
-def joint(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], None]:
+def joint(streams: Streams[QKV], cache: Sequence[KeysValues] | None, kernel: Kind) -> tuple[Streams[Array], None]:
     """`split` in one call under a one-directional mask."""
     assert streams.target is not None
-    queries, keys, values = zip(streams.target, *streams.references, strict=True)
+    queries, keys, values, _ = zip(streams.target, *streams.references, strict=True)
     target, *references = one_directional_attention(queries, keys, values, kernel)
     return Streams(target, tuple(references)), None
 
 
-def cached(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], None]:
-    """The target attends to itself and to the references' cached keys and values."""
+def cached(
+    streams: Streams[QKV], cache: Sequence[KeysValues] | None, kernel: Kind, reach: Reach | None = None
+) -> tuple[Streams[Array], None]:
+    """The target attends to itself and to the references' cached keys and values, or to what of them is in `reach`."""
     assert streams.target is not None
     assert cache is not None
-    k, v = (jnp.concatenate(x, 1) for x in zip(streams.target[1:], cache, strict=True))
-    return Streams(attention(streams.target.q, k, v, kernel), ()), None
+    return Streams(read(streams.target, cache, kernel, reach), ()), None
 
 
-def recording(streams: Streams[QKV], cache: KeysValues | None, kernel: Kind) -> tuple[Streams[Array], KeysValues]:
-    """Each reference attends to itself; their keys and values, one reference after another, are what the target will read."""
-    k, v = (jnp.concatenate(x, 1) for x in zip(*(qkv[1:] for qkv in streams.references), strict=True))
-    return streams.map(partial(self_attention, kernel=kernel)), (k, v)
+def recording(
+    streams: Streams[QKV], cache: Sequence[KeysValues] | None, kernel: Kind, activations: bool = False
+) -> tuple[Streams[Array], Kept]:
+    """Each reference attends to itself; its keys and values, or the `activations` they come from, are what the target will read."""
+    kept = tuple((qkv.x,) if activations else (qkv.k, qkv.v) for qkv in streams.references)
+    return streams.map(partial(self_attention, kernel=kernel)), kept
 
 
 def gathered(attend: Attend, shard: Shard) -> Attend:
     """`attend` where each device has equal parts of every stream's tokens: it computes its own queries against everyone's keys."""
 
-    def attend_to_all(streams: Streams[QKV], cache: KeysValues | None) -> tuple[Streams[Array], KeysValues | None]:
-        return attend(streams.map(lambda qkv: QKV(qkv.q, shard.gather(qkv.k), shard.gather(qkv.v))), cache)
+    def attend_to_all(streams: Streams[QKV], cache: Sequence[KeysValues] | None) -> tuple[Streams[Array], Kept | None]:
+        return attend(streams.map(lambda qkv: qkv._replace(k=shard.gather(qkv.k), v=shard.gather(qkv.v))), cache)
 
     return attend_to_all
+
+
+def read(target: QKV, references: Sequence[KeysValues], kernel: Kind, reach: Reach | None) -> Float[Array, "B L N K"]:
+    """What the target's queries read of its own keys and values and of those of its references."""
+    if reach is None:
+        k, v = (jnp.concatenate(x, 1) for x in zip((target.k, target.v), *references, strict=True))
+        return attention(target.q, k, v, kernel)
+    parts = [attention_and_lse(target.q, target.k, target.v, kernel)]
+    for (k, v), frames in zip(references, reach.references, strict=True):
+        parts.append(read_same_frame(target.q, k, v, frames, reach.tokens, reach.start, kernel))
+    return merge(parts)
+
+
+def read_same_frame(
+    q: Float[Array, "B L N K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    frames: Frames,
+    tokens: int,
+    start: Any,
+    kernel: Kind,
+) -> tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]:
+    """What queries read of the reference's frame at their own time, and the log-sum-exp of their scores: -inf where there is none.
+
+    The queries are those of the target's tokens from `start` on, `tokens` a frame. Where a device's part begins in the middle of a
+    frame, they are put into whole frames, so that one call batched over frames serves all devices.
+    """
+    (B, L, N, K), whole = q.shape, q.shape[1] % tokens == 0  # if it is, every device begins with a frame
+    count = L // tokens if whole else (L + tokens - 2) // tokens + 1
+    first, before = start // tokens, start % tokens
+    if not whole:
+        q = jax.lax.dynamic_update_slice_in_dim(jnp.zeros((B, count * tokens, N, K), q.dtype), q, before, axis=1)
+    k, v = (rearrange(x, "B (F S) N K -> B F S N K", S=frames.tokens) for x in (k, v))
+    wanted = jnp.broadcast_to(first + jnp.arange(count)[None] - frames.later[:, None], (B, count))
+    there = (wanted >= 0) & (wanted < k.shape[1])
+    index = jnp.clip(wanted, 0, k.shape[1] - 1)[:, :, None, None, None]
+    k, v = (rearrange(jnp.take_along_axis(x, index, axis=1), "B F S N K -> (B F) S N K") for x in (k, v))
+    out, lse = attention_and_lse(rearrange(q, "B (F L) N K -> (B F) L N K", L=tokens), k, v, kernel)
+    lse = jnp.where(there.reshape(-1, 1, 1), lse, -jnp.inf)
+    found = (rearrange(x, "(B F) L ... -> B (F L) ...", F=count) for x in (out, lse))
+    out, lse = (x if whole else jax.lax.dynamic_slice_in_dim(x, before, L, axis=1) for x in found)
+    return out, lse
+
+
+def merge(parts: Sequence[tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]]) -> Float[Array, "B L N K"]:
+    """The attention over all keys from the answers over disjoint sets of them, each with the log-sum-exp of its scores."""
+    highest = jax.lax.stop_gradient(jnp.max(jnp.stack([lse for _, lse in parts]), axis=0))
+    weights = [jnp.exp(lse - highest)[..., None] for _, lse in parts]
+    total = sum(weight * out.astype(jnp.float32) for weight, (out, _) in zip(weights, parts, strict=True))
+    return (total / sum(weights)).astype(parts[0][0].dtype)
 
 
 @dataclass(frozen=True)
@@ -148,6 +231,36 @@ def attention(
             return chunked_attention(q, k, v)
 
 
+def attention_and_lse(
+    q: Float[Array, "B L N K"], k: Float[Array, "B S N K"], v: Float[Array, "B S N K"], kind: Kind = "auto"
+) -> tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]:
+    """`attention`, and log(sum(exp(q k^T / sqrt(K)))) in float32, by which answers over disjoint keys are merged.
+
+    The fused kernels have no gradient for the second, so the backward pass of both is that of `chunked`.
+    """
+    kind = _resolve(kind, q)
+    return chunked_attention_and_lse(q, k, v) if kind == "chunked" else _fused(q, k, v, kind)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _fused(q: Array, k: Array, v: Array, kind: Kind) -> tuple[Array, Array]:
+    if kind == "splash":
+        return splash_attention(q, k, v, with_lse=True)
+    out, lse = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", return_residual=True)
+    return out, lse.astype(jnp.float32)
+
+
+def _fused_forward(q: Array, k: Array, v: Array, kind: Kind) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    return _fused(q, k, v, kind), (q, k, v)
+
+
+def _fused_backward(kind: Kind, saved: tuple[Array, Array, Array], grads: tuple[Array, Array]) -> tuple[Array, ...]:
+    return jax.vjp(chunked_attention_and_lse, *saved)[1](grads)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
 def one_directional_attention(
     queries: Sequence[Float[Array, "B _ N K"]],
     keys: Sequence[Float[Array, "B _ N K"]],
@@ -177,6 +290,17 @@ def chunked_attention(
     q: Float[Array, "B L N K"], k: Float[Array, "B S N K"], v: Float[Array, "B S N K"], mask: OneDirection | None = None
 ) -> Float[Array, "B L N K"]:
     """Exact attention, one head and `CHUNK` queries at a time."""
+    return _chunked(q, k, v, mask, with_lse=False)
+
+
+def chunked_attention_and_lse(
+    q: Float[Array, "B L N K"], k: Float[Array, "B S N K"], v: Float[Array, "B S N K"]
+) -> tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]:
+    """`chunked_attention` and the log-sum-exp of each query's scores."""
+    return _chunked(q, k, v, None, with_lse=True)
+
+
+def _chunked(q: Array, k: Array, v: Array, mask: OneDirection | None, with_lse: bool) -> Any:
     B, L, N, K = q.shape
     chunk = min(CHUNK, L)
     count = -(-L // chunk)
@@ -190,18 +314,22 @@ def chunked_attention(
         if mask is not None:
             scores = jnp.where(mask(rows[:, None], columns), scores, -jnp.inf)
         # The shift cancels in the quotient, so no gradient has to pass through it.
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        shift = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - shift)
         out = jnp.einsum("ls,sk->lk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
+        total = weights.sum(-1, keepdims=True)
+        out = (out / total).astype(q.dtype)
+        return (out, (shift + jnp.log(total))[:, 0]) if with_lse else out
 
     def head(qkv):
         q, k, v = qkv
         blocks = jnp.arange(padded).reshape(count, chunk), q.reshape(count, chunk, K)
-        return jax.lax.map(lambda block: queries(*block, k, v), blocks).reshape(padded, K)
+        found = jax.lax.map(lambda block: queries(*block, k, v), blocks)
+        return jax.tree.map(lambda x: x.reshape(padded, *x.shape[2:]), found)
 
     q, k, v = (x.swapaxes(1, 2).reshape(B * N, x.shape[1], K) for x in (q, k, v))
-    out = jax.lax.map(head, (q, k, v))
-    return out.reshape(B, N, padded, K).swapaxes(1, 2)[:, :L]
+    found = jax.lax.map(head, (q, k, v))
+    return jax.tree.map(lambda x: x.reshape(B, N, *x.shape[1:]).swapaxes(1, 2)[:, :L], found)
 
 
 def splash_attention(
@@ -211,8 +339,12 @@ def splash_attention(
     mask: OneDirection | None = None,
     *,
     interpret: bool = False,
-) -> Float[Array, "B L N K"]:
-    """The TPU kernel, forward and backward. Lengths are padded to whole tiles; tiles that are masked whole cost nothing."""
+    with_lse: bool = False,
+) -> Any:
+    """The TPU kernel, forward and backward. Lengths are padded to whole tiles; tiles that are masked whole cost nothing.
+
+    Returns "B L N K", and `with_lse`, which has no backward, also the log-sum-exp of each query's scores "B L N".
+    """
     (_, L, N, K), S, block = q.shape, k.shape[1], SPLASH_BLOCK
     q, k, v = (x.swapaxes(1, 2) for x in (q * K**-0.5, k, v))
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0))) for x in (q, k, v))
@@ -225,10 +357,13 @@ def splash_attention(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         ),
         residual_checkpoint_name="attention",
+        save_residuals=with_lse,
         interpret=interpret,
     )
-    out: Any = jax.vmap(kernel)(q, k, v)
-    return out.swapaxes(1, 2)[:, :L]
+    found: Any = jax.vmap(kernel)(q, k, v)
+    if with_lse:
+        found = found[0], found[1][0]
+    return jax.tree.map(lambda x: x.swapaxes(1, 2)[:, :L], found)
 
 
 class _SplashMask(splash_mask._ComputableMask):

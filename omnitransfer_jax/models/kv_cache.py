@@ -1,17 +1,19 @@
-"""The keys and values of references at every layer, computed once for a transfer and read at every step.
+"""What a target reads of references at every layer, computed once for a transfer and read at every step.
 
-At full size they take 26.8 GB in bfloat16 for a reference as large as the target; `quantize` halves that.
+At full size keys and values take 26.8 GB in bfloat16 for a reference as large as the target. Two things halve that: the activations
+from which both are projected, which costs the projections again at every step and no accuracy, or one byte a number (`quantize`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Storage = Literal["full", "float8", "int8"]
+from configs.run import ReferenceCache
+from omnitransfer_jax.models.attend import Frames
 
 # dtype and its largest value
 NARROW = {"float8": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
@@ -31,20 +33,24 @@ class CachedArray(NamedTuple):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["grid"])
+@partial(jax.tree_util.register_dataclass, data_fields=["kept", "rotations", "frames"], meta_fields=["grid"])
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values "layers B S N K" of all references, normalised and rotated, ready for any step and either guidance pass."""
+    """What is kept of each reference, ready for any step and either guidance pass."""
 
-    keys: CachedArray
-    values: CachedArray
+    kept: tuple[tuple[CachedArray, ...], ...]
+    """Of each reference: keys and values "layers B S N K", normalised and rotated; or what they are projected from, "layers B S D"."""
+    rotations: tuple[Float[Array, "2 B S k"], ...]
+    """Of each reference: cosines and sines of its positions."""
+    frames: tuple[Frames, ...]
+    """Of each reference: which of its tokens are at which time."""
     grid: tuple[int, int, int]
     """The target's patches (time, rows, columns): the offsets, and so the keys, hold for this target alone."""
 
 
-def quantize(kv_cache: KVCache, storage: Storage) -> KVCache:
-    """`kv_cache` with one byte a number instead of two or four, scaled per token and head; `full` leaves it as it is."""
-    if storage == "full":
+def quantize(kv_cache: KVCache, storage: ReferenceCache) -> KVCache:
+    """`kv_cache` with one byte a number instead of two or four, scaled per token and head, for `float8` and `int8`; else as it is."""
+    if storage not in NARROW:
         return kv_cache
     dtype, largest = NARROW[storage]
 
@@ -54,4 +60,4 @@ def quantize(kv_cache: KVCache, storage: Storage) -> KVCache:
         x = x / scale
         return CachedArray((jnp.rint(x) if storage == "int8" else x).astype(dtype), scale)
 
-    return KVCache(narrow(kv_cache.keys), narrow(kv_cache.values), kv_cache.grid)
+    return replace(kv_cache, kept=jax.tree.map(narrow, kv_cache.kept, is_leaf=lambda x: isinstance(x, CachedArray)))

@@ -29,6 +29,7 @@ from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import Reference, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
+from omnitransfer_jax.samplers import Expert, State
 
 SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
     *((rf"dit\.(?:{pattern})", axes) for pattern, axes in wan_dit.SHARDING),
@@ -101,36 +102,45 @@ def make_reference(
     task: Int[Array, " B"],
     target: tuple[int, int, int],
     rank: int = 1,
-    by: Literal["task", "frames"] = "task",
+    by: Literal["task", "frames", "beside"] = "task",
+    flag: float | None = None,
 ) -> Reference:
-    """The reference of each sample's task for a target of that many patches; `rank` and `by` (`dit.offsets`) as in `tasks.offsets`."""
-    return Reference(reference_latents(latents, tasks.flags(task)), tasks.offsets(task, target, rank, by))
+    """The reference of each sample's task for a target of that many patches.
+
+    `rank` and `by` (`dit.offsets`) as in `tasks.offsets`; `flag` (`dit.reference_flag`) takes the place of the task's if it is given.
+    """
+    flags = tasks.flags(task) if flag is None else jnp.full(task.shape, flag)
+    return Reference(reference_latents(latents, flags), tasks.offsets(task, target, rank, by))
 
 
 def denoise(
     dit: WanDiT,
     conditions: Conditions,
-    noise: Float[Array, "B F H W C"],
+    state: State,
     sampler: SamplerConfig,
+    expert: Expert,
     on_step: Callable[[int], None] | None = None,
     embed_text: bool = True,
     shard: Shard = UNSHARDED,
-) -> Float[Array, "B F H W C"]:
-    """Clean latents from `noise`; `embed_text` and `shard` as in `WanDiT`.
+) -> State:
+    """The sampler's state after the steps of `expert`, whose network is `dit`; `embed_text` and `shard` as in `WanDiT`.
 
-    The references' keys and values are computed once, for all steps and both passes of guidance. The passes differ in the text alone
+    The references' keys and values are computed once, for all its steps and both passes of guidance. The passes differ in the text alone
     and run one after the other, so they share the cache and need no second copy of the activations. Bidirectional references depend
     on the target and are computed at every step.
     """
     references, kv_cache = conditions.references, None
     if references and sampler.reference_cache != "none" and dit.config.references != "bidirectional":
-        kv_cache = quantize(dit.make_kv_cache(references, dit.grid(noise), shard), sampler.reference_cache)
+        activations = sampler.reference_cache == "activations"
+        grid = dit.grid(state.latents)
+        kv_cache = quantize(dit.make_kv_cache(references, grid, shard, activations), sampler.reference_cache)
         references = ()
 
     def velocity(x: Array, timestep: Array) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
-        def with_context(text: Array) -> Array:
+        def with_context(passing: tuple[Array, Array | None]) -> Array:
+            text, active = passing
             return dit(
                 latents,
                 timestep,
@@ -140,36 +150,47 @@ def denoise(
                 kv_cache=kv_cache,
                 shard=shard,
                 embed_text=embed_text,
+                active=active,
             )
 
-        if sampler.guidance == 1:
-            return with_context(conditions.text_context)
-        v, negative = jax.lax.map(with_context, jnp.stack([conditions.text_context, conditions.negative_context]))
-        return negative + sampler.guidance * (v - negative)
+        if expert.guidance == 1:
+            return with_context((conditions.text_context, None))
+        texts, active = jnp.stack([conditions.text_context, conditions.negative_context]), None
+        if sampler.skip_unconditional:
+            active = jnp.ones((2, dit.config.num_layers), bool).at[1, list(sampler.skip_unconditional)].set(False)
+        v, negative = jax.lax.map(with_context, (texts, active))
+        return negative + expert.guidance * (v - negative)
 
-    return samplers.sample(velocity, noise, sampler, on_step)
+    return samplers.advance(velocity, state, expert.steps, sampler, on_step)[0]
 
 
 def denoise_on(
     mesh: Mesh, config: Config, on_step: Callable[[int], None] | None = None
-) -> Callable[[WanDiT, Conditions, Float[Array, "B F H W C"]], Float[Array, "B F H W C"]]:
-    """`denoise` by all devices of `mesh`, compiled: they divide the batch if it divides, each sample's tokens, and the parameters.
+) -> Callable[[Callable[[str], WanDiT], Conditions, Float[Array, "B F H W C"]], Float[Array, "B F H W C"]]:
+    """Clean latents from noise by all devices of `mesh`, compiled: they divide the batch if it divides, each sample's tokens, and the
+    parameters.
 
-    Every device calls `on_step`, so it must not mind being called again for the same step.
+    Every device calls `on_step`, so it must not mind being called again for the same step. What is returned takes `load(part)`, which
+    gives the network that `samplers.Expert.part` names; of two experts the first is let go before the second is loaded.
     """
     embed_text, blank = embeds_text(config), abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
     spec = specs(flat_params(blank), wan_dit.SHARDING, config.mesh)
     shardings = {path: NamedSharding(mesh, each) for path, each in spec.items()}
 
-    def local(params: dict[str, Array], conditions: Conditions, noise: Array, shard: Shard) -> Array:
-        return denoise(with_params(blank, params), conditions, noise, config.sampler, on_step, embed_text, shard)
+    @partial(jax.jit, static_argnames=("expert", "batched"))
+    def run(params: dict[str, Array], conditions: Conditions, state: State, expert: Expert, batched: bool) -> State:
+        def local(params: dict[str, Array], conditions: Conditions, state: State, shard: Shard) -> State:
+            return denoise(with_params(blank, params), conditions, state, config.sampler, expert, on_step, embed_text, shard)
 
-    @partial(jax.jit, static_argnames="batched")
-    def run(params: dict[str, Array], conditions: Conditions, noise: Array, batched: bool) -> Array:
-        return per_device(local, mesh, spec, "blocks.", batched)(params, conditions, noise)
+        return per_device(local, mesh, spec, "blocks.", batched)(params, conditions, state)
 
-    def denoise_all(dit: WanDiT, conditions: Conditions, noise: Array) -> Array:
-        conditions, noise = jax.device_put((conditions, noise), replicated(mesh))
-        return run(jax.device_put(flat_params(dit), shardings), conditions, noise, batched=len(noise) % config.mesh.data == 0)
+    def denoise_all(load: Callable[[str], WanDiT], conditions: Conditions, noise: Array) -> Array:
+        conditions, state = jax.device_put((conditions, samplers.start(noise)), replicated(mesh))
+        for expert in samplers.experts(config.sampler):
+            params = jax.device_put(flat_params(load(expert.part)), shardings)
+            state = run(params, conditions, state, expert, batched=len(noise) % config.mesh.data == 0)
+            del params
+            state = jax.block_until_ready(state)  # until then the device keeps the parameters, and the next ones may not fit beside them
+        return state.latents
 
     return denoise_all

@@ -5,14 +5,14 @@
 The target and each reference are streams through the same blocks. A reference attends to itself, is modulated as at time 0 and skips
 the cross-attention and the head; the target attends to itself and to the keys and values of all references (models/attend.py). A
 reference never reads the target, so its keys and values are the same at every step and can be cached: `make_kv_cache`, then
-`kv_cache=`. The paper's baseline (`references="bidirectional"`) has one stream, the target's tokens and the references', and is Wan
-unchanged.
+`kv_cache=`. Siblings of this construction differ in a few values of DiTConfig: the references' time, whether they read a context of
+their own, and what of them the target reads. The paper's baseline (`references="bidirectional"`) has one stream, the target's tokens
+and the references', and is Wan unchanged.
 
 Projections compute in `config.dtype`. Float32 always, as in the original: time embedding, modulation, norms, rotation, softmax,
 the residual stream and the head.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,13 +22,28 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from configs.base import DiTConfig
 from configs.errors import require
 from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.models import lora
-from omnitransfer_jax.models.attend import QKV, Attend, KeysValues, Streams, attention, cached, gathered, joint, plain, recording, split
+from omnitransfer_jax.models.attend import (
+    QKV,
+    Attend,
+    Frames,
+    Kept,
+    KeysValues,
+    Reach,
+    Streams,
+    attention,
+    cached,
+    gathered,
+    joint,
+    plain,
+    recording,
+    split,
+)
 from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm, exact_gelu
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
@@ -57,6 +72,10 @@ class Reference(NamedTuple):
     """Noise-free, all channels (`models/omnitransfer.py`); frames and size are its own."""
     offset: Int[Array, "B 3"]
     """Where its first token stands: time, row, column in patches (`tasks.offsets`)."""
+    text: Float[Array, "B S E"] | None = None
+    """Encoded prompt of its own, with `dit.reference_context`."""
+    image: Float[Array, "B I J"] | None = None
+    """CLIP features of its own first frame, likewise."""
 
 
 class Inputs(NamedTuple):
@@ -80,7 +99,7 @@ class Modulation(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What the target's cross-attention reads."""
+    """What one stream's cross-attention reads."""
 
     text: Float[Array, "B S D"]
     image: Float[Array, "B I D"] | None
@@ -117,48 +136,69 @@ class WanDiT(nnx.Module):
         kv_cache: KVCache | None = None,
         shard: Shard = UNSHARDED,
         embed_text: bool = True,
+        active: Bool[Array, " layers"] | None = None,
     ) -> Float[Array, "B F H W c"]:
         """The velocity of `latents` (noise first, then mask and condition) at `timestep` in 0..1000, one per sample or per token.
 
         `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame, of the
         samples where `has_image` is 1. The target reads `references`, or their `kv_cache`, or neither: plain Wan.
-        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is.
+        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is. `active` says which blocks run; all do
+        if it is not given.
         """
         patches = self.grid(latents)
         require(
             kv_cache is None or kv_cache.grid == patches,
             f"cached references of a {kv_cache and kv_cache.grid} target: this one is {patches}",
         )
-        x, inputs, context, time = self.prepare(latents, timestep, text, image, has_image, references, shard, embed_text)
+        x, inputs, contexts, time = self.prepare(latents, timestep, text, image, has_image, references, shard, embed_text)
         assert x.target is not None
         tokens = x.target.shape[1]
         if self.config.references == "bidirectional":
             require(not references or timestep.ndim == 1, "bidirectional references: they are at the target's time, so give one a sample")
-            x, inputs = one_sequence(x, inputs)
-        x, _ = self.run(x, inputs, context, self.strategy(bool(x.references), kv_cache), kv_cache, shard)
+            x, inputs, contexts = one_sequence(x, inputs, contexts)
+            references = ()
+        frames = kv_cache.frames if kv_cache is not None else self.frames(references)
+        attend = self.strategy(bool(references), kv_cache is not None, self.reach(patches, frames, tokens, shard))
+        x, _ = self.run(x, inputs, contexts, attend, kv_cache, shard, active=active)
         assert x.target is not None
         return self.project(x.target[:, :tokens], time, patches, shard)
 
-    def strategy(self, references: bool, kv_cache: KVCache | None) -> Attend:
+    def strategy(self, references: bool, with_cache: bool = False, reach: Reach | None = None) -> Attend:
         """Who attends to whom: models/attend.py."""
-        form = joint if self.config.references == "joint" else split
-        chosen = cached if kv_cache is not None else form if references else plain
-        return partial(chosen, kernel=self.config.attention)
+        if not references and not with_cache:
+            return partial(plain, kernel=self.config.attention)
+        if self.config.references == "joint" and not with_cache:
+            return partial(joint, kernel=self.config.attention)
+        return partial(cached if with_cache else split, kernel=self.config.attention, reach=reach)
 
-    def make_kv_cache(self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = UNSHARDED) -> KVCache:
+    def reach(self, target: tuple[int, int, int], frames: tuple[Frames, ...], tokens: int, shard: Shard) -> Reach | None:
+        """What of its references a target of so many patches reads, of which this device has `tokens` tokens; None: everything."""
+        if self.config.reach == "all" or not frames:
+            return None
+        return Reach(target[1] * target[2], frames, shard.start(tokens))
+
+    def frames(self, references: tuple[Reference, ...]) -> tuple[Frames, ...]:
+        """Which tokens of each reference are at which time."""
+        sizes = [self.grid(reference.latents) for reference in references]
+        return tuple(Frames(h * w, reference.offset[:, 0]) for (_, h, w), reference in zip(sizes, references, strict=True))
+
+    def make_kv_cache(
+        self, references: tuple[Reference, ...], target: tuple[int, int, int], shard: Shard = UNSHARDED, activations: bool = False
+    ) -> KVCache:
         """Keys and values of `references` in every layer, for a target of that many patches (time, rows, columns).
 
-        References that attend to the target (`bidirectional`) differ at every step, so they can have none.
+        With `activations` it holds what they are projected from, and of them this device's part alone. References that attend to the
+        target (`bidirectional`) differ at every step, so they can have no cache.
         """
         require(
             self.config.references != "bidirectional",
             "dit.references='bidirectional': references attend to the target; pass them at each step",
         )
-        x, inputs = self.prepare_references(references, shard)
-        _, keys_values = self.run(x, inputs, None, partial(recording, kernel=self.config.attention), None, shard)
-        assert keys_values is not None
-        keys, values = keys_values
-        return KVCache(CachedArray(keys), CachedArray(values), target)
+        x, inputs, contexts = self.prepare_references(references, shard)
+        attend = partial(recording, kernel=self.config.attention, activations=activations)
+        _, kept = self.run(x, inputs, contexts, attend, None, shard)
+        rotations = tuple(each.rotation for each in inputs.references)
+        return KVCache(jax.tree.map(CachedArray, kept), rotations, self.frames(references), target)
 
     def tap(
         self,
@@ -170,8 +210,8 @@ class WanDiT(nnx.Module):
     ) -> QKV:
         """The target's queries, keys and values in block `layer`, counted from 0; the blocks from there on are not computed."""
         require(0 <= layer < self.config.num_layers, f"layer {layer}: the network has blocks 0 to {self.config.num_layers - 1}")
-        x, inputs, context, _ = self.prepare(latents, timestep, text, image)
-        x, _ = self.run(x, inputs, context, self.strategy(False, None), None, UNSHARDED, stop=layer)
+        x, inputs, contexts, _ = self.prepare(latents, timestep, text, image)
+        x, _ = self.run(x, inputs, contexts, self.strategy(False), None, UNSHARDED, stop=layer)
         graphdef, layers = nnx.split(self.blocks)
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], layers))
         assert x.target is not None
@@ -182,27 +222,47 @@ class WanDiT(nnx.Module):
         self,
         x: Streams[Array],
         inputs: Streams[Inputs],
-        context: Context | None,
+        contexts: Streams[Context | None],
         attend: Attend,
         kv_cache: KVCache | None,
         shard: Shard,
         stop: int | None = None,
-    ) -> tuple[Streams[Array], tuple[Array, Array] | None]:
-        """The tokens after all blocks, or after the first `stop`, and what `attend` returned for the cache, layers first."""
+        active: Bool[Array, " layers"] | None = None,
+    ) -> tuple[Streams[Array], Kept | None]:
+        """The tokens after all blocks, or after the first `stop`, and what `attend` returned for the cache, layers first.
+
+        Where `active` is false a block is left out; nothing can be kept of it.
+        """
         graphdef, layers = nnx.split(self.blocks)
         if shard.axis is not None:
             attend = gathered(attend, shard)
 
         def step(x, per_layer):
-            layer, cache = per_layer
-            if cache is not None:
-                cache = tuple(array.read(jnp.dtype(self.config.dtype)) for array in cache)
-            return nnx.merge(graphdef, shard.gather_layer(layer))(x, inputs, context, attend, cache)
+            layer, kept, runs = per_layer
+            block = nnx.merge(graphdef, shard.gather_layer(layer))
+
+            def run(x):
+                cache = None if kv_cache is None else self.read_cache(block, kept, kv_cache.rotations, shard)
+                return block(x, inputs, contexts, attend, cache)
+
+            return run(x) if runs is None else jax.lax.cond(runs, run, lambda x: (x, None), x)
 
         if self.config.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.config.remat], prevent_cse=False)
-        per_layer = layers, None if kv_cache is None else (kv_cache.keys, kv_cache.values)
+        per_layer = layers, None if kv_cache is None else kv_cache.kept, active
         return jax.lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:stop], per_layer) if stop is not None else per_layer)
+
+    def read_cache(
+        self, block: "Block", kept: tuple[tuple[CachedArray, ...], ...], rotations: tuple[Array, ...], shard: Shard
+    ) -> tuple[KeysValues, ...]:
+        """The keys and values of each reference in one layer, projected again where the cache holds what they are projected from."""
+        found = []
+        for arrays, table in zip(kept, rotations, strict=True):
+            read = tuple(array.read(jnp.dtype(self.config.dtype)) for array in arrays)
+            if len(read) == 1:
+                read = tuple(map(shard.gather, block.self_attention.keys_values(*read, table)))
+            found.append(read)
+        return tuple(found)
 
     def prepare(
         self,
@@ -214,23 +274,44 @@ class WanDiT(nnx.Module):
         references: tuple[Reference, ...] = (),
         shard: Shard = UNSHARDED,
         embed_text: bool = True,
-    ) -> tuple[Streams[Array], Streams[Inputs], Context, Float[Array, "B L D"]]:
-        """Before the blocks: tokens and inputs of all streams, the context, and the embedded time; arguments as for `__call__`."""
-        dtype = jnp.dtype(self.config.dtype)
+    ) -> tuple[Streams[Array], Streams[Inputs], Streams[Context | None], Float[Array, "B L D"]]:
+        """Before the blocks: tokens, inputs and contexts of all streams, and the embedded time; arguments as for `__call__`."""
         x, rotation = self.embed(latents, jnp.zeros((1, 3), jnp.int32), shard)
         time = self.time_embedder(shard.local(timestep) if timestep.ndim == 2 else timestep[:, None])
+        context = self.embed_context(text, image, has_image, embed_text)
+        others, others_inputs, contexts = self.prepare_references(references, shard)
+        inputs = Streams(Inputs(self.project_time(time), rotation), others_inputs.references)
+        return Streams(x, others.references), inputs, Streams(context, contexts.references), time
+
+    def prepare_references(
+        self, references: tuple[Reference, ...], shard: Shard
+    ) -> tuple[Streams[Array], Streams[Inputs], Streams[Context | None]]:
+        """Tokens, inputs and contexts of the references, all at `dit.reference_time`."""
+        embedded = [self.embed(r.latents, r.offset, shard) for r in references]
+        modulation = self.project_time(self.time_embedder(jnp.full((1, 1), self.config.reference_time)))
+        tokens, inputs = tuple(x for x, _ in embedded), tuple(Inputs(modulation, rotation) for _, rotation in embedded)
+        return Streams(None, tokens), Streams(None, inputs), Streams(None, tuple(map(self.reference_context, references)))
+
+    def reference_context(self, reference: Reference) -> Context | None:
+        """What a reference reads in the cross-attention, if it does."""
+        if not self.config.reference_context:
+            return None
+        require(reference.text is not None, "dit.reference_context: every reference needs a text of its own")
+        return self.embed_context(reference.text, reference.image)
+
+    def embed_context(
+        self,
+        text: Float[Array, "B S E"],
+        image: Float[Array, "B I J"] | None,
+        has_image: Float[Array, " B"] | None = None,
+        embed_text: bool = True,
+    ) -> Context:
+        """Encoded text and CLIP features at the width of the blocks; arguments as for `__call__`."""
+        dtype = jnp.dtype(self.config.dtype)
         if self.image_embedder is not None and image is not None:
             image = self.image_embedder(image.astype(dtype))
         text = text.astype(dtype)
-        context = Context(self.text_embedder(text) if embed_text else text, image, has_image)
-        others, others_inputs = self.prepare_references(references, shard)
-        return Streams(x, others.references), Streams(Inputs(self.project_time(time), rotation), others_inputs.references), context, time
-
-    def prepare_references(self, references: tuple[Reference, ...], shard: Shard) -> tuple[Streams[Array], Streams[Inputs]]:
-        """Tokens and inputs of the references, all at time 0."""
-        embedded = [self.embed(r.latents, r.offset, shard) for r in references]
-        modulation = self.project_time(self.time_embedder(jnp.zeros((1, 1))))
-        return Streams(None, tuple(x for x, _ in embedded)), Streams(None, tuple(Inputs(modulation, rotation) for _, rotation in embedded))
+        return Context(self.text_embedder(text) if embed_text else text, image, has_image)
 
     def grid(self, latents: Float[Array, "B F H W C"]) -> tuple[int, int, int]:
         """How many patches (time, rows, columns) `latents` have."""
@@ -263,15 +344,17 @@ class WanDiT(nnx.Module):
         return rearrange(x, "B (F H W) (t h w c) -> B (F t) (H h) (W w) c", F=F, H=H, W=W, t=t, h=h, w=w)
 
 
-def one_sequence(x: Streams[Array], inputs: Streams[Inputs]) -> tuple[Streams[Array], Streams[Inputs]]:
-    """The target's tokens followed by those of its references, as one target at the target's time."""
+def one_sequence(
+    x: Streams[Array], inputs: Streams[Inputs], contexts: Streams[Context | None]
+) -> tuple[Streams[Array], Streams[Inputs], Streams[Context | None]]:
+    """The target's tokens followed by those of its references, as one target at the target's time, with the target's context."""
     assert x.target is not None
     assert inputs.target is not None
     rotations = [inputs.target.rotation, *(each.rotation for each in inputs.references)]
     rows = max(r.shape[1] for r in rotations)
     rotations = [jnp.broadcast_to(r, (2, rows, *r.shape[2:])) for r in rotations]
     joined = Inputs(inputs.target.modulation, jnp.concatenate(rotations, 2))
-    return Streams(jnp.concatenate([x.target, *x.references], 1), ()), Streams(joined, ())
+    return Streams(jnp.concatenate([x.target, *x.references], 1), ()), Streams(joined, ()), Streams(contexts.target, ())
 
 
 class Block(nnx.Module):
@@ -287,22 +370,31 @@ class Block(nnx.Module):
         self.ffn = MLP(config.dim, config.ffn_dim, config.dim, rngs=rngs)
 
     def __call__(
-        self, x: Streams[Array], inputs: Streams[Inputs], context: Context | None, attend: Attend, cache: KeysValues | None
-    ) -> tuple[Streams[Array], KeysValues | None]:
-        """The tokens of all streams after this layer, and what `attend` returned for the cache. Only the target reads the context."""
+        self,
+        x: Streams[Array],
+        inputs: Streams[Inputs],
+        contexts: Streams[Context | None],
+        attend: Attend,
+        cache: tuple[KeysValues, ...] | None,
+    ) -> tuple[Streams[Array], Kept | None]:
+        """The tokens of all streams after this layer, and what `attend` returned for the cache."""
         m = inputs.map(self.modulation_of)
         with jax.named_scope("self_attention"):
             qkv = x.map(self.project, m, inputs)
-            outputs, keys_values = attend(qkv, cache)
+            outputs, kept = attend(qkv, cache)
             outputs = outputs.map(self.self_attention.join)
             x = x.map(lambda x, m, a: x + m.gate * a.astype(jnp.float32), m, outputs)
-        if context is not None and x.target is not None:
-            with jax.named_scope("cross_attention"):
-                read = self.cross_attention(self.cross_norm(x.target).astype(self.dtype), context)
-                x = replace(x, target=x.target + read.astype(jnp.float32))
+        with jax.named_scope("cross_attention"):
+            x = x.map(self.read_context, contexts)
         with jax.named_scope("feed_forward"):
             h = x.map(lambda x, m: self.modulate(x, m.ffn_shift, m.ffn_scale), m)
-            return x.map(lambda x, m, h: x + m.ffn_gate * self.ffn(h).astype(jnp.float32), m, h), keys_values
+            return x.map(lambda x, m, h: x + m.ffn_gate * self.ffn(h).astype(jnp.float32), m, h), kept
+
+    def read_context(self, x: Float[Array, "B L D"], context: Context | None) -> Float[Array, "B L D"]:
+        """One stream's tokens after the cross-attention; a stream without a context is left as it is."""
+        if context is None:
+            return x
+        return x + self.cross_attention(self.cross_norm(x).astype(self.dtype), context).astype(jnp.float32)
 
     def modulation_of(self, inputs: Inputs) -> Modulation:
         """The modulation of one stream, float32."""
@@ -328,9 +420,13 @@ class SelfAttention(nnx.Module):
 
     def project(self, x: Float[Array, "B L D"], rotation: Float[Array, "2 #B L k"]) -> QKV:
         """Queries, keys and values of one stream's tokens."""
-        q, k = self.query_norm(self.query(x)), self.key_norm(self.key(x))
-        q, k, v = (rearrange(y, "B L (N K) -> B L N K", N=self.num_heads) for y in (q, k, self.value(x)))
-        return QKV(rotate(q, rotation).astype(x.dtype), rotate(k, rotation).astype(x.dtype), v)
+        q = rearrange(self.query_norm(self.query(x)), "B L (N K) -> B L N K", N=self.num_heads)
+        return QKV(rotate(q, rotation).astype(x.dtype), *self.keys_values(x, rotation), x)
+
+    def keys_values(self, x: Float[Array, "B L D"], rotation: Float[Array, "2 #B L k"]) -> KeysValues:
+        """The keys and values alone."""
+        k, v = (rearrange(y, "B L (N K) -> B L N K", N=self.num_heads) for y in (self.key_norm(self.key(x)), self.value(x)))
+        return rotate(k, rotation).astype(x.dtype), v
 
     def join(self, heads: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
         """The output projection of one stream's attention."""

@@ -8,7 +8,7 @@ everything that is not a product.
 import math
 
 from configs.base import DiTConfig
-from configs.run import Config, VideoConfig
+from configs.run import Config, ReferenceCache, SamplerConfig, VideoConfig
 
 
 def target_pass(config: DiTConfig, tokens: int, reference_tokens: int = 0) -> int:
@@ -25,6 +25,39 @@ def reference_pass(config: DiTConfig, tokens: int) -> int:
     return config.num_layers * (2 * tokens * (4 * dim**2 + 2 * dim * config.ffn_dim) + 4 * tokens**2 * dim)
 
 
+def read_again(config: DiTConfig, tokens: int) -> int:
+    """Keys and values of a reference projected from cached activations, at every step."""
+    return config.num_layers * 2 * tokens * 2 * config.dim**2
+
+
+def cache_bytes(config: DiTConfig, cache: ReferenceCache, tokens: int) -> int:
+    """What `sampler.reference_cache` keeps of a reference of so many tokens."""
+    number = {"float32": 4, "bfloat16": 2}[config.dtype]
+    size = {"full": 2 * number, "activations": number, "float8": 2, "int8": 2, "none": 0}[cache] * config.dim
+    factors = 2 * 4 * config.num_heads if cache in ("float8", "int8") else 0
+    return config.num_layers * tokens * (size + factors)
+
+
+def reference_note(config: DiTConfig, sampler: SamplerConfig, tokens: int, reference: int, frame: int) -> str:
+    """One line for people: what a reference of so many tokens, `frame` a frame, costs a sampling of a target of `tokens`.
+
+    The share of work is that of all steps and passes, against a network that reads target and reference as one sequence at each.
+    """
+    cache, passes = sampler.reference_cache, sampler.steps * (1 if sampler.guidance == 1 else 2)
+    reads = frame if config.reach == "same_frame" else reference
+    step = target_pass(config, tokens, reads) + (read_again(config, reference) if cache == "activations" else 0)
+    once, each = (0, reference_pass(config, reference)) if cache == "none" else (reference_pass(config, reference), 0)
+    share = (once + passes * (step + each)) / (passes * target_pass(config, tokens + reference))
+    kept = f"{cache_bytes(config, cache, reference) / 1e9:.3g} GB of cache ({cache})" if cache != "none" else "no cache"
+    return f"reference: {reference:,} tokens, {kept}, {share:.0%} of the work of one sequence with it"
+
+
+def note_of(config: Config) -> str:
+    """`reference_note` of a target and a reference of the configured sizes."""
+    _, rows, columns = config.data.reference.patches(config.vae, config.dit.patch)
+    return reference_note(config.dit, config.sampler, tokens(config, config.video), tokens(config, config.data.reference), rows * columns)
+
+
 def train_step(config: Config) -> int:
     """A training step: forward of target and reference, and twice as much again for the gradients, for every sample."""
     target, reference = tokens(config, config.video), tokens(config, config.data.reference)
@@ -33,7 +66,9 @@ def train_step(config: Config) -> int:
     elif config.dit.references == "bidirectional":
         forward = target_pass(config.dit, target + reference)
     else:
-        forward = target_pass(config.dit, target, reference) + reference_pass(config.dit, reference)
+        _, rows, columns = config.data.reference.patches(config.vae, config.dit.patch)
+        reads = rows * columns if config.dit.reach == "same_frame" else reference
+        forward = target_pass(config.dit, target, reads) + reference_pass(config.dit, reference)
     return 3 * forward * config.train.batch_size
 
 

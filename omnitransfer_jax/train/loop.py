@@ -23,12 +23,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
-from orbax.checkpoint import v1 as ocp
 
-from configs.errors import require
 from configs.run import Config, RunConfig
 from omnitransfer_jax import load_models
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import inputs, model_folder, run_folder
+from omnitransfer_jax.folders.lock import alone
 from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
 from omnitransfer_jax.train.log import RunLog, read_lines
 from omnitransfer_jax.train.objective import Objective, Params
@@ -58,15 +57,14 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
     spec = specs(objective.params, objective.sharding, config.mesh)
     like = placed_state(objective, config, optimizer, mesh, spec)
-    with run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
-        done, steps = checkpoints.latest.step if checkpoints.latest else 0, config.train.steps
-        if done:
-            require_same_run(workdir, config, data_digest)
+    with alone(workdir), run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
+        done, steps = checkpoints.latest, config.train.steps
+        origin = checked_origin(objective, config, workdir, data_digest, done)
         if done >= steps:
             print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
             return run_folder.restore(checkpoints, like, data).params if done == steps and evaluate else None
         state = start(objective, config, workdir, checkpoints, like, optimizer, data)
-        run_folder.write_config(workdir, config, data_digest)
+        run_folder.write_config(workdir, config, data_digest, origin)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         finite, pending = Finiteness(int(state.skipped)), {}
         step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh)
@@ -102,10 +100,17 @@ def train(
     return state.params
 
 
-def require_same_run(workdir: Path, config: RunConfig, data_digest: str) -> None:
-    """A `RequestError` unless the run in `workdir` can go on, before anything is loaded: it is this one, and its log can be read."""
-    run_folder.require_same_run(workdir, config, data_digest)
-    read_lines(workdir)
+def checked_origin(objective: Objective, config: RunConfig, workdir: Path, data_digest: str, done: int) -> str:
+    """The digest of the weights that the run starts from.
+
+    A `RequestError`, before anything is loaded, unless a run with steps `done` can go on: it is this one, and its log can be read.
+    """
+    before = run_folder.digests(workdir)[run_folder.ORIGIN_DIGEST] if done else ""
+    origin = run_folder.origin_digest(config.train.init_from, set(objective.imported.values()), before)
+    if done:
+        run_folder.require_same_run(workdir, config, data_digest, origin)
+        read_lines(workdir)
+    return origin or before
 
 
 def evaluates(config: RunConfig, n: int) -> bool:
@@ -117,23 +122,22 @@ def start(
     objective: Objective,
     config: RunConfig,
     workdir: Path,
-    checkpoints: ocp.training.Checkpointer,
+    checkpoints: run_folder.Checkpoints,
     like: TrainState,
     optimizer: optax.GradientTransformation,
     data: grain.DatasetIterator[Any],
 ) -> TrainState:
     """The state to go on from, placed as `like`; `data` moves to where it was."""
     params, origin = like.trainable | like.frozen, config.train.init_from
-    place, known = {path: leaf.sharding for path, leaf in params.items()}, objective.models
+    place, known = {path: leaf.sharding for path, leaf in params.items()}, model_of(origin, objective, config)
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
-        print(f"{workdir}: going on after step {checkpoints.latest.step}", flush=True)
+        print(f"{workdir}: going on after step {checkpoints.latest}", flush=True)
         state = run_folder.restore(checkpoints, stored(like, objective), data)
         unread = {path: leaf for path, leaf in like.frozen.items() if path not in state.frozen}
         base = imported_params(run_folder.imported_weights(origin, type(known)), objective, unread, place) if unread else {}
         return state._replace(frozen=state.frozen | base)
     weights: Params = {}
     if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
-        known = config if run_folder.training_of(origin) == config.training else objective.models
         run_folder.require_same_model(origin, known)
         weights = run_folder.load_params(origin, params, place, jnp.float32)
     source = run_folder.imported_weights(origin, type(known))
@@ -173,20 +177,31 @@ def imported_params(folder: str, objective: Objective, params: Mapping[str, Any]
             leaves = {path: params[name] for path, name in wanted.items()} | unread
             places = {path: place[name] for path, name in wanted.items()} | dict.fromkeys(unread, everywhere)
             trained, _ = split_trainable({name: params[name] for name in wanted.values()}, objective)
-            loaded = model_folder.load_part(folder, part, leaves, places, jnp.float32 if trained else objective.frozen_dtype)
+            dtype = jnp.float32 if trained else objective.frozen_dtype
+            loaded = model_folder.load_part(folder, part, leaves, places, dtype, together=True)
             found |= {name: loaded[path] for path, name in wanted.items()}
     return found
 
 
 def require_weights(objective: Objective, config: RunConfig) -> None:
-    """A `RequestError` that says which weights are missing, if a run of this configuration could not start; nothing is read."""
+    """A `RequestError` if a run of this configuration could not start: no weights, or those of another model; none are read."""
     origin = config.train.init_from
-    require(
-        not origin or run_folder.is_run(origin) or (epath.Path(model_folder.resolve(origin)) / model_folder.MODEL_FILE).exists(),
-        f"train.init_from={origin!r}: neither imported weights nor a run; import them with {model_folder.IMPORT}",
-    )
     if not origin:
         require_small(objective, config, objective.params)
+        return
+    known = model_of(origin, objective, config)
+    inputs.require_checkpoint(load_models.INIT_FROM, origin, type(known))
+    if run_folder.is_run(origin):
+        run_folder.require_same_model(origin, known)
+        inputs.require_trained(load_models.INIT_FROM, origin)
+    if source := run_folder.imported_weights(origin, type(known)):
+        model_folder.require_model(source, objective.models)
+
+
+def model_of(origin: str, objective: Objective, config: RunConfig) -> RunConfig:
+    """The configuration with which the run `origin` is compared: `config` if it is a run of the same training."""
+    same = run_folder.is_run(origin) and run_folder.training_of(origin) == config.training
+    return config if same else objective.models
 
 
 def require_small(objective: Objective, config: RunConfig, paths: Iterable[str]) -> None:

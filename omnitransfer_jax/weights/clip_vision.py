@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from configs.base import CLIPVisionConfig
 from configs.errors import require
+from omnitransfer_jax.folders.typed import read_fields
 from omnitransfer_jax.weights.table import CONV, LINEAR, SAME, Entry, Layout
 
 IGNORED = (
@@ -95,6 +96,4 @@ def config_from_json(json: dict[str, Any]) -> CLIPVisionConfig:
     for key, value in FIXED.items():
         found = json.get(key)
         require(found == value, f"config.json: {key}={found!r}: the image encoder needs {value!r}; take a ViT-H/14 CLIPVisionModel")
-    missing = [key for key in FIELDS.values() if key not in json]
-    require(not missing, f"config.json: no {', '.join(missing)}: the image encoder needs them; take a CLIPVisionModel's file")
-    return CLIPVisionConfig(**{ours: json[theirs] for ours, theirs in FIELDS.items()})
+    return CLIPVisionConfig(**read_fields(CLIPVisionConfig, json, FIELDS))

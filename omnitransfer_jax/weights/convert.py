@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from configs.errors import RequestError
-from omnitransfer_jax.weights import files
-from omnitransfer_jax.weights.files import DTYPES, SHARD_BYTES, Spec, Tensor
+from omnitransfer_jax.folders.finite import require_finite
+from omnitransfer_jax.weights import files, quantised
+from omnitransfer_jax.weights.files import SHARD_BYTES, Spec, Tensor
 from omnitransfer_jax.weights.table import Entry
 
 Abstract = Mapping[str, Any]  # path -> anything with a shape and a dtype
+WRAPPERS = ("module.", "model.")  # of DataParallel and of training frameworks
+COMPILED = "_orig_mod."  # of torch.compile, also around single blocks
 NAMED = 6  # how many tensors a message names; it counts the others
 
 
@@ -31,25 +34,30 @@ def select(
 ) -> dict[str, Tensor]:
     """`tensors` by the names that `table` has for them, without those that it has no name for and a pattern of `ignored` matches.
 
-    A name in the checkpoint, in the table or in a pattern may have one of `prefixes` or leave it off. An ignored tensor that `copies`
-    names as the copy of another takes its place if that is absent.
+    A name in the checkpoint, in the table or in a pattern may have some of `prefixes` and `WRAPPERS` or leave them off. An ignored tensor
+    that `copies` names as the copy of another takes its place if that is absent.
     """
-
-    def bare(name: str) -> str:
-        return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
-
-    names = {bare(entry.theirs): entry.theirs for entry in table}
+    names = {bare(entry.theirs, prefixes): entry.theirs for entry in table}
     selected: dict[str, Tensor] = {}
     unused: dict[str, Tensor] = {}
     for stored, tensor in tensors.items():
-        name, spellings = names.get(bare(stored), stored), (bare(stored), *(prefix + bare(stored) for prefix in prefixes))
-        if bare(stored) not in names and any(fnmatch(spelling, pattern) for spelling in spellings for pattern in ignored):
-            unused[stored] = tensor
+        known = bare(stored, prefixes)
+        name, spellings = names.get(known, stored), (known, *(prefix + known for prefix in prefixes))
+        if known not in names and any(fnmatch(spelling, pattern) for spelling in spellings for pattern in ignored):
+            unused[known] = tensor
             continue
         if name in selected:
             raise RequestError(f"{tensor.file}: {selected[name].name} and {stored} are the same tensor; remove one of them")
         selected[name] = tensor
     return {name: unused[copy] for copy, name in copies.items() if copy in unused and name in names.values()} | selected
+
+
+def bare(name: str, prefixes: Sequence[str] = ()) -> str:
+    """A tensor's name without `prefixes` and what PyTorch's wrappers add: `_orig_mod.` anywhere, the others in front, in any order."""
+    name = name.replace(COMPILED, "")
+    while prefix := next((prefix for prefix in (*prefixes, *WRAPPERS) if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def problems(tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abstract, dtype: np.dtype | None = None) -> list[str]:
@@ -61,12 +69,14 @@ def problems(tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abst
     known = {name: tensor for name, tensor in tensors.items() if name in expected}
     misshaped = [name for name, tensor in known.items() if tensor.shape != expected[name].shape]
     rows = _rows(table)
-    mixed = [path for path in rows if len({tensors[e.theirs].dtype for e in rows[path] if e.theirs in tensors}) > 1]
+    mixed = [path for path in rows if len({quantised.kept(tensors[e.theirs].dtype) for e in rows[path] if e.theirs in tensors}) > 1]
     kinds = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
         "misshaped": [f"{name} is {_shape(known[name].shape)}, not {_shape(expected[name].shape)}" for name in misshaped],
-        "of a type other than F32, BF16, F16": [f"{name} is {t.dtype}" for name, t in known.items() if t.dtype not in DTYPES],
+        f"of a type other than {', '.join(quantised.READ)}": [
+            f"{n} is {t.dtype}" for n, t in known.items() if t.dtype not in quantised.READ
+        ],
         "of several types in one stack, so give --dtype": [
             " and ".join(f"{name} is {tensors[name].dtype}" for name in _first_of_each_type(rows[path], tensors))
             for path in (mixed if dtype is None else [])
@@ -89,15 +99,16 @@ def load(
 def leaves(
     tensors: Mapping[str, Tensor], table: Sequence[Entry], params: Abstract, *, dtype: np.dtype | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves one after the other, as path and array; `tensors` must have no `problems`."""
+    """The leaves one after the other, as path and array; `tensors` must have no `problems`. Numbers that are not finite are refused."""
     for path, entries in _rows(table).items():
         entries = sorted(entries, key=lambda entry: tensors[entry.theirs].file)
         sources = [tensors[entry.theirs] for entry in entries]
-        leaf = np.empty(params[path].shape, dtype or DTYPES[sources[0].dtype])
-        for entry, array in zip(entries, files.read(sources), strict=True):
+        leaf = np.empty(params[path].shape, dtype or quantised.kept(sources[0].dtype))
+        for entry, tensor, array in zip(entries, sources, files.read(sources), strict=True):
             index, parts = entry.part
             row = ... if entry.layer is None else entry.layer
-            leaf[row] = entry.layout.to_ours(np.split(array, parts)[index])
+            leaf[row] = entry.layout.to_ours(np.split(quantised.values(tensor, array), parts)[index])
+            require_finite({tensor.name: leaf[row]}, str(tensor.file), "download it again")
         yield path, leaf
 
 
@@ -177,10 +188,10 @@ def _require_cover(table: Sequence[Entry], params: Abstract) -> None:
 
 
 def _first_of_each_type(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> list[str]:
-    firsts: dict[str, str] = {}
+    firsts: dict[np.dtype, str] = {}
     for entry in entries:
         if entry.theirs in tensors:
-            firsts.setdefault(tensors[entry.theirs].dtype, entry.theirs)
+            firsts.setdefault(quantised.kept(tensors[entry.theirs].dtype), entry.theirs)
     return list(firsts.values())
 
 

@@ -1,16 +1,17 @@
 """safetensors files: their headers, their tensors one at a time, and new files that are whole or absent."""
 
 import json
+import math
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 
 from configs.errors import RequestError
 from omnitransfer_jax.folders import atomic
@@ -21,6 +22,13 @@ DTYPES = {
     "F16": np.dtype(np.float16),
 }  # in the order in which the library writes them
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+OTHERS = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8", "F64": "f8",
+    "C64": "c8",
+}  # fmt: skip
+FORMAT = {**DTYPES, **FP8, "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), **{code: np.dtype(name) for code, name in OTHERS.items()}}
+"""Every type of the format that has whole bytes; weights have few of them."""
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 SHARD_BYTES = 5 * 10**9  # the size of the published shards
 LARGEST_HEADER = 100_000_000  # the library's own limit
@@ -38,6 +46,10 @@ class Tensor(NamedTuple):
     nbytes: int
     truncated: bool
     """The file ends before the tensor does."""
+    start: int
+    """Where its bytes begin in the file."""
+    scale: np.ndarray | None = None
+    """What its numbers are multiplied with (quantised.py)."""
 
 
 class Spec(NamedTuple):
@@ -51,28 +63,76 @@ class Spec(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def find(source: Path, pattern: str = "*.safetensors") -> list[Path]:
+def find(source: Path, pattern: str = "*.safetensors", variant: str = "") -> list[Path]:
     """The safetensors files of `source`: the file itself, or the folder's files that its index names or `pattern` matches.
 
-    A pickle is refused, because reading one runs the code that it holds.
+    Files may be there in several variants (`STEM.fp16.safetensors`). `variant` is taken if there is such a one, else the files without
+    a variant if they are complete, else the one variant that is. A pickle is refused, because reading one runs the code that it holds.
     """
     if source.is_file():
         refuse_pickles([source])
         return [source]
     if not source.is_dir():
         raise RequestError(f"{source}: no such file or folder; give the one that holds the .safetensors files")
-    indices = sorted(source.glob(f"{pattern}.index.json"))
-    if len(indices) == 1:
-        names = set(atomic.read_json(indices[0], "download it again", "weight_map")["weight_map"].values())
-        absent = sorted(name for name in names if not (source / name).is_file())
-        if absent:
-            raise RequestError(f"{source}: {indices[0].name} names {', '.join(absent)}, absent here; download the folder again")
-        return sorted(source / name for name in names)
-    found = sorted(source.glob(pattern))
-    if not found:
+    indices, found = _by_variant(source, f"{pattern}.index*.json", pattern), _by_variant(source, pattern, pattern)
+    names = sorted(indices | found)
+    if not names:
         refuse_pickles(sorted(path for path in source.iterdir() if path.suffix in PICKLES))
-        raise RequestError(f"{source}: no {pattern} in it; give the folder that holds the weights")
+        gguf = next(source.glob("*.gguf"), None)
+        raise RequestError(f"{source}: no {pattern} in it; give {f'{gguf} itself' if gguf else 'the folder that holds the weights'}")
+    if variant and variant in names:
+        return _complete(source, indices.get(variant, []), found.get(variant, []))
+    complete, problems = {}, []
+    for name in names:
+        try:
+            complete[name] = _complete(source, indices.get(name, []), found.get(name, []))
+        except RequestError as error:
+            problems.append(error)
+        if "" in complete:
+            return complete[""]
+    if len(complete) > 1:
+        raise RequestError(f"{source}: weights in the variants {', '.join(complete)}; give one of them with --variant")
+    if problems and not complete:
+        raise problems[0]
+    return next(iter(complete.values()))
+
+
+def variant_of(file: Path, pattern: str) -> str:
+    """The variant in the name of a file that matches `pattern`, or of its index; empty if there is none.
+
+    It is fp16 in model.fp16.safetensors, model-00001-of-00002.fp16.safetensors and model.safetensors.index.fp16.json.
+    """
+    rest = file.name.removeprefix(pattern.partition("*")[0])
+    found = re.fullmatch(r"(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", rest)
+    return next(filter(None, found.groups()), "") if found else ""
+
+
+def _by_variant(source: Path, glob: str, pattern: str) -> dict[str, list[Path]]:
+    """The files of a folder that `glob` matches, by their variants."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(source.glob(glob)):
+        found.setdefault(variant_of(path, pattern), []).append(path)
     return found
+
+
+def _complete(source: Path, indices: Sequence[Path], found: Sequence[Path]) -> list[Path]:
+    """The files of one variant; a `RequestError` if one of them is absent."""
+    if len(indices) != 1:
+        shards = max([0, *(int(number) for path in found for number in re.findall(r"-\d+-of-(\d+)\b", path.name))])
+        if not found:
+            raise RequestError(f"{source}: {', '.join(path.name for path in indices)} and no weights; download the folder again")
+        if len(found) < shards:
+            raise RequestError(f"{source}: {len(found)} of {shards} files like {found[0].name}; download the folder again")
+        return list(found)
+    names = atomic.read_json(indices[0], "download it again", "weight_map")["weight_map"].values()
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong or not names:
+        raise RequestError(f"{indices[0]}: weight_map names {f'{str(wrong[0])[:60]} as a file' if wrong else 'no file'}; download it again")
+    present = {path.name for path in source.iterdir() if path.is_file()}
+    absent = sorted(set(names) - present)
+    if absent:
+        raise RequestError(f"{source}: {indices[0].name} names {', '.join(absent[:6])}, absent here; download the folder again")
+    return sorted(source / name for name in set(names))
 
 
 def refuse_pickles(paths: Sequence[Path]) -> None:
@@ -98,27 +158,37 @@ def inspect(files: Iterable[Path]) -> dict[str, Tensor]:
     twice: dict[tuple[Path, Path], str] = {}
     for file in files:
         try:
-            header, start = _header(file)
-        except (ValueError, OSError) as error:
+            found, end = _tensors(file)
+        except (ValueError, OSError, RecursionError) as error:
             problems.append(f"{file}: {error}")
             continue
-        size, end = file.stat().st_size, start
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            end = max(end, start + last)
-            tensor = Tensor(file, name, entry["dtype"], tuple(entry["shape"]), last - first, start + last > size)
-            if name in tensors:
-                twice.setdefault((tensors[name].file, file), name)
-            tensors[name] = tensor
-        if size > end:
-            problems.append(f"{file}: {size - end} bytes more than its header lists; download it again")
+        if (surplus := file.stat().st_size - end) > 0:
+            problems.append(f"{file}: {surplus} bytes more than its header lists; download it again")
+        for tensor in found:
+            if tensor.name in tensors:
+                twice.setdefault((tensors[tensor.name].file, file), tensor.name)
+            tensors[tensor.name] = tensor
     problems += [f"{name} and maybe more is in {one} and in {other}; remove one of them" for (one, other), name in twice.items()]
     if problems:
         raise RequestError("; ".join(problems))
     return tensors
 
 
-def _header(file: Path) -> tuple[dict, int]:
+def _tensors(file: Path) -> tuple[list[Tensor], int]:
+    """The tensors of one file, one after the other without a gap, and where they end; a `ValueError` says what is wrong with its header."""
+    header, start = _header(file)
+    size, end, found = file.stat().st_size, 0, []
+    places = sorted((_place(name, entry), name) for name, entry in header.items())
+    for (first, last), name in places:
+        if first != end:
+            raise ValueError(f"{name}.data_offsets begin at {first}, the tensor before ends at {end}; download it again")
+        end = last
+        dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+        found.append(Tensor(file, name, dtype, shape, last - first, start + last > size, start + first))
+    return found, start + end
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
     """The header of a file, and where its data starts; read here, because the library opens no damaged file."""
     with open(file, "rb") as stream:
         prefix = stream.read(8)
@@ -126,20 +196,59 @@ def _header(file: Path) -> tuple[dict, int]:
         text = stream.read(length) if length <= LARGEST_HEADER else b""
     if not text.startswith(b"{") or len(text) != length:
         raise ValueError(f"no safetensors file, it starts with {prefix!r} and has {file.stat().st_size} bytes; download it again")
-    header = json.loads(text)
+    header = json.loads(text, object_pairs_hook=_unique)
     header.pop("__metadata__", None)
     return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, whose names must differ: the format allows no name twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header has a name twice; download it again")
+    return found
+
+
+def _place(name: str, entry: Any) -> tuple[int, int]:
+    """Where the header says that tensor `name` begins and ends, counted from the first; a `ValueError` names the key that is wrong."""
+    keys: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    values: list[Any] = [keys.get(key) for key in ("dtype", "shape", "data_offsets")]
+    dtype, shape, offsets = values
+    right = {
+        "dtype": isinstance(dtype, str) and dtype in FORMAT,
+        "shape": _naturals(shape),
+        "data_offsets": _naturals(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
+    }
+    for key in right:
+        if not right[key]:
+            found = f"is {str(keys[key])[:60]}" if key in keys else "is absent"
+            raise ValueError(f"{name}.{key} {found}, which the format does not allow; download it again")
+    nbytes = math.prod(shape) * FORMAT[dtype].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise ValueError(
+            f"{name}.data_offsets span {offsets[1] - offsets[0]} bytes, {dtype} of shape {shape} has {nbytes}; download it again"
+        )
+    return offsets[0], offsets[1]
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def read(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """The values of `tensors` in the order given, one at a time; a file is open only while its tensors are read.
 
-    It reads with `pread`, because the pages of a memory map stay in memory until the file is closed: up to a whole shard.
+    It reads into new memory, because the pages of a memory map stay in memory until the file is closed: up to a whole shard. What has no
+    type of numpy's, as the blocks of a GGUF file, comes as bytes.
     """
     for file, group in groupby(tensors, key=lambda tensor: tensor.file):
-        with safe_open(file, "np", backend="pread") as stream:
+        with open(file, "rb") as stream:
             for tensor in group:
-                yield stream.get_tensor(tensor.name)
+                stream.seek(tensor.start)
+                values = np.fromfile(stream, np.uint8, tensor.nbytes)
+                if values.size != tensor.nbytes:
+                    raise RequestError(f"{file}: ends within {tensor.name}; download it again")
+                yield values.view(FORMAT[tensor.dtype]).reshape(tensor.shape) if tensor.dtype in FORMAT else values
 
 
 def write(

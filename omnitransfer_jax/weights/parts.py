@@ -1,6 +1,6 @@
 """The parts of a Wan model: the name of each here, in a diffusers folder and in the original's folder, and its table of tensors.
 
-The language model of the alignment is one more part, which is published by itself.
+The language model of the alignment is one more part, which is published by itself, and the low-noise expert of Wan2.2 another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +95,12 @@ PARTS = (
         ignored=clip_vision.IGNORED,
     ),
 )
+LOW_NOISE = PARTS[0]._replace(  # Wan2.2's second transformer; the first, at high noise levels, is PARTS[0]
+    name="dit_low_noise",
+    diffusers=("transformer_2", "diffusion_pytorch_model"),
+    absent="Wan2.2 cannot be sampled, for it runs this expert below sampler.boundary",
+)
+EXPERT_FOLDERS = {"dit": "high_noise_model", "dit_low_noise": "low_noise_model"}  # in the original's folder of Wan2.2
 MLLM = Part(
     name="mllm",
     model=Qwen2_5VL,

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from configs.base import QwenConfig, QwenVisionConfig
 from configs.errors import require
+from omnitransfer_jax.folders.typed import read_fields
 from omnitransfer_jax.weights.table import LINEAR, SAME, Entry, Layout
 
 OPTIONAL_PREFIXES = ("model.language_model.", "model.")
@@ -139,8 +140,8 @@ def config_from_json(json: dict[str, Any]) -> QwenConfig:
     """
     kind = json.get("model_type")
     require(kind == "qwen2_5_vl", f"config.json: model_type={kind!r}: the language model is 'qwen2_5_vl'; take a Qwen2.5-VL checkpoint")
-    text, vision = json | json.get("text_config", {}), json.get("vision_config", {})
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text, vision = json | _inner(json, "text_config"), _inner(json, "vision_config")
+    rope = _inner(text, "rope_parameters") or _inner(text, "rope_scaling")
     text = {"rope_theta": rope.get("rope_theta"), **text, "mrope_section": rope.get("mrope_section")}
     text["tie_word_embeddings"] = json.get("tie_word_embeddings") or text.get(
         "tie_word_embeddings"
@@ -155,18 +156,20 @@ def config_from_json(json: dict[str, Any]) -> QwenConfig:
     }
     for key, (value, supported) in found.items():
         require(value in supported, f"config.json: {key}={value!r}: supported is {supported[0]!r}; take a Qwen2.5-VL checkpoint")
-    places = [(text, (*FIELDS.values(), "rope_theta", "mrope_section", "tie_word_embeddings"))]
-    places += [(json, tuple(TOKENS.values())), (vision, (*VISION_FIELDS.values(), "fullatt_block_indexes"))]
-    missing = [key for place, keys in places for key in keys if place.get(key) is None]
+    text_fields = FIELDS | {"rope_theta": "rope_theta", "rope_sections": "mrope_section", "tied": "tie_word_embeddings"}
+    vision_fields = VISION_FIELDS | {"full_attention": "fullatt_block_indexes"}
+    places = ((text, text_fields), (json, TOKENS), (vision, vision_fields))
+    missing = [key for place, names in places for key in names.values() if place.get(key) is None]
     require(not missing, f"config.json: no {', '.join(missing)}: all are needed; take the file of a Qwen2.5-VL checkpoint")
     return QwenConfig(
-        **{ours: text[theirs] for ours, theirs in FIELDS.items()},
-        **{ours: json[theirs] for ours, theirs in TOKENS.items()},
-        rope_theta=text["rope_theta"],
-        rope_sections=tuple(rope["mrope_section"]),
-        tied=bool(text["tie_word_embeddings"]),
-        vision=QwenVisionConfig(
-            **{ours: vision[theirs] for ours, theirs in VISION_FIELDS.items()},
-            full_attention=tuple(vision["fullatt_block_indexes"]),
-        ),
+        **read_fields(QwenConfig, text, text_fields),
+        **read_fields(QwenConfig, json, TOKENS),
+        vision=QwenVisionConfig(**read_fields(QwenVisionConfig, vision, vision_fields, "config.json vision_config.")),
     )
+
+
+def _inner(json: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key`, empty if there is none."""
+    found = json.get(key) or {}
+    require(isinstance(found, dict), f"config.json: {key}={str(found)[:60]}: an object")
+    return found

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from configs.base import UMT5Config
 from configs.errors import require
+from omnitransfer_jax.folders.typed import read_fields
 from omnitransfer_jax.weights.table import LINEAR, SAME, Entry
 
 IGNORED = ("encoder.embed_tokens.weight", "decoder.*", "lm_head.weight")
@@ -74,6 +75,4 @@ def config_from_json(json: dict[str, Any]) -> UMT5Config:
     for key, value in FIXED.items():
         found = json.get(key)
         require(found == value, f"config.json: {key}={found!r}: the text encoder needs {value!r}; take a UMT5 checkpoint")
-    missing = [key for key in FIELDS.values() if key not in json]
-    require(not missing, f"config.json: no {', '.join(missing)}: the text encoder needs them; take the file of a UMT5 checkpoint")
-    return UMT5Config(**{ours: json[theirs] for ours, theirs in FIELDS.items()})
+    return UMT5Config(**read_fields(UMT5Config, json, FIELDS))

@@ -7,6 +7,7 @@ import numpy as np
 
 from configs.base import VAEConfig
 from configs.errors import require
+from omnitransfer_jax.folders.typed import read_fields
 from omnitransfer_jax.models.wan_vae import decoder_widths, encoder_widths
 from omnitransfer_jax.weights.table import CONV, SAME, Entry, Layout
 
@@ -151,7 +152,6 @@ def config_from_json(json: dict[str, Any]) -> VAEConfig:
     require(name == "AutoencoderKLWan", f"config.json _class_name={name!r}: AutoencoderKLWan")
     for key, value in FIXED.items():
         require(json.get(key, value) == value, f"config.json {key}={json.get(key)!r}: this autoencoder has {value!r}")
-    values = {ours: json[theirs] for ours, theirs in FIELDS if theirs in json}
-    config = replace(VAEConfig(), **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    config = replace(VAEConfig(), **read_fields(VAEConfig, json, {ours: theirs for ours, theirs in FIELDS if theirs in json}))
     config.validate()
     return config

@@ -11,8 +11,9 @@ from configs.errors import RequestError
 from configs.run import Config, OptimizerConfig, record_fields
 
 RUN = {
-    "checkpoint.every", "checkpoint.keep", "data.threads", "dit.attention", "dit.remat", "mesh.context", "mesh.data", "sampler.guidance",
-    "sampler.negative_prompt", "sampler.reference_cache", "sampler.shift", "sampler.solver", "sampler.stack_references", "sampler.steps",
+    "checkpoint.every", "checkpoint.keep", "data.threads", "dit.attention", "dit.remat", "mesh.context", "mesh.data", "sampler.boundary",
+    "sampler.guidance", "sampler.low_noise_guidance", "sampler.negative_prompt", "sampler.reference_cache", "sampler.shift",
+    "sampler.skip_unconditional", "sampler.solver", "sampler.stack_references", "sampler.steps",
     "train.evaluate_every", "train.log_every", "train.steps", "vae.decode_frames", "vae.encode_frames",
 }  # fmt: skip
 
@@ -46,8 +47,9 @@ def test_a_training_that_goes_on_may_change_these_fields():
 def test_what_a_checkpoint_need_not_agree_in():
     """Training may compute in another type, and read references in another way, with the same weights."""
     other = set(kinds.flat(kinds.select(wan.I2V_480P.dit, ["method", "data", "training", "run"])))
-    assert set(kinds.select(wan.I2V_480P.dit, ["method"])) == {"references", "offsets"}
-    assert other == {"dtype", "attention", "references", "offsets", "remat", "text_len"}
+    how = {"references", "reach", "offsets", "reference_flag", "reference_time", "reference_context"}
+    assert set(kinds.select(wan.I2V_480P.dit, ["method"])) == how
+    assert other == how | {"dtype", "attention", "remat", "text_len"}
 
 
 def test_records_depend_on_data_fields_and_encoders():
@@ -60,6 +62,8 @@ def test_records_depend_on_data_fields_and_encoders():
     assert fields["text"]["dtype"] == "float32"
     same = replace(smoke, vae=replace(smoke.vae, encode_frames=8), dit=replace(smoke.dit, dim=96), seed=3)
     assert record_fields(same) == fields
+    assert "image" in fields
+    assert "image" not in record_fields(wan.get_config("smoke_2_2")), "a network without an image branch reads no CLIP features"
     assert record_fields(replace(smoke, text=replace(smoke.text, dtype="bfloat16"))) != fields
     aligned = record_fields(stage3.get_config("smoke"))
     assert set(aligned["alignment"]) == {"frames", "frame_pixels", "prompt_tokens"}

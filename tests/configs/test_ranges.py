@@ -10,7 +10,10 @@ from configs.errors import RequestError
 from configs.kinds import flat, select
 
 NUMBERS = (0, -1, 10**30, 0.0, -1.0, float("nan"), float("inf"))
-CONFIGS = {"stage3": stage3.get_config("smoke"), "t2v": wan.get_config("t2v_1_3b"), "vae": vae.TINY, "mllm": mllm.TINY}
+CONFIGS = {
+    "stage3": stage3.get_config("smoke"), "t2v": wan.get_config("t2v_1_3b"), "two experts": wan.get_config("i2v_2_2_14b"),
+    "vae": vae.TINY, "mllm": mllm.TINY,
+}  # fmt: skip
 
 
 def numeric(config, path=()):
@@ -55,14 +58,15 @@ def test_every_number_is_taken_or_answered_in_one_line(config):
 ACCEPTED = {  # where 0 has a meaning
     "seed", "optimizer.warmup_steps", "optimizer.adapter_share", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay",
     "optimizer.clip_norm", "train.ema", "train.evaluate_every", "data.text_drop", "vae.latents_mean", "mllm.vision.full_attention",
-    "mllm.image_token", "mllm.video_token", "mllm.vision_start", "kl_weight", "whole_share", "grey_share",
+    "mllm.image_token", "mllm.video_token", "mllm.vision_start", "kl_weight", "whole_share", "grey_share", "sampler.boundary",
+    "dit.reference_time",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(ACCEPTED))
 def test_what_may_be_0_may_be_0(name):
     config = vae.TINY if name in ("kl_weight", "whole_share", "grey_share") else stage3.get_config("smoke")
-    value = flat(select(config, ("model", "data", "training", "run")))[name]
+    value = flat(select(config, ("model", "method", "data", "training", "run")))[name]
     put(config, name.split("."), (0, *value[1:]) if isinstance(value, tuple) else type(value)(0)).validate()
 
 
@@ -77,8 +81,9 @@ def test_a_wrong_regular_expression_is_answered_in_one_line(pattern):
     ("name", "value", "message"),
     [
         ("dit.freq_dim", 31, "dit.freq_dim=31: even"),
-        ("dit.in_channels", 37, "dit.in_channels=37: 36, the noisy latent's channels"),
-        ("dit.image_dim", None, "dit.in_channels=36: 16, the noisy latent's channels"),
+        ("dit.in_channels", 37, "dit.in_channels=37: 16, the noisy latent's channels, or for image-to-video 36: 4 more"),
+        ("dit.in_channels", 16, "dit.image_dim=1280: text-to-video, dit.in_channels=16, reads no image; give --dit.image_dim=None"),
+        ("sampler.low_noise_guidance", 3.0, "sampler.low_noise_guidance=3.0: that of a second expert; give --sampler.boundary too"),
     ],
 )
 def test_widths_that_no_network_has(name, value, message):

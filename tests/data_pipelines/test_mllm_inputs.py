@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
-from safetensors.torch import save_file
 
 from configs.errors import RequestError
 from data_pipelines import batches, clips, example, mllm_inputs, pairs, records
@@ -31,7 +29,6 @@ from omnitransfer_jax.weights.files import find, inspect
 from omnitransfer_jax.weights.qwen2_5_vl import config_json, entries
 from tests.compare import relative_l2
 from tests.data_pipelines.conftest import SMOKE
-from tests.parity.bridge import randomise
 
 ALIGNED = replace(SMOKE, alignment=replace(SMOKE.alignment, enabled=True))
 # Image and reference of other shapes than one another, more than one row and column of features, an even number of frames.
@@ -267,9 +264,11 @@ def test_a_template_that_does_not_fit_is_an_error_before_the_weights_are_loaded(
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A Qwen2.5-VL folder as transformers saves it."""
+    torch, bridge = pytest.importorskip("torch"), pytest.importorskip("tests.parity.bridge")
     folder = tmp_path_factory.mktemp("hub")
     config = transformers.Qwen2_5_VLConfig(**config_json(ALIGNED.mllm))
-    randomise(transformers.Qwen2_5_VLForConditionalGeneration(config)).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
+    model = bridge.randomise(transformers.Qwen2_5_VLForConditionalGeneration(config)).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="100KB")
     byte_tokenizer().save_pretrained(folder)
     (folder / "README.md").write_text("not a tokenizer file")
     return folder
@@ -308,7 +307,7 @@ def test_a_tied_embedding_saved_twice_is_imported(hub, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     assert "lm_head.weight" in theirs
-    save_file(theirs, source / "model.safetensors")
+    pytest.importorskip("safetensors.torch").save_file(theirs, source / "model.safetensors")
     (source / "config.json").write_text((hub / "config.json").read_text())
     assert command.execute(import_weights.main, import_weights.FLAGS, [f"--source={source}", f"--out={tmp_path / 'ours'}"]) == 0
 

@@ -88,7 +88,7 @@ def test_records_that_do_not_fit_are_refused_with_both_values(write_records):
         replace(config, text=replace(config.text, dim=64)): "text is any x 32, not any x 64",
         replace(config, image=replace(config.image, image_size=42)): "image is 5 x 32, not 10 x 32",
         replace(config, dit=replace(config.dit, text_len=16)): "prompts have up to 32 rows, dit.text_len is 16",
-        replace(config, dit=replace(config.dit, image_dim=None)): "records are for an image-to-video network",
+        replace(config, dit=replace(config.dit, image_dim=None, in_channels=16)): "records are for an image-to-video network",
     }.items():
         with pytest.raises(RequestError, match=words):
             open_records(wrong)

@@ -1,6 +1,7 @@
 """A run's folder: the configuration comes back with the name of its training, and says what may not change."""
 
 import json
+import random
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -204,8 +205,73 @@ def test_a_cut_configuration_is_one_short_line(tmp_path, content):
             read(tmp_path)
         assert len(str(error.value)) < 300
     (tmp_path / "config.json").write_text('{"training": "transfer", "dit": 3}')
-    with pytest.raises(RequestError, match=r"config.json: 3 is no DiTConfig; use the one that wrote it"):
+    with pytest.raises(RequestError, match=r"config.json: dit: 3 is no DiTConfig; use the one that wrote it"):
         run_folder.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dit.num_layers", "2", "num_layers of DiTConfig is '2', not int; use the one that wrote it"),
+        ("dit.patch", [1, 2], r"patch of DiTConfig is \[1, 2\], not tuple\[int, int, int\]"),
+        ("dit.references", "sideways", "references of DiTConfig is 'sideways', not 'split' or 'joint' or 'bidirectional'"),
+        ("dit.image_dim", True, r"image_dim of DiTConfig is True, not int \| None"),
+        ("vae.latents_mean", ["0"] * 16, "latents_mean of VAEConfig is"),
+        ("optimizer.learning_rate", None, "learning_rate of OptimizerConfig is None, not float"),
+        ("train", [], r"train=\[\] is no JSON object; restore it|\[\] is no TransferTrainConfig"),
+        ("train.init_from", 5, "train.init_from=5 is no text; restore it|init_from of TransferTrainConfig is 5, not str"),
+        ("training", ["transfer"], r"training=\['transfer'\] is no text"),
+        ("data_digest", 7, "data_digest=7 is no text"),
+        ("origin_digest", {}, "origin_digest={} is no text"),
+        ("colour", 3, "colour of Config is unknown to this version"),
+    ],
+)
+def test_a_damaged_configuration_names_its_file_and_field(tmp_path, name, value, message):
+    """Whatever reads the run: going on, the next stage, sampling, export."""
+    run_folder.write_config(tmp_path, SMOKE, "data", "weights")
+    content = json.loads((tmp_path / "config.json").read_text())
+    *parts, last = name.split(".")
+    inner = content[parts[0]] if parts else content
+    inner[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RequestError, match=rf"^{tmp_path}/config.json: ({message})"):
+        run_folder.require_same_run(tmp_path, SMOKE)
+    with pytest.raises(RequestError, match=rf"^{tmp_path}/config.json: ({message})"):
+        run_folder.require_same_function(str(tmp_path), SMOKE)
+
+
+def mutated(whole, draw):
+    """Bytes that were cut off, have one flipped bit, or have another value for one field."""
+    at = draw.randrange(len(whole))
+    match draw.choice(["cut", "flip", "value"]):
+        case "cut":
+            return whole[:at]
+        case "flip":
+            return whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
+    lines = whole.split(b"\n")
+    number = draw.randrange(len(lines))
+    lines[number] = lines[number].partition(b":")[0] + draw.choice([b": null,", b": [],", b': "x",', b": {},", b": -1,", b": 1e999,"])
+    return b"\n".join(lines)
+
+
+def use_of(workdir, config):
+    run_folder.require_same_function(str(workdir), config)
+
+
+@pytest.mark.parametrize("use", [run_folder.require_same_run, use_of])
+def test_no_mutation_of_a_configuration_is_a_traceback(tmp_path, use):
+    """300 seeded ones: each is read, or refused in one short line that names the folder."""
+    draw, refusals, path = random.Random(0), [], tmp_path / "config.json"
+    run_folder.write_config(tmp_path, ALIGNED, "data", "weights")
+    whole = path.read_bytes()
+    for _ in range(300):
+        path.write_bytes(mutated(whole, draw))
+        try:
+            use(tmp_path, ALIGNED)
+        except RequestError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 150
+    assert [text for text in refusals if str(tmp_path) not in text or len(text) > 700] == []
 
 
 def test_the_steps_of_a_falling_rate_may_not_change(tmp_path):

@@ -91,13 +91,17 @@ def test_combined_transfer(tmp_path):
     ("args", "words"),
     [
         (["--out=a.gif"], "--out=a.gif: an mp4 is written"),
-        (["--task=style", "--reference={clip}", "--out={folder}/x/../r.mp4"], "it is a file that this command reads; give another"),
+        (["--task=style", "--reference={clip}", "--out={folder}/x/../r.mp4"], "this command reads it; give another name"),
         (["--task=motion"], "1 --task and 0 --reference"),
         (["--task=motion", "--reference={clip}"], "give --first_frame"),
         (["--task=style", "--reference=absent.mp4"], "absent.mp4: no such file"),
         (["--task=dance", "--reference={clip}"], "id|style|motion|camera|effect"),
         (["--first_frame=absent.png"], "absent.png: no such file"),
         (["--first_frame={image}", "--dit.image_dim=None", "--dit.in_channels=16"], "this network is text-to-video"),
+        (
+            ["--task=style", "--reference={clip}", "--dit.image_dim=None", "--dit.in_channels=16"],
+            "--reference: this network is text-to-video",
+        ),
         (["--task=style", "--reference={clip}", "--data.reference.frames=33"], "33 needed"),
         (["--video.frames=42"], "video.frames=42: the causal autoencoder needs 4n+1"),
         (["--video.width=50"], "video.width=50: a multiple of 16"),

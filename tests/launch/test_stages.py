@@ -3,9 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import WanTransformer3DModel
-from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -70,12 +67,13 @@ def travel(tmp_path, manifest, pairs):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
 def test_on_clips_the_project_makes(tmp_path):
+    torch, diffusers, peft = (pytest.importorskip(name) for name in ("torch", "diffusers", "peft"))
     manifest = example.write_example(tmp_path / "clips")
     trained = travel(tmp_path, manifest, example_pairs(manifest, tmp_path))
 
     for layout in ("diffusers", "original"):
         run(export, "stage3", f"--checkpoint={tmp_path / 'stage3'}", f"--layout={layout}", f"--out={tmp_path / layout}")
-    model, info = WanTransformer3DModel.from_pretrained(tmp_path / "diffusers" / "transformer", output_loading_info=True)
+    model, info = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "diffusers" / "transformer", output_loading_info=True)
     assert not any(info.values())
     assert (trained["dit.head.kernel"] == model.proj_out.weight.detach().numpy().T).all()
     original = load_file(tmp_path / "original" / "diffusion_pytorch_model.safetensors")
@@ -91,7 +89,7 @@ def test_on_clips_the_project_makes(tmp_path):
     config = command._override(stage3.get_config("smoke"), SMALL, train.FLAGS)
     settings = {k: v for k, v in qwen2_5_vl.config_json(config.mllm).items() if k not in ("architectures", "model_type")}
     base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
-    adapted = PeftModel.from_pretrained(base, folder / "mllm_lora")
+    adapted = peft.PeftModel.from_pretrained(base, folder / "mllm_lora")
     theirs = {name: value for name, value in adapted.state_dict().items() if ".lora_" in name}
     stored = load_file(folder / "mllm_lora" / "adapter_model.safetensors")
     assert {name.replace(".default", "") for name in theirs} == set(stored)

@@ -13,11 +13,13 @@ from configs.run import SamplerConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.mesh import UNSHARDED
 from omnitransfer_jax.models.attend import Streams, recording
-from omnitransfer_jax.models.flat_params import flat_params
+from omnitransfer_jax.models.flat_params import flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference, reference_latents
 from omnitransfer_jax.models.rope3d import grid
 from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.samplers import experts, start
+from omnitransfer_jax.train.flops import cache_bytes
 from tests.compare import relative_l2
 from tests.models.test_wan_dit import TINY
 
@@ -78,7 +80,7 @@ def run(model, batch, references=(), kv_cache=None):
 def streams(model, batch, references):
     """The tokens of the target and of each reference after all layers."""
     x, inputs, context, _ = model.prepare(**batch, references=references)
-    x, _ = model.run(x, inputs, context, model.strategy(True, None), None, UNSHARDED)
+    x, _ = model.run(x, inputs, context, model.strategy(True), None, UNSHARDED)
     return x.target, *x.references
 
 
@@ -159,6 +161,12 @@ def test_the_baseline_is_wan_on_more_frames(model, batch):
     assert relative_l2(run(baseline(model), batch, (one, two)), run(model, longer)[:, :2]) <= 1e-5
 
 
+def denoised(model, conditions, noise, sampler):
+    """Clean latents by one network."""
+    (expert,) = experts(sampler)
+    return jax.jit(lambda model: denoise(model, conditions, start(noise), sampler, expert).latents)(model)
+
+
 def test_the_baseline_has_no_cache(model):
     """Its references change from step to step: every cache setting computes them anew."""
     conditions = Conditions(draw(1, 1, 16, 8), draw(5, 1, 16, 8), draw(2, 1, 5, 8), draw(6, 1, 2, 4, 6, 20))
@@ -166,7 +174,7 @@ def test_the_baseline_has_no_cache(model):
     noise = draw(7, 1, 2, 4, 6, 16)
 
     def sample(model, cache):
-        return jax.jit(lambda model: denoise(model, conditions, noise, SamplerConfig(steps=2, reference_cache=cache)))(model)
+        return denoised(model, conditions, noise, SamplerConfig(steps=2, reference_cache=cache))
 
     anew = sample(baseline(model), "none")
     assert (sample(baseline(model), "full") == anew).all()
@@ -233,20 +241,56 @@ def test_sampling_with_a_cache_equals_recomputing(model):
     noise = draw(7, 1, 2, 4, 6, 16)
 
     def sample(cache):
-        return jax.jit(lambda model: denoise(model, conditions, noise, SamplerConfig(steps=4, reference_cache=cache)))(model)
+        return denoised(model, conditions, noise, SamplerConfig(steps=4, reference_cache=cache))
 
     recomputed = sample("none")
     assert relative_l2(sample("full"), recomputed) <= 1e-5
+    assert relative_l2(sample("activations"), recomputed) <= 1e-5
     assert 0 < relative_l2(sample("int8"), recomputed) <= 0.01
     assert 0 < relative_l2(sample("float8"), recomputed) <= 0.05
+
+
+def test_each_of_two_experts_has_its_own_cache(model):
+    """Wan2.2: what one expert cached is of no use to the other, whose weights differ."""
+    conditions = Conditions(draw(1, 1, 16, 8), draw(5, 1, 16, 8), draw(2, 1, 5, 8), draw(6, 1, 2, 4, 6, 20))
+    conditions = conditions._replace(references=jax.tree.map(lambda x: x[:1], references(3)))
+    models = {"dit": model, "dit_low_noise": with_params(model, {path: 0.8 * x for path, x in flat_params(model).items()})}
+
+    def sample(cache):
+        sampler = SamplerConfig(steps=4, boundary=0.9, guidance=3.0, low_noise_guidance=1.0, reference_cache=cache)
+
+        def both(models):
+            state = start(draw(7, 1, 2, 4, 6, 16))
+            for expert in experts(sampler):
+                state = denoise(models[expert.part], conditions, state, sampler, expert)
+            return state.latents
+
+        return jax.jit(both)(models)
+
+    assert relative_l2(sample("full"), sample("none")) <= 1e-5
+
+
+def held(kv_cache):
+    """Bytes of what is kept of all references."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(kv_cache.kept))
+
+
+def test_activations_are_half_of_keys_and_values(model):
+    """And the counts that people are told before anything is loaded are the bytes that are kept."""
+    both, tokens = references(3, 4), 2 * 3 * 3 * 2  # two references of 3 frames of 3 x 2 patches
+    full = make_kv_cache(model, both)
+    kept = jax.jit(lambda model, both: model.make_kv_cache(both, PATCHES, activations=True))(model, both)
+    assert held(full) == 2 * held(kept)
+    for name, found in {"full": full, "activations": kept, "int8": quantize(full, "int8")}.items():
+        assert held(found) == 2 * cache_bytes(TINY, name, tokens)  # of two samples
 
 
 def test_a_quantized_cache_is_small_and_near(model):
     kv_cache = make_kv_cache(model, references(3, 4))
     for storage, error in {"int8": 0.01, "float8": 0.04}.items():
         narrow = quantize(kv_cache, storage)
-        assert narrow.keys.values.dtype.itemsize == 1
-        for ours, wanted in ((narrow.keys, kv_cache.keys), (narrow.values, kv_cache.values)):
+        for ours, wanted in zip(sum(narrow.kept, ()), sum(kv_cache.kept, ()), strict=True):
+            assert ours.values.dtype.itemsize == 1
             assert 0 < relative_l2(ours.read(jnp.dtype("float32")), wanted.values) <= error
 
 

@@ -10,6 +10,7 @@ from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel, UMT5Co
 
 from configs import base, run
 from data_pipelines import clips
+from omnitransfer_jax import samplers
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.clip_vision import CLIPVision
 from omnitransfer_jax.models.omnitransfer import Conditions
@@ -82,7 +83,8 @@ def test_pixels():
         encoded = omnitransfer.encode_text(text, jnp.asarray(tokens), jnp.asarray(mask))
         first = omnitransfer.encode_first_frame(vae, frame, (1, FRAMES, HEIGHT, WIDTH))
         conditions = Conditions(encoded[:1], encoded[1:], omnitransfer.encode_image(image, frame), first)
-        return vae.decode(omnitransfer.denoise(dit, conditions, noise, SAMPLER))
+        (expert,) = samplers.experts(SAMPLER)
+        return vae.decode(omnitransfer.denoise(dit, conditions, samplers.start(noise), SAMPLER, expert).latents)
 
     out = (np.asarray(video(dit, vae, text, image, jnp.asarray(noise))) + 1) / 2
     difference = np.abs(out - expected).max()

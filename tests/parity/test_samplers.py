@@ -1,11 +1,11 @@
-"""UniPC and Euler against diffusers' schedulers on the original's grid."""
+"""UniPC, DPM-Solver++ and Euler against diffusers' schedulers on the original's grid."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from configs.run import SamplerConfig
 from omnitransfer_jax.flow import time_grid
@@ -37,6 +37,16 @@ def test_unipc(steps, shift):
     assert relative_l2(ours, run_theirs(theirs, noise)) <= 1e-5
     jax.effects_barrier()
     assert seen == list(range(steps))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers gives NumPy a tensor
+@pytest.mark.parametrize("steps", [40, 10, 2, 1])
+def test_dpm(steps):
+    noise = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 16), np.float32)
+    theirs = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    theirs.set_timesteps(steps)
+    ours = sample(velocity, jnp.asarray(noise), SamplerConfig(solver="dpm++", steps=steps, shift=5.0))
+    assert relative_l2(ours, run_theirs(theirs, noise)) <= 1e-5
 
 
 def test_euler():

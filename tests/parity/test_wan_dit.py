@@ -19,6 +19,7 @@ from tests.parity.bridge import gradients, port, randomise, to_ours
 TEXT_LEN = 512  # hard-coded in the oracle
 I2V = DiTConfig(dim=48, ffn_dim=64, num_layers=3, num_heads=2, text_dim=24, image_dim=20, freq_dim=32, dtype="float32", remat="none")
 T2V = replace(I2V, in_channels=16, image_dim=None)
+I2V_2_2 = replace(I2V, image_dim=None)
 
 
 def oracle(config: DiTConfig) -> torch.nn.Module:
@@ -41,8 +42,11 @@ def inputs(config: DiTConfig, frames: int, rows: int, columns: int, per_token: b
     )
 
 
+FORMS = [(I2V, (3, 8, 12)), (I2V, (2, 10, 6)), (T2V, (3, 8, 6)), (I2V_2_2, (3, 8, 6))]
+
+
 @pytest.mark.parametrize("per_token", [False, True], ids=["scalar_time", "token_time"])
-@pytest.mark.parametrize(("config", "grid"), [(I2V, (3, 8, 12)), (I2V, (2, 10, 6)), (T2V, (3, 8, 6))], ids=["wide", "tall", "t2v"])
+@pytest.mark.parametrize(("config", "grid"), FORMS, ids=["wide", "tall", "t2v", "i2v_2_2"])
 def test_forward_and_gradients(config, grid, per_token):
     theirs, batch = oracle(config), inputs(config, *grid, per_token)
     ours = port(lambda rngs: WanDiT(config, rngs=rngs), theirs, entries(config, "diffusers"))

@@ -10,6 +10,7 @@ from etils import epath
 
 from configs.errors import RequestError
 from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.folders.checksums import OF_ONE
 from omnitransfer_jax.folders.whole import damage
 from omnitransfer_jax.methods.omnitransfer import objective
 from tests.train.test_loop import parts_of_a_run
@@ -94,8 +95,9 @@ def test_what_is_sampled_comes_from_a_whole_checkpoint(run, capsys):
 
 @pytest.mark.parametrize("hurt", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")], ids=["absent", "empty"])
 def test_no_damage_is_overlooked(whole, run, hurt):
-    """Every file of a checkpoint, one after the other. Without all those that are not missed it is restored bit for bit."""
+    """Every file of a checkpoint without checksums, one after the other. Without all that are not missed it is restored bit for bit."""
     folder, missed = run / "checkpoints" / "4", {}
+    (folder / OF_ONE).unlink()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = file.read_bytes()
         hurt(file)

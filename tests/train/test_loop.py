@@ -17,7 +17,7 @@ import pytest
 from configs import stage1, stage3
 from configs.errors import RequestError
 from configs.run import MeshConfig, OptimizerConfig
-from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.folders import checksums, model_folder, run_folder
 from omnitransfer_jax.mesh import make_mesh, specs, to_mesh
 from omnitransfer_jax.methods.omnitransfer import objective
 from omnitransfer_jax.models.omnitransfer import SHARDING
@@ -132,6 +132,8 @@ def test_muon_resumed_equals_uninterrupted(tmp_path):
 def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
     killed = start_process(tmp_path, compiled, "milliseconds=100")
     wait_for_step(killed, tmp_path, 3)
+    with pytest.raises(RequestError, match=rf"{tmp_path}: a training runs there, process {killed.pid} on host .*, since \d+-.*; wait"):
+        train(TINY, tmp_path)
     killed.kill()
     killed.communicate()
     saved = [name for name in saved_steps(tmp_path) if name.isdecimal()]  # beside them may lie what the kill cut off
@@ -169,6 +171,11 @@ def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path, compiled):
     assert [process.returncode for process in both] == [0, 0]
     reached = int(saved_steps(tmp_path)[-1])
     assert reached < 8
+    last = tmp_path / "checkpoints" / str(reached)
+    assert {path.name for path in last.glob("checksums.*")} == {"checksums.0-of-2.json", "checksums.1-of-2.json"}
+    files = {str(path.relative_to(last)) for path in last.rglob("*") if path.is_file() and not path.name.startswith("checksums")}
+    assert checksums.known(last).keys() == files
+    assert checksums.mismatch(last) == ""
     assert last_lines == [f"stopped after step {reached} of 8; the same command goes on from there"] * 2
 
     train(TINY, tmp_path)
@@ -286,7 +293,7 @@ def test_the_full_size_does_not_start_from_random_weights(tmp_path):
     with pytest.raises(RequestError, match=r"no weights for dit \(16.4 .* and mllm \(3.1 billion .* python -m launch.import_weights"):
         loop.require_weights(objective(stage3.get_config()), stage3.get_config())
     absent = replace(stage3.get_config(), train=replace(TINY.train, init_from=str(tmp_path)))
-    with pytest.raises(RequestError, match="neither imported weights nor a run; import them"):
+    with pytest.raises(RequestError, match=r"an empty folder; give --train\.init_from=DIR, a folder of"):
         loop.require_weights(objective(absent), absent)
 
 
@@ -310,6 +317,22 @@ def test_sampling_finds_the_average_or_the_weights(whole, tmp_path):
     found = run_folder.load_params(tmp_path, params)
     assert found.keys() == params.keys()
     assert all(np.array_equal(x, (state.trainable | state.frozen)[path]) for path, x in found.items())
+
+
+def test_a_run_with_nan_is_neither_sampled_nor_a_start(tmp_path):
+    config = replace(TINY, train=replace(TINY.train, steps=1, ema=0.0))
+    state = started(config, tmp_path / "run")
+    spoilt = {path: leaf.at[:2].set(np.nan) if path == "dit.head.bias" else leaf for path, leaf in state.trainable.items()}
+    with run_folder.open_checkpoints(tmp_path / "run", config.checkpoint) as checkpoints:
+        run_folder.save(checkpoints, 1, state._replace(trainable=spoilt), batches(config))
+    run_folder.write_config(tmp_path / "run", config)
+    message = (
+        rf"^{tmp_path}/run/checkpoints/1: numbers that are not finite \(NaN or infinity\): dit.head.bias has 2 of 64; move it elsewhere"
+    )
+    with pytest.raises(RequestError, match=message):
+        run_folder.load_params(tmp_path / "run", objective(TINY).params)
+    with pytest.raises(RequestError, match=message):
+        started(replace(config, train=replace(config.train, init_from=str(tmp_path / "run"))), tmp_path / "next")
 
 
 def test_sampling_refuses_another_network(whole, tmp_path):

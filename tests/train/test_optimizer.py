@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from configs.errors import RequestError
 from configs.run import MeshConfig, OptimizerConfig
@@ -23,6 +22,7 @@ def draw(seed, *shape):
 
 
 def test_equals_pytorch():
+    torch = pytest.importorskip("torch")
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, weight_decay=0.1, clip_norm=2.0)
     start = {"blocks.up.kernel": draw(0, 2, 3, 4), "blocks.up.bias": draw(1, 2, 4), "patch_embedding": draw(2, 1, 2, 2, 3, 4)}
     theirs = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in start.items()}

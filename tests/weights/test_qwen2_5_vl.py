@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 import transformers
-from safetensors.torch import save_file
 
 from configs.base import QwenConfig, QwenVisionConfig
 from configs.errors import RequestError
@@ -16,7 +14,9 @@ from omnitransfer_jax.models.qwen2_5_vl import Qwen2_5VL
 from omnitransfer_jax.weights.convert import load, save, select, specs
 from omnitransfer_jax.weights.files import find, inspect
 from omnitransfer_jax.weights.qwen2_5_vl import IGNORED, OPTIONAL_PREFIXES, config_from_json, config_json, entries
-from tests.parity.bridge import randomise, tensors
+
+torch, bridge = pytest.importorskip("torch"), pytest.importorskip("tests.parity.bridge")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 QWEN_3B = QwenConfig()
 QWEN_7B = QwenConfig(vocab_size=152064, dim=3584, ffn_dim=18944, num_layers=28, num_heads=28, num_kv_heads=4, tied=False)
@@ -32,7 +32,7 @@ UNTIED = replace(TIED, tied=False)
 BOTH = pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
 
 
-def oracle(config: QwenConfig) -> torch.nn.Module:
+def oracle(config: QwenConfig):
     return transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**config_json(config)))
 
 
@@ -59,7 +59,7 @@ def test_full_size(config, total, vision):
 
 @BOTH
 def test_their_file_there_and_back(config, tmp_path):
-    theirs = randomise(oracle(config))
+    theirs = bridge.randomise(oracle(config))
     theirs.save_pretrained(tmp_path / "theirs")
     params, table, files = params_of(config), entries(config, "diffusers"), find(tmp_path / "theirs")
     stored = inspect(files)
@@ -70,14 +70,14 @@ def test_their_file_there_and_back(config, tmp_path):
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config_json(config)))
     loaded, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
-    assert same(tensors(loaded), tensors(theirs))
+    assert same(bridge.tensors(loaded), bridge.tensors(theirs))
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == config.tied
 
 
 @BOTH
 def test_either_spelling_is_read(config, tmp_path):
     """Tools that skip transformers' renaming write the live model's names, and some the tied embedding twice."""
-    theirs = {name: x.contiguous() for name, x in randomise(oracle(config)).state_dict().items()}
+    theirs = {name: x.contiguous() for name, x in bridge.randomise(oracle(config)).state_dict().items()}
     theirs["lm_head.weight"] = theirs["lm_head.weight"].clone()
     save_file(theirs, tmp_path / "model.safetensors")
     params, stored = params_of(config), inspect(find(tmp_path))

@@ -5,9 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.numpy import save_file
 
 from configs.base import VAEConfig
@@ -15,7 +12,9 @@ from configs.errors import RequestError
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.weights.wan_vae import config_from_json, config_json, entries
-from tests.parity.bridge import randomise, tensors, to_ours
+
+torch, bridge = pytest.importorskip("torch"), pytest.importorskip("tests.parity.bridge")
+diffusers, single_file = pytest.importorskip("diffusers"), pytest.importorskip("diffusers.loaders.single_file_utils")
 
 FULL = VAEConfig()
 SMALL = VAEConfig(
@@ -33,14 +32,14 @@ def check_table(shapes: dict[str, list[int]], originals: dict[str, str]) -> None
     assert [e._replace(theirs="") for e in table] == [e._replace(theirs="") for e in original]
     zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     ours = flat_params(abstract(lambda rngs: WanVAE(FULL, rngs=rngs)))
-    assert {k: v.shape for k, v in to_ours(zeros, table).items()} == {k: v.shape for k, v in ours.items()}
+    assert {k: v.shape for k, v in bridge.to_ours(zeros, table).items()} == {k: v.shape for k, v in ours.items()}
 
 
 def test_full_size_names_and_shapes():
     with torch.device("meta"):
-        theirs = AutoencoderKLWan().state_dict()
+        theirs = diffusers.AutoencoderKLWan().state_dict()
     originals = [e.theirs for e in entries(FULL, "original")]
-    renamed = {name: next(iter(convert_wan_vae_to_diffusers({name: None}))) for name in originals}
+    renamed = {name: next(iter(single_file.convert_wan_vae_to_diffusers({name: None}))) for name in originals}
     check_table({name: list(value.shape) for name, value in theirs.items()}, renamed)
 
 
@@ -52,9 +51,9 @@ def test_published_names_and_shapes(shared):
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize("config", [SMALL, replace(FULL, base_dim=4)], ids=["small", "wan"])
 def test_there_and_back(config, layout):
-    state, table = tensors(randomise(AutoencoderKLWan.from_config(config_json(config)))), entries(config, layout)
+    state, table = bridge.tensors(bridge.randomise(diffusers.AutoencoderKLWan.from_config(config_json(config)))), entries(config, layout)
     theirs = {new.theirs: state[old.theirs] for new, old in zip(table, entries(config, "diffusers"), strict=True)}
-    ours = to_ours(theirs, table)
+    ours = bridge.to_ours(theirs, table)
     assert len(ours) == len(table)
     for entry in table:
         back = entry.layout.to_theirs(ours[entry.ours])
@@ -63,21 +62,21 @@ def test_there_and_back(config, layout):
 
 
 def test_diffusers_reads_what_we_write(tmp_path):
-    state, table = tensors(randomise(AutoencoderKLWan.from_config(config_json(SMALL)))), entries(SMALL, "diffusers")
-    ours = to_ours(state, table)
+    state, table = bridge.tensors(bridge.randomise(diffusers.AutoencoderKLWan.from_config(config_json(SMALL)))), entries(SMALL, "diffusers")
+    ours = bridge.to_ours(state, table)
     written = {e.theirs: np.ascontiguousarray(e.layout.to_theirs(ours[e.ours])) for e in table}
     save_file(written, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
-    model, report = AutoencoderKLWan.from_pretrained(tmp_path, output_loading_info=True)
+    model, report = diffusers.AutoencoderKLWan.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert all((value == state[name]).all() for name, value in tensors(model).items())
+    assert all((value == state[name]).all() for name, value in bridge.tensors(model).items())
     assert (model.config.scale_factor_temporal, model.config.scale_factor_spatial) == (2, 4)
 
 
 @pytest.mark.parametrize("config", [FULL, SMALL], ids=["full", "small"])
 def test_config_there_and_back(config):
     assert config_from_json(json.loads(json.dumps(config_json(config)))) == config
-    assert config_from_json(dict(AutoencoderKLWan.from_config({**config_json(config), "base_dim": 4}).config)
+    assert config_from_json(dict(diffusers.AutoencoderKLWan.from_config({**config_json(config), "base_dim": 4}).config)
                             | {"_class_name": "AutoencoderKLWan"}) == replace(config, base_dim=4)  # fmt: skip
     assert config_from_json({"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.35.0"}) == FULL
 

@@ -1,6 +1,7 @@
 """The language model's training: its answers, its loss, that it learns, and that it goes on where it stopped."""
 
 import json
+import os
 from dataclasses import replace
 
 import jax
@@ -16,6 +17,7 @@ from configs.errors import RequestError
 from configs.run import CheckpointConfig, TrainConfig
 from data_pipelines import mllm_inputs
 from omnitransfer_jax import load_models
+from omnitransfer_jax.folders.lock import alone
 from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.models.flat_params import flat_params
 from tests.world.every_training import assert_not_finite_is_refused, assert_same_run, lines, stop_after_first_step
@@ -147,6 +149,12 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(whole, tmp_path, c
     stop_after_first_step(objective, SMALL, tmp_path, mllm_training.batches(SMALL, VOCABULARY), capsys)
     train(tmp_path)
     assert_same_run(tmp_path, whole, "mllm")
+
+
+def test_a_second_training_is_refused(tmp_path):
+    with alone(tmp_path), pytest.raises(RequestError, match=f"{tmp_path}: a training runs there, process {os.getpid()} on host"):
+        train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["training.lock"]
 
 
 def test_updates_that_are_not_finite_end_the_run(tmp_path):

@@ -77,6 +77,8 @@ def test_appearance_pairs_have_no_first_frame(made):
 def test_training_reads_what_was_encoded(write, encoders, made, tmp_path):
     write(tmp_path, pairs=5)
     config = replace(TINY, data=replace(TINY.data, path=str(tmp_path), shuffle=False), train=replace(TINY.train, batch_size=5))
+    with pytest.raises(RequestError, match=r"records made with weights of image and mllm and .*, but train.init_from='' has none; give"):
+        batches.batches(replace(config, train=replace(config.train, init_from="")), seed=0)
     batch = next(batches.batches(config, seed=0))
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32) if x.dtype == np.float32 else x, made)
     jax.tree.map(np.testing.assert_array_equal, batch, expected)

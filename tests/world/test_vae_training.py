@@ -1,19 +1,20 @@
 """The autoencoder's training: it learns, it goes on where it stopped, and its files reproduce the reported result."""
 
 import json
+import os
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from configs import vae as configs_vae
 from configs.base import VAEConfig
 from configs.errors import RequestError
 from configs.run import CheckpointConfig, TrainConfig, VideoConfig
+from omnitransfer_jax.folders.lock import alone
 from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.models.flat_params import abstract, with_params
 from omnitransfer_jax.models.wan_vae import WanVAE
@@ -92,6 +93,12 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(whole, tmp_path, c
     assert_same_run(tmp_path, whole, "vae")
 
 
+def test_a_second_training_is_refused(tmp_path):
+    with alone(tmp_path), pytest.raises(RequestError, match=f"{tmp_path}: a training runs there, process {os.getpid()} on host"):
+        train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["training.lock"]
+
+
 def test_updates_that_are_not_finite_end_the_run(tmp_path):
     assert_not_finite_is_refused(vae_training.objective(SMALL), SMALL, tmp_path, vae_training.batches(SMALL))
 
@@ -135,6 +142,7 @@ def test_a_crop_is_one_part_of_every_clip():
 
 
 def test_divergence_is_torch_s():
+    torch = pytest.importorskip("torch")
     draw = np.random.default_rng(0)
     mean, log_variance = draw.standard_normal((2, 5, 3)).astype(np.float32)
     normal, standard = torch.distributions.Normal, torch.distributions.Normal(0.0, 1.0)
