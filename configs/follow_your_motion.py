@@ -15,7 +15,7 @@ i2v_14b            image-to-video 14B: our variant, not the paper's
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from configs import stage0, stage1, wan
 from configs.base import LoRAConfig
@@ -121,13 +121,11 @@ class FollowYourMotion(Config):
 
 def on(base: Config) -> FollowYourMotion:
     """The method with the released numbers on this model."""
-    return FollowYourMotion(
-        **vars(base)
-        | dict(
-            train=TransferTrainConfig(steps=1500, batch_size=1, shift=5.0, weighting="bell", references=False),
-            optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.5, warmup_steps=0),
-        )
-    )
+    values: dict[str, Any] = vars(base) | {
+        "train": TransferTrainConfig(steps=1500, batch_size=1, shift=5.0, weighting="bell", references=False),
+        "optimizer": OptimizerConfig(learning_rate=1e-4, weight_decay=0.5, warmup_steps=0),
+    }
+    return FollowYourMotion(**values)
 
 
 T2V_1_3B = on(wan.get_config("t2v_1_3b"))

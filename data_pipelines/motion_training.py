@@ -151,12 +151,9 @@ def encode(config: FollowYourMotion, encoders: Encoders, clip: UInt8[np.ndarray,
     """The samples of a clip of `config.video` and its caption."""
     text, video = encoders.text([prompt])[0], to_unit(clip)
     frames = [_sample(encoders, frame[None], text, given=False) for frame in tqdm(video, desc="encoding frames", unit="frame")]
-    count = len(frames)
     # The caption and, on an image-to-video network, the grey condition are the same for all frames, so they are kept once.
-    spatial = Sample(
-        np.concatenate([frame.latents for frame in frames]),
-        *(None if x is None else np.broadcast_to(x, (count, *x.shape[1:])) for x in frames[0][1:]),
-    )
+    same = [x if x is None else np.broadcast_to(x, (len(frames), *x.shape[1:])) for x in frames[0][1:]]
+    spatial = Sample._make([np.concatenate([frame.latents for frame in frames]), *same])
     temporal, whole = (_sample(encoders, video[picked], text, given=True) for picked in (sparse_frames(config), slice(None)))
     return Samples(spatial, temporal, whole)
 
@@ -170,7 +167,7 @@ def _sample(encoders: Encoders, video: Float[np.ndarray, "T H W 3"], text: Float
             encode_first_frames(encoders.vae, None if first is None else jnp.asarray(first), shape=(1, *video.shape[:3]))
         )
         image = None if first is None else encoders.image(first)
-    return Sample(latents, text, condition, image)
+    return Sample._make([latents, text, condition, image])
 
 
 def digest_of(config: FollowYourMotion, clip: UInt8[np.ndarray, "T H W 3"], prompt: str) -> str:

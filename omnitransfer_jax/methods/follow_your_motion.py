@@ -14,6 +14,7 @@ The two stages are two runs of train/loop.py, which differ in data: `stage`, `ob
 other program.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -30,7 +31,7 @@ from configs.follow_your_motion import FollowYourMotion, MotionConfig
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
 from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.models import lora
-from omnitransfer_jax.models.attend import KeysValues, Streams, plain
+from omnitransfer_jax.models.attend import QKV, Kept, KeysValues, Streams, plain
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
 from omnitransfer_jax.models.rope3d import grid, rotation
@@ -96,14 +97,15 @@ def _scores(dit: WanDiT, latents: Float[Array, "1 F H W C"], timestep: Float[Arr
     patches = dit.grid(latents)
     x, inputs, context, _ = dit.prepare(latents, timestep, text, image)
 
-    def attend(streams: Streams, cache: KeysValues | None) -> tuple[Streams, tuple[Array, Array]]:
+    def attend(streams: Streams[QKV], cache: Sequence[KeysValues] | None) -> tuple[Streams[Array], Kept]:
         assert streams.target is not None
         outputs, _ = plain(streams, cache, dit.config.attention)
-        return outputs, band_weights(streams.target.q[0], streams.target.k[0], patches, band)
+        return outputs, (band_weights(streams.target.q[0], streams.target.k[0], patches, band),)
 
-    _, sums = dit.run(x, inputs, context, attend, None, UNSHARDED)
-    assert sums is not None
-    (spatial, temporal), norm = jnp.moveaxis(sums[0], 1, 0), sums[1] * band_size(patches, band) ** 0.5
+    _, kept = dit.run(x, inputs, context, attend, None, UNSHARDED)
+    assert kept is not None
+    ((inside, norm),) = kept
+    (spatial, temporal), norm = jnp.moveaxis(inside, 1, 0), norm * band_size(patches, band) ** 0.5
     tokens = int(np.prod(patches))
     return HeadScores(spatial / tokens, temporal / tokens, spatial / norm, temporal / norm)
 
@@ -299,7 +301,7 @@ def velocity(
     positions = shard.local(grid(*dit.grid(latents))[None])
     stretched = rotation(positions, config.dim // config.num_heads, config.rope_base, config.rope_top, time_scale)
     inputs = replace(inputs, target=inputs.target._replace(rotation=stretched))
-    x, _ = dit.run(x, inputs, context, dit.strategy(False, None), None, shard)
+    x, _ = dit.run(x, inputs, context, dit.strategy(references=False), None, shard)
     assert x.target is not None
     return dit.project(x.target, time, dit.grid(latents), shard)
 
