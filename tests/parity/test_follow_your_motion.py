@@ -213,7 +213,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
 def test_the_exported_lora_in_diffusers(layout, trained, tmp_path, monkeypatch):
     workdir, params = trained
-    monkeypatch.setattr(command, "load_config", lambda name: CONFIG)
+    monkeypatch.setattr(command, "load_config", lambda *_: CONFIG)
     args = ["--config=follow_your_motion:smoke", f"--checkpoint={workdir}", f"--layout={layout}", f"--out={tmp_path / 'lora'}"]
     assert command.execute(export.main, export.FLAGS, args) == 0
     (file,) = (tmp_path / "lora").rglob("*.safetensors")
