@@ -162,8 +162,9 @@ class TransferTrainConfig(TrainConfig):
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     shift: float = 3.0
     """Bends the drawn times towards noise, as in sampling."""
-    weighting: Literal["velocity", "clean"] = "velocity"
-    """Weight of the squared velocity error at time t: 1, or min(1, 2t)^2, for the error of the clean estimate over max(t, 0.5)^2."""
+    weighting: Literal["velocity", "clean", "bell"] = "velocity"
+    """Weight of the loss at time t. `velocity`: 1. `clean`: min(1, 2t)^2, for the error of the clean estimate over max(t, 0.5)^2.
+    `bell`: largest at t = 0.5, 0 at t = 1 (DiffSynth-Studio's training weight, which Follow-Your-Motion has)."""
     references: bool = True
     """Whether targets attend to their references; if not, the network trains as Wan does, without any."""
     expert: Literal["high_noise", "low_noise"] | None = None

@@ -3,6 +3,7 @@
     python -m launch.sample --config=stage1 --checkpoint=DIR --task=motion --reference=ref.mp4 --first_frame=image.png --out=out.mp4
     python -m launch.sample --config=wan --checkpoint=DIR --first_frame=image.png --prompt="..." --out=out.mp4
     python -m launch.sample --config=motion_inversion --checkpoint=DIR --first_frame=image.png --out=out.mp4
+    python -m launch.sample --config=follow_your_motion --checkpoint=DIR --prompt="..." --out=out.mp4
 
 `--task` and `--reference` repeat for combined transfer. The networks are loaded, used and let go one after the other, so the memory
 needed is that of the largest one, not of all.
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,10 +22,11 @@ import numpy as np
 from absl import flags
 
 from configs.errors import require
+from configs.follow_your_motion import FollowYourMotion
 from configs.motion_inversion import MotionInversion
 from configs.run import Config, VideoConfig, plain
 from configs.wan_animate_2 import WanAnimate2
-from data_pipelines import clips
+from data_pipelines import clips, motion_training
 from data_pipelines.encoders import Encoders, place_references
 from data_pipelines.motion_inversion import load_tokens
 from launch import command
@@ -69,6 +72,10 @@ class Request(NamedTuple):
 
 
 def main(config: Config) -> None:
+    require(
+        run_folder.is_run(weights(config)) or not (weights(config) and Path(weights(config), motion_training.SPATIAL).is_dir()),
+        f"--checkpoint={weights(config)}: its temporal stage has not begun; go on with its launch.train",
+    )
     reads_image = bool(FIRST_FRAME.value) and config.dit.image_dim is not None
     networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if reads_image else []))
     given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
@@ -129,6 +136,10 @@ def read_request(config: Config) -> Request:
     )
     if isinstance(config, MotionInversion):
         require_for_tokens(config)
+    require(
+        not (REFERENCE.value and isinstance(config, FollowYourMotion)),
+        f"--reference={','.join(REFERENCE.value)}: this network reads none, for the motion is in --checkpoint; leave --task and it out",
+    )
     chosen = [tasks.task_index(name) for name in TASK.value]
     require(
         bool(chosen) or not config.alignment.enabled,
