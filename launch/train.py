@@ -22,6 +22,7 @@ from configs.mllm import MLLMTraining
 from configs.motion_inversion import MotionInversion
 from configs.run import Config
 from configs.vae import VAETraining
+from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips, motion_inversion, motion_training
 from data_pipelines.batches import batches, data_digest, empty_text
 from launch import command
@@ -52,6 +53,10 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
         if isinstance(config, Config) and config.train.references:
             print(f"in sampling, {flops.note_of(config)}")
         return
+    require(
+        not isinstance(config, WanAnimate2),
+        "--config=wan_animate_2: it is sampled here, not trained; give its weights to stage 1: --config=stage1 --train.init_from=DIR",
+    )
     one_clip = isinstance(config, ONE_CLIP)
     require(one_clip or not (REFERENCE.value or PROMPT.value), "--reference, --prompt: this training reads records; leave them out")
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
