@@ -9,7 +9,7 @@ A strategy takes the queries, keys and values of all streams of a layer:
     recording  each reference attends to itself, and the layer returns their keys and values, for `cached`
 
 One-directional attention needs no mask: it is the two calls of `split`. `gathered` makes any strategy work on tokens that are divided
-over devices. Kernels of softmax attention, whose memory grows with the sequence and not with its square:
+over devices; `injecting` gives the target other keys and values. Kernels of softmax attention, whose memory grows with the sequence and not with its square:
 
     chunked   any backend: 256 queries of one head at a time against all keys, scores recomputed in the backward pass
     cudnn     GPU: cuDNN's fused kernel, bf16 or f16
@@ -17,7 +17,7 @@ over devices. Kernels of softmax attention, whose memory grows with the sequence
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from omnitransfer_jax.mesh import Shard
 
@@ -115,6 +115,18 @@ def gathered(attend: Attend, shard: Shard) -> Attend:
         return attend(streams.map(lambda qkv: QKV(qkv.q, shard.gather(qkv.k), shard.gather(qkv.v))), cache)
 
     return attend_to_all
+
+
+def injecting(attend: Attend, keys_values: KeysValues, active: Bool[Array, ""]) -> Attend:
+    """`attend` where the target has these keys and values instead of its own, if `active`."""
+
+    def attend_to_others(streams: Streams[QKV], cache: KeysValues | None) -> tuple[Streams[Array], KeysValues | None]:
+        assert streams.target is not None
+        q, k, v = streams.target
+        others = (jnp.where(active, other.astype(own.dtype), own) for other, own in zip(keys_values, (k, v), strict=True))
+        return attend(replace(streams, target=QKV(q, *others)), cache)
+
+    return attend_to_others
 
 
 @dataclass(frozen=True)

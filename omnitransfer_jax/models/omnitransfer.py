@@ -9,7 +9,7 @@ noise, and all of these -> WanDiT, called by the sampler at every step -> latent
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
-from omnitransfer_jax.models.wan_dit import Reference, WanDiT
+from omnitransfer_jax.models.wan_dit import Injection, Reference, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 
 SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
@@ -116,7 +116,19 @@ def denoise(
     embed_text: bool = True,
     shard: Shard = UNSHARDED,
 ) -> Float[Array, "B F H W C"]:
-    """Clean latents from `noise`; `embed_text` and `shard` as in `WanDiT`.
+    """Clean latents from `noise`; `embed_text` and `shard` as in `WanDiT`."""
+    return samplers.sample(velocity_of(dit, conditions, dit.grid(noise), sampler, embed_text, shard), noise, sampler, on_step)
+
+
+def velocity_of(
+    dit: WanDiT,
+    conditions: Conditions,
+    grid: tuple[int, int, int],
+    sampler: SamplerConfig,
+    embed_text: bool = True,
+    shard: Shard = UNSHARDED,
+) -> Callable[..., Array]:
+    """velocity(latents, timestep, injection=None) of both passes of guidance, for a target of `grid` patches.
 
     The references' keys and values are computed once, for all steps and both passes of guidance. The passes differ in the text alone
     and run one after the other, so they share the cache and need no second copy of the activations. Bidirectional references depend
@@ -124,10 +136,10 @@ def denoise(
     """
     references, kv_cache = conditions.references, None
     if references and sampler.reference_cache != "none" and dit.config.references != "bidirectional":
-        kv_cache = quantize(dit.make_kv_cache(references, dit.grid(noise), shard), sampler.reference_cache)
+        kv_cache = quantize(dit.make_kv_cache(references, grid, shard), sampler.reference_cache)
         references = ()
 
-    def velocity(x: Array, timestep: Array) -> Array:
+    def velocity(x: Array, timestep: Array, injection: Injection | None = None) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
         def with_context(text: Array) -> Array:
@@ -140,6 +152,7 @@ def denoise(
                 kv_cache=kv_cache,
                 shard=shard,
                 embed_text=embed_text,
+                injection=injection,
             )
 
         if sampler.guidance == 1:
@@ -147,7 +160,7 @@ def denoise(
         v, negative = jax.lax.map(with_context, jnp.stack([conditions.text_context, conditions.negative_context]))
         return negative + sampler.guidance * (v - negative)
 
-    return samplers.sample(velocity, noise, sampler, on_step)
+    return velocity
 
 
 def denoise_on(
@@ -157,19 +170,32 @@ def denoise_on(
 
     Every device calls `on_step`, so it must not mind being called again for the same step.
     """
-    embed_text, blank = embeds_text(config), abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
+    embed_text = embeds_text(config)
+
+    def local(dit: WanDiT, conditions: Conditions, noise: Array, shard: Shard) -> Array:
+        return denoise(dit, conditions, noise, config.sampler, on_step, embed_text, shard)
+
+    return on_mesh(mesh, config, local)
+
+
+def on_mesh(mesh: Mesh, config: Config, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(dit, *trees, shard)`, compiled, by all devices of `mesh` as in `denoise_on`; the first axis of all arrays is the batch.
+
+    Returns a function of (dit, *trees).
+    """
+    blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
     spec = specs(flat_params(blank), wan_dit.SHARDING, config.mesh)
     shardings = {path: NamedSharding(mesh, each) for path, each in spec.items()}
 
-    def local(params: dict[str, Array], conditions: Conditions, noise: Array, shard: Shard) -> Array:
-        return denoise(with_params(blank, params), conditions, noise, config.sampler, on_step, embed_text, shard)
+    def local(params: dict[str, Array], *trees_and_shard: Any) -> Any:
+        return function(with_params(blank, params), *trees_and_shard)
 
     @partial(jax.jit, static_argnames="batched")
-    def run(params: dict[str, Array], conditions: Conditions, noise: Array, batched: bool) -> Array:
-        return per_device(local, mesh, spec, "blocks.", batched)(params, conditions, noise)
+    def run(params: dict[str, Array], trees: tuple[Any, ...], batched: bool) -> Any:
+        return per_device(local, mesh, spec, "blocks.", batched)(params, *trees)
 
-    def denoise_all(dit: WanDiT, conditions: Conditions, noise: Array) -> Array:
-        conditions, noise = jax.device_put((conditions, noise), replicated(mesh))
-        return run(jax.device_put(flat_params(dit), shardings), conditions, noise, batched=len(noise) % config.mesh.data == 0)
+    def run_all(dit: WanDiT, *trees: Any) -> Any:
+        trees, size = jax.device_put(trees, replicated(mesh)), len(jax.tree.leaves(trees)[0])
+        return run(jax.device_put(flat_params(dit), shardings), trees, batched=size % config.mesh.data == 0)
 
-    return denoise_all
+    return run_all

@@ -22,13 +22,26 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from configs.base import DiTConfig
 from configs.errors import require
 from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.models import lora
-from omnitransfer_jax.models.attend import QKV, Attend, KeysValues, Streams, attention, cached, gathered, joint, plain, recording, split
+from omnitransfer_jax.models.attend import (
+    QKV,
+    Attend,
+    KeysValues,
+    Streams,
+    attention,
+    cached,
+    gathered,
+    injecting,
+    joint,
+    plain,
+    recording,
+    split,
+)
 from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm, exact_gelu
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
@@ -66,6 +79,28 @@ class Inputs(NamedTuple):
     """The projected timestep, one row a sample or one a token."""
     rotation: Float[Array, "2 B L k"]
     """Cosines and sines of its tokens' positions."""
+    key_rotation: Float[Array, "2 B L k"] | None = None
+    """Those of its keys, where they are not those of its queries."""
+
+
+class Injection(NamedTuple):
+    """What the target takes from elsewhere instead of computing it; what is `None` it computes."""
+
+    active: Bool[Array, ""]
+    """If false, it computes everything."""
+    rotations: Float[Array, "B 2 2 L k"] | None = None
+    """In all blocks: the rotation of the queries, then that of the keys, each cosines and sines."""
+    keys_values: KeysValues | None = None
+    """In block 0: the keys, rotated, and the values that its queries read."""
+
+    def rotate(self, inputs: Streams[Inputs]) -> Streams[Inputs]:
+        """The inputs of the blocks with these rotations of the target."""
+        if self.rotations is None:
+            return inputs
+        target = inputs.target
+        assert target is not None
+        queries, keys = (jnp.where(self.active, given, target.rotation) for given in rearrange(self.rotations, "B q c L k -> q c B L k"))
+        return replace(inputs, target=target._replace(rotation=queries, key_rotation=keys))
 
 
 class Modulation(NamedTuple):
@@ -117,12 +152,14 @@ class WanDiT(nnx.Module):
         kv_cache: KVCache | None = None,
         shard: Shard = UNSHARDED,
         embed_text: bool = True,
+        injection: Injection | None = None,
     ) -> Float[Array, "B F H W c"]:
         """The velocity of `latents` (noise first, then mask and condition) at `timestep` in 0..1000, one per sample or per token.
 
         `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame, of the
         samples where `has_image` is 1. The target reads `references`, or their `kv_cache`, or neither: plain Wan.
-        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is.
+        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is. `injection` is of the target's tokens
+        alone, all on one device.
         """
         patches = self.grid(latents)
         require(
@@ -135,7 +172,7 @@ class WanDiT(nnx.Module):
         if self.config.references == "bidirectional":
             require(not references or timestep.ndim == 1, "bidirectional references: they are at the target's time, so give one a sample")
             x, inputs = one_sequence(x, inputs)
-        x, _ = self.run(x, inputs, context, self.strategy(bool(x.references), kv_cache), kv_cache, shard)
+        x, _ = self.run(x, inputs, context, self.strategy(bool(x.references), kv_cache), kv_cache, shard, injection=injection)
         assert x.target is not None
         return self.project(x.target[:, :tokens], time, patches, shard)
 
@@ -167,16 +204,36 @@ class WanDiT(nnx.Module):
         timestep: Float[Array, " B"] | Float[Array, "B L"],
         text: Float[Array, "B S E"],
         image: Float[Array, "B I J"] | None = None,
+        injection: Injection | None = None,
+        shard: Shard = UNSHARDED,
     ) -> QKV:
         """The target's queries, keys and values in block `layer`, counted from 0; the blocks from there on are not computed."""
         require(0 <= layer < self.config.num_layers, f"layer {layer}: the network has blocks 0 to {self.config.num_layers - 1}")
-        x, inputs, context, _ = self.prepare(latents, timestep, text, image)
-        x, _ = self.run(x, inputs, context, self.strategy(False, None), None, UNSHARDED, stop=layer)
+        x, inputs = self.run_to(layer, latents, timestep, text, image, injection, shard)
         graphdef, layers = nnx.split(self.blocks)
-        block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], layers))
+        block = nnx.merge(graphdef, shard.gather_layer(jax.tree.map(lambda leaf: leaf[layer], layers)))
+        return block.project(x, block.modulation_of(inputs), inputs)
+
+    def run_to(
+        self,
+        layer: int,
+        latents: Float[Array, "B F H W C"],
+        timestep: Float[Array, " B"] | Float[Array, "B L"],
+        text: Float[Array, "B S E"],
+        image: Float[Array, "B I J"] | None = None,
+        injection: Injection | None = None,
+        shard: Shard = UNSHARDED,
+    ) -> tuple[Float[Array, "B L D"], Inputs]:
+        """The target's tokens before block `layer`, counted from 0, and the other inputs of that block, if there is one.
+
+        Neither that block nor one behind it is computed.
+        """
+        x, inputs, context, _ = self.prepare(latents, timestep, text, image, shard=shard)
+        x, _ = self.run(x, inputs, context, self.strategy(False, None), None, shard, layer, injection)
+        inputs = inputs if injection is None else injection.rotate(inputs)
         assert x.target is not None
         assert inputs.target is not None
-        return block.project(x.target, block.modulation_of(inputs.target), inputs.target)
+        return x.target, inputs.target
 
     def run(
         self,
@@ -187,22 +244,36 @@ class WanDiT(nnx.Module):
         kv_cache: KVCache | None,
         shard: Shard,
         stop: int | None = None,
+        injection: Injection | None = None,
     ) -> tuple[Streams[Array], tuple[Array, Array] | None]:
         """The tokens after all blocks, or after the first `stop`, and what `attend` returned for the cache, layers first."""
         graphdef, layers = nnx.split(self.blocks)
+        inputs = inputs if injection is None else injection.rotate(inputs)
         if shard.axis is not None:
             attend = gathered(attend, shard)
+        per_layer = layers, None if kv_cache is None else (kv_cache.keys, kv_cache.values)
 
-        def step(x, per_layer):
+        def step(x, per_layer, attend=attend):
             layer, cache = per_layer
             if cache is not None:
                 cache = tuple(array.read(jnp.dtype(self.config.dtype)) for array in cache)
             return nnx.merge(graphdef, shard.gather_layer(layer))(x, inputs, context, attend, cache)
 
-        if self.config.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT[self.config.remat], prevent_cse=False)
-        per_layer = layers, None if kv_cache is None else (kv_cache.keys, kv_cache.values)
-        return jax.lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:stop], per_layer) if stop is not None else per_layer)
+        def indexed(x, index, attend=attend):
+            return step(x, jax.tree.map(lambda leaf: leaf[index], per_layer), attend)
+
+        def remat(step):
+            policy = self.config.remat
+            return step if policy == "none" else jax.checkpoint(step, policy=REMAT[policy], prevent_cse=False)
+
+        if stop is None and (injection is None or injection.keys_values is None):
+            return jax.lax.scan(remat(step), x, per_layer)
+        # Layers are taken by their index here, because a slice of the stacked layers would be a copy of them.
+        first, stop = 0, self.config.num_layers if stop is None else stop
+        if injection is not None and injection.keys_values is not None and stop > 0:
+            x, _ = remat(partial(indexed, attend=injecting(attend, injection.keys_values, injection.active)))(x, 0)
+            first = 1
+        return jax.lax.scan(remat(indexed), x, jnp.arange(first, stop))
 
     def prepare(
         self,
@@ -310,7 +381,7 @@ class Block(nnx.Module):
 
     def project(self, x: Float[Array, "B L D"], m: Modulation, inputs: Inputs) -> QKV:
         """Queries, keys and values of one stream's tokens in this layer."""
-        return self.self_attention.project(self.modulate(x, m.shift, m.scale), inputs.rotation)
+        return self.self_attention.project(self.modulate(x, m.shift, m.scale), inputs.rotation, inputs.key_rotation)
 
     def modulate(self, x: Float[Array, "B L D"], shift: Float[Array, "b l D"], scale: Float[Array, "b l D"]) -> Float[Array, "B L D"]:
         """Norm, scale and shift in float32, then the compute dtype."""
@@ -326,11 +397,15 @@ class SelfAttention(nnx.Module):
         self.query, self.key, self.value, self.out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
-    def project(self, x: Float[Array, "B L D"], rotation: Float[Array, "2 #B L k"]) -> QKV:
-        """Queries, keys and values of one stream's tokens."""
+    def project(
+        self, x: Float[Array, "B L D"], rotation: Float[Array, "2 #B L k"], key_rotation: Float[Array, "2 #B L k"] | None = None
+    ) -> QKV:
+        """Queries, keys and values of one stream's tokens; the keys have the rotation of the queries if they have none of their own."""
         q, k = self.query_norm(self.query(x)), self.key_norm(self.key(x))
         q, k, v = (rearrange(y, "B L (N K) -> B L N K", N=self.num_heads) for y in (q, k, self.value(x)))
-        return QKV(rotate(q, rotation).astype(x.dtype), rotate(k, rotation).astype(x.dtype), v)
+        return QKV(
+            rotate(q, rotation).astype(x.dtype), rotate(k, rotation if key_rotation is None else key_rotation).astype(x.dtype), v
+        )
 
     def join(self, heads: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
         """The output projection of one stream's attention."""
