@@ -2,6 +2,7 @@
 
     python -m launch.sample --config=stage1 --checkpoint=DIR --task=motion --reference=ref.mp4 --first_frame=image.png --out=out.mp4
     python -m launch.sample --config=wan --checkpoint=DIR --first_frame=image.png --prompt="..." --out=out.mp4
+    python -m launch.sample --config=ditflow:t2v_1_3b --checkpoint=DIR --reference=ref.mp4 --prompt="..." --out=out.mp4
 
 `--task` and `--reference` repeat for combined transfer. The networks are loaded, used and let go one after the other, so the memory
 needed is that of the largest one, not of all.
@@ -20,14 +21,17 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.run import Config, VideoConfig
 from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
 from launch import command
 from omnitransfer_jax import load_models, tasks
-from omnitransfer_jax.folders import run_folder
+from omnitransfer_jax.folders import run_folder, saved_guidance
 from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.methods import ditflow
+from omnitransfer_jax.methods.ditflow import Guided, Source
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.resize import bicubic_resize
@@ -41,7 +45,7 @@ CHECKPOINT = flags.DEFINE_string(
     flag_values=FLAGS,
 )
 TASK = flags.DEFINE_multi_enum("task", [], tasks.NAMES, "What to take from the reference; repeats with --reference.", flag_values=FLAGS)
-REFERENCE = flags.DEFINE_multi_string("reference", [], "Clip to transfer from; repeats with --task.", flag_values=FLAGS)
+REFERENCE = flags.DEFINE_multi_string("reference", [], "Clip to transfer from; repeats with --task. With ditflow one, alone.", flag_values=FLAGS)
 PROMPT = flags.DEFINE_string("prompt", "", "What the video shows.", flag_values=FLAGS)
 FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Image the video starts from (image-to-video networks).", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out.mp4", "The mp4 to write.", flag_values=FLAGS)
@@ -57,10 +61,15 @@ class Request(NamedTuple):
     """Task index and clip, uint8 "T H W 3"."""
     video: VideoConfig
     """The video's size; with a first frame, the frame's own shape at the configured area."""
+    motion: np.ndarray | None = None
+    """DiTFlow's reference, uint8 "T H W 3" of the video's size."""
+    saved: np.ndarray | None = None
+    """What it optimised for another prompt (`--ditflow.inject`)."""
 
 
 def main(config: Config) -> None:
-    networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if FIRST_FRAME.value else []))
+    reads_image = FIRST_FRAME.value or (isinstance(config, DiTFlow) and config.dit.image_dim is not None)
+    networks = ("dit", "vae", "mllm" if config.alignment.enabled else "text", *(["image"] if reads_image else []))
     load_models.require_weights(weights(config), config, networks, "--checkpoint")
     run_folder.require_same_function(weights(config), config)
     request = read_request(config)
@@ -69,7 +78,7 @@ def main(config: Config) -> None:
     encoders = Encoders(config, weights(config))
     for note in notes(encoders, request):
         print(note, flush=True)
-    latents = generate(encoders, request.video, encode(encoders, request))
+    latents = generate(encoders, request, encode(encoders, request))
     with stage("video decoder", encoders):
         clips.write_clip(OUT.value, clips.to_bytes(encoders.decode(latents)[0]), request.video.fps)
     size = request.video
@@ -86,8 +95,11 @@ def read_request(config: Config) -> Request:
     require(OUT.value.lower().endswith(".mp4"), f"--out={OUT.value}: an mp4 is written; end the name in .mp4")
     read = {Path(path).resolve() for path in (*REFERENCE.value, FIRST_FRAME.value or "")}
     require(Path(OUT.value).resolve() not in read, f"--out={OUT.value}: it is a file that this command reads; give another name")
+    guided = isinstance(config, DiTFlow)
+    if guided:
+        require_one_motion(config)
     require(
-        len(TASK.value) == len(REFERENCE.value),
+        guided or len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
     )
     chosen = [tasks.task_index(name) for name in TASK.value]
@@ -104,14 +116,31 @@ def read_request(config: Config) -> Request:
         not first_frame or config.dit.image_dim is not None,
         f"--first_frame={first_frame}: this network is text-to-video; leave it out or take an image-to-video configuration",
     )
-    video, frame, size = config.video, None, config.data.reference
+    video, frame = config.video, None
     if first_frame:
         frame = clips.read_image(first_frame)
         step = config.vae.space_stride * config.dit.patch[1]
         height, width = same_area(frame.shape[0] / frame.shape[1], video.height * video.width, step)
         video = replace(video, height=height, width=width)
+    size = video if guided else config.data.reference
     read = [clips.read_clip(path, frames=size.frames, fps=size.fps, height=size.height, width=size.width) for path in REFERENCE.value]
-    return Request(clean_prompt(PROMPT.value), frame, tuple(zip(chosen, read, strict=True)), video)
+    prompt = clean_prompt(PROMPT.value)
+    if isinstance(config, DiTFlow):
+        saved = saved_guidance.read(config.ditflow.inject, config, video) if config.ditflow.inject else None
+        return Request(prompt, frame, (), video, read[0] if read else None, saved)
+    return Request(prompt, frame, tuple(zip(chosen, read, strict=True)), video)
+
+
+def require_one_motion(config: DiTFlow) -> None:
+    """A `RequestError` unless there is one reference, or none where DiTFlow reads none."""
+    inject, count = config.ditflow.inject, len(REFERENCE.value)
+    ditflow.guided_steps(config.sampler, config.ditflow)
+    require(not TASK.value, f"--task={','.join(TASK.value)}: DiTFlow takes the motion of its reference and nothing else; leave --task out")
+    if inject and not config.ditflow.kv_injection:
+        require(not count, f"--reference={REFERENCE.value}: with --ditflow.inject and no injection of keys none is read; leave it out")
+        return
+    why = f"--ditflow.inject={inject} with injection of the reference's keys: give it, or --ditflow.kv_injection=False"
+    require(count == 1, f"{count} --reference: {why if inject else 'DiTFlow takes the motion of one clip; give --reference=CLIP once'}")
 
 
 def notes(encoders: Encoders, request: Request) -> list[str]:
@@ -132,8 +161,8 @@ def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:
     return max(step, int((area * aspect) ** 0.5 // step * step)), max(step, int((area / aspect) ** 0.5 // step * step))
 
 
-def encode(encoders: Encoders, request: Request) -> Conditions:
-    """Everything the network reads beside the noise."""
+def encode(encoders: Encoders, request: Request) -> tuple[Conditions, Source | None]:
+    """Everything the network reads beside the noise, and what it reads of DiTFlow's reference."""
     config, video = encoders.config, request.video
     context, negative = encode_context(encoders, request)
     picture = None if request.first_frame is None else clips.to_unit(request.first_frame)[None]
@@ -147,15 +176,31 @@ def encode(encoders: Encoders, request: Request) -> Conditions:
             condition = jnp.asarray(encoders.no_condition if frame is None else encoders.condition(frame))
             latents = [(np.array([task], np.int32), encoders.latents(clips.to_unit(clip)[None])) for task, clip in request.references]
             references = place_references(config, video, latents)
-    return Conditions(context, negative, image, condition, references)
+    source = None if request.motion is None else encode_source(encoders, request.motion, context[1:])
+    return Conditions(context[:1], negative[:1], image, condition, references), source
+
+
+def encode_source(encoders: Encoders, clip: np.ndarray, empty_context: jax.Array) -> Source:
+    """What the network reads of DiTFlow's reference: with image-to-video, its own first frame."""
+    motion, image, condition = clips.to_unit(clip)[None], None, None
+    if encoders.config.dit.image_dim is not None:
+        with stage("image encoder of the reference", encoders):
+            image = jnp.asarray(encoders.image(motion[:, 0]))
+    with stage("video encoder of the reference", encoders):
+        if encoders.config.dit.image_dim is not None:
+            condition = jnp.asarray(encoders.condition(motion[:, 0]))
+        return Source(jnp.asarray(encoders.latents(motion)), empty_context, image, condition)
 
 
 def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax.Array]:
-    """The text context and the negative context: of the prompts, or with alignment of all references."""
+    """The text context and the negative context: of the prompts, or with alignment of all references.
+
+    With a DiTFlow reference the second row is of the empty prompt, which goes with it.
+    """
     config, video, inputs = encoders.config, request.video, []
     if not config.alignment.enabled:
         with stage("text encoder", encoders):
-            return encoders.contexts([request.prompt])
+            return encoders.contexts([request.prompt] if request.motion is None else [request.prompt, ""])
     with stage("vision tower", encoders):
         has_frame = np.array([request.first_frame is not None], np.float32)
         frames = np.zeros((1, video.height, video.width, 3), np.float32)
@@ -168,10 +213,10 @@ def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax
         return encoders.contexts([request.prompt], load_models.load_alignment(encoders.folder, config), inputs)
 
 
-def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> jax.Array:
+def generate(encoders: Encoders, request: Request, encoded: tuple[Conditions, Source | None]) -> jax.Array:
     """Latents from noise, with a progress bar."""
-    config = encoders.config
-    noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
+    config, (conditions, source) = encoders.config, encoded
+    noise = jax.random.normal(jax.random.key(config.seed), (1, *request.video.latent_shape(config.vae)))
     mesh = make_mesh(config.mesh)
     with stage("transformer", encoders):
         dit = load_models.load_dit(encoders.folder, config, mesh)
@@ -180,9 +225,31 @@ def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> 
         def show(step: int) -> None:
             bar.update(step + 1 - bar.n)
 
-        latents = omnitransfer.denoise_on(mesh, config, show)(dit, conditions, noise).block_until_ready()
+        match config:
+            case DiTFlow():
+                saved = None if request.saved is None else jnp.asarray(request.saved)[None]
+                found = ditflow.sample_on(mesh, config, show)(dit, conditions, noise, source, saved)
+            case _:
+                found = omnitransfer.denoise_on(mesh, config, show)(dit, conditions, noise)
+        jax.block_until_ready(found)
         jax.effects_barrier()
-    return latents
+    if isinstance(config, DiTFlow):
+        finish_guidance(config, request.video, found)
+        return found.latents
+    return found
+
+
+def finish_guidance(config: DiTFlow, video: VideoConfig, guided: Guided) -> None:
+    """Prints the losses of the guided steps, and writes what was optimised if that is asked for."""
+    losses = np.asarray(guided.losses[0])
+    if losses.size and not config.ditflow.inject and config.ditflow.guide != "none":
+        for step, of_step in zip(ditflow.guided_steps(config.sampler, config.ditflow), losses, strict=True):
+            print(f"step {step + 1}: {config.ditflow.guide} loss {of_step[0]:.4f} before the first update, {of_step[-1]:.4f} before the last")
+        if not losses.any():
+            print("the reference does not move from patch to patch: nothing guided this video")
+    if config.ditflow.save:
+        saved_guidance.write(config.ditflow.save, config, video, np.asarray(guided.saved[0]))
+        print(f"wrote {config.ditflow.save}: {config.ditflow.variable} of {len(losses)} guided steps")
 
 
 @contextmanager

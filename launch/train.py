@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.mllm import MLLMTraining
 from configs.run import Config
@@ -36,6 +37,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, 
 
 
 def main(config: Config | VAETraining | MLLMTraining) -> None:
+    require(not isinstance(config, DiTFlow), "--config=ditflow: it trains nothing; give it to launch.sample, with --reference=CLIP")
     if DRY_RUN.value:
         print(describe(objective(config), config))
         return
