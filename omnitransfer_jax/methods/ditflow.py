@@ -104,7 +104,7 @@ def flow_loss(
         return jnp.where(mask[..., None], jnp.square(found - wanted), 0).sum((1, 2, 3))
 
     total = _map_frames(errors, q, k, grid, flow.swapaxes(0, 1), mask.swapaxes(0, 1)).sum(0)
-    return total / jnp.maximum(2 * mask.sum((1, 2, 3)), 1)
+    return total / jnp.maximum(2 * mask.sum((1, 2, 3)), 1).astype(jnp.float32)
 
 
 def counts(flow: Float[Array, "B F f P 2"]) -> Bool[Array, "B F f P"]:
@@ -233,7 +233,7 @@ def steering(
         target = guide.target(features, grid, guidance)
 
     def guided(step: Array, time: Array, x: Array, carry: Carry) -> tuple[Array, Carry]:
-        row, timestep, losses = step - steps[0], jnp.full(batch, timesteps[step]), carry.losses
+        row, timestep, losses = step - int(steps[0]), jnp.full(batch, timesteps[step]), carry.losses
         injection = carry.injection._replace(active=jnp.array(True))
         if guidance.kv_injection:
             assert source is not None and theirs is not None
@@ -275,7 +275,8 @@ def optimise(
     def update(state: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], Array]:
         variable, moments = state
         (_, each), gradient = jax.value_and_grad(loss, has_aux=True)(variable)
-        changes, moments = optimizer.update(gradient, moments)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
+            changes, moments = optimizer.update(gradient, moments)
         return (variable + changes, moments), each
 
     (variable, _), losses = jax.lax.scan(update, (variable, optimizer.init(variable)), length=updates)
