@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from configs import wan
+from configs.base import VAEConfig
 from configs.errors import require
 from configs.kinds import Kind
 from configs.ranges import FROM_0, SHARE, require_ranges
-from configs.run import Config, variant_of
+from configs.run import Config, SamplerConfig, VideoConfig, variant_of
 
 NEGATIVE_PROMPT = "bad quality, distortions, unrealistic, distorted image, watermark, signature"  # the released code's
 
@@ -67,6 +68,10 @@ class GuidanceConfig:
         require(
             self.lowest <= self.highest, f"ditflow.lowest={self.lowest}: above ditflow.highest={self.highest}; give the lower level first"
         )
+        require(
+            self.guide != "none" or self.kv_injection or bool(self.inject),
+            "ditflow.guide=none with ditflow.kv_injection=False guides nothing; take --config=wan for the plain backbone",
+        )
         require(not (self.save and self.inject), "--ditflow.save and --ditflow.inject: give one; what is injected is not optimised anew")
         for name, path in (("save", self.save), ("inject", self.inject)):
             require(not path or path.endswith(".safetensors"), f"--ditflow.{name}={path}: end the name in .safetensors")
@@ -95,12 +100,18 @@ def _guided(base: Config, guidance: float, ditflow: GuidanceConfig) -> DiTFlow:
     return DiTFlow(**vars(replace(base, sampler=sampler)), ditflow=ditflow)
 
 
+SMOKE = replace(
+    wan.get_config("smoke"),
+    vae=VAEConfig(base_dim=4, num_res_blocks=1),
+    video=VideoConfig(frames=9, height=32, width=48, fps=8),
+    sampler=SamplerConfig(steps=4),
+)
 VARIANTS = {
     "t2v_1_3b": _guided(wan.get_config("t2v_1_3b"), 6.0, GuidanceConfig(block=15)),
     "t2v_14b": _guided(wan.get_config("t2v_14b"), 5.0, GuidanceConfig()),
     "i2v_14b": _guided(wan.get_config(), 5.0, GuidanceConfig()),
     "tiny": _guided(wan.get_config("tiny"), 1.0, GuidanceConfig(block=2)),
-    "smoke": _guided(wan.get_config("smoke"), 5.0, GuidanceConfig(block=1, updates=2)),
+    "smoke": _guided(SMOKE, 5.0, GuidanceConfig(block=1, updates=2, rate=0.02, window="steps", share=0.5)),
 }
 VARIANTS[""] = VARIANTS["t2v_14b"]
 

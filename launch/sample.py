@@ -45,7 +45,9 @@ CHECKPOINT = flags.DEFINE_string(
     flag_values=FLAGS,
 )
 TASK = flags.DEFINE_multi_enum("task", [], tasks.NAMES, "What to take from the reference; repeats with --reference.", flag_values=FLAGS)
-REFERENCE = flags.DEFINE_multi_string("reference", [], "Clip to transfer from; repeats with --task. With ditflow one, alone.", flag_values=FLAGS)
+REFERENCE = flags.DEFINE_multi_string(
+    "reference", [], "Clip to transfer from; repeats with --task. With ditflow one, alone.", flag_values=FLAGS
+)
 PROMPT = flags.DEFINE_string("prompt", "", "What the video shows.", flag_values=FLAGS)
 FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Image the video starts from (image-to-video networks).", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out.mp4", "The mp4 to write.", flag_values=FLAGS)
@@ -243,8 +245,8 @@ def finish_guidance(config: DiTFlow, video: VideoConfig, guided: Guided) -> None
     """Prints the losses of the guided steps, and writes what was optimised if that is asked for."""
     losses = np.asarray(guided.losses[0])
     if losses.size and not config.ditflow.inject and config.ditflow.guide != "none":
-        for step, of_step in zip(ditflow.guided_steps(config.sampler, config.ditflow), losses, strict=True):
-            print(f"step {step + 1}: {config.ditflow.guide} loss {of_step[0]:.4f} before the first update, {of_step[-1]:.4f} before the last")
+        for step, first, last in zip(ditflow.guided_steps(config.sampler, config.ditflow), losses[:, 0], losses[:, -1], strict=True):
+            print(f"step {step + 1}: {config.ditflow.guide} loss {first:.4f} before the first update, {last:.4f} before the last")
         if not losses.any():
             print("the reference does not move from patch to patch: nothing guided this video")
     if config.ditflow.save:

@@ -35,7 +35,7 @@ def read(path: str | Path, config: DiTFlow, video: VideoConfig) -> Float[np.ndar
     try:
         with safe_open(path, "np") as file:
             made = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, ValueError) as error:
         raise RequestError(f"{path}: no whole file of --ditflow.save ({error}); make it again") from None
     require(bool(made), f"{path}: not made by --ditflow.save; give a file that was")

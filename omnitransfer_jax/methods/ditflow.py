@@ -228,7 +228,8 @@ def steering(
     network = Network(dit, conditions.text_context, conditions.image, conditions.latents, shard)
     theirs = None if source is None else Network(dit, source.text_context, source.image, source.condition, shard)
     if guide is not None:
-        assert source is not None and theirs is not None
+        assert source is not None
+        assert theirs is not None
         features = theirs.read(guide.read, guidance.block, source.latents, jnp.zeros(batch))
         target = guide.target(features, grid, guidance)
 
@@ -236,7 +237,8 @@ def steering(
         row, timestep, losses = step - int(steps[0]), jnp.full(batch, timesteps[step]), carry.losses
         injection = carry.injection._replace(active=jnp.array(True))
         if guidance.kv_injection:
-            assert source is not None and theirs is not None
+            assert source is not None
+            assert theirs is not None
             noised = interpolate(source.latents, noise, jnp.full(batch, time))
             injection = injection._replace(keys_values=theirs.read(WanDiT.tap, 0, noised, timestep)[1:])
 

@@ -9,7 +9,8 @@ A strategy takes the queries, keys and values of all streams of a layer:
     recording  each reference attends to itself, and the layer returns their keys and values, for `cached`
 
 One-directional attention needs no mask: it is the two calls of `split`. `gathered` makes any strategy work on tokens that are divided
-over devices; `injecting` gives the target other keys and values. Kernels of softmax attention, whose memory grows with the sequence and not with its square:
+over devices; `injecting` gives the target other keys and values. Kernels of softmax attention, whose memory grows with the sequence and
+not with its square:
 
     chunked   any backend: 256 queries of one head at a time against all keys, scores recomputed in the backward pass
     cudnn     GPU: cuDNN's fused kernel, bf16 or f16

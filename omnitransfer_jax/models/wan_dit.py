@@ -403,9 +403,7 @@ class SelfAttention(nnx.Module):
         """Queries, keys and values of one stream's tokens; the keys have the rotation of the queries if they have none of their own."""
         q, k = self.query_norm(self.query(x)), self.key_norm(self.key(x))
         q, k, v = (rearrange(y, "B L (N K) -> B L N K", N=self.num_heads) for y in (q, k, self.value(x)))
-        return QKV(
-            rotate(q, rotation).astype(x.dtype), rotate(k, rotation if key_rotation is None else key_rotation).astype(x.dtype), v
-        )
+        return QKV(rotate(q, rotation).astype(x.dtype), rotate(k, rotation if key_rotation is None else key_rotation).astype(x.dtype), v)
 
     def join(self, heads: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
         """The output projection of one stream's attention."""

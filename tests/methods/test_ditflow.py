@@ -169,7 +169,8 @@ def test_injection_alone_changes_the_guided_steps_alone(request_):
     def first_step(dit, conditions, noise, source):
         steer, carry = ditflow.steering(dit, conditions, noise, source, None, config)
         noised = jnp.concatenate([0.3 * source.latents + 0.7 * noise, source.condition], -1)
-        return steer(jnp.array(0), jnp.array(0.7), noise, carry)[1], dit.tap(0, noised, jnp.full(2, 1000 * time_grid(4, 3.0)[0]), source.text_context)
+        timestep = jnp.full(2, 1000 * time_grid(4, 3.0)[0], jnp.float32)
+        return steer(jnp.array(0), jnp.array(0.7), noise, carry)[1], dit.tap(0, noised, timestep, source.text_context)
 
     carry, wanted = first_step(dit, conditions, noise, source)
     for ours, theirs in zip(carry.injection.keys_values, wanted[1:], strict=True):
@@ -221,12 +222,14 @@ def test_the_network_is_given_the_timesteps_of_the_solver(request_, monkeypatch)
     dit, conditions, noise, source = request_
     seen = []
 
+    def compare(features, target, *_):
+        return jnp.square(features - target)[..., 0].sum((1, 2, 3))
+
     def read(dit, block, latents, timestep, *args, **kwargs):
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), timestep, ordered=True)
         return latents
 
-    guide = motion_guides.Guide(read, lambda features, *_: features, lambda features, target, *_: jnp.square(features - target)[..., 0].sum((1, 2, 3)))
-    monkeypatch.setitem(ditflow.GUIDES, "flow", guide)
+    monkeypatch.setitem(ditflow.GUIDES, "flow", motion_guides.Guide(read, lambda features, *_: features, compare))
     config = replace(CONFIG, sampler=replace(CONFIG.sampler, solver="unipc"), ditflow=replace(CONFIG.ditflow, updates=1))
     steer, carry = ditflow.steering(dit, conditions, noise, source, None, config)
     steer(jnp.array(1), jnp.array(0.9), noise, carry)
