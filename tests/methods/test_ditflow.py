@@ -149,7 +149,7 @@ def test_positions_are_handed_on_and_then_dropped(request_):
     injections = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(3)]
     assert [bool(each.active) for each in injections] == [True, True, False]
     distances = [float(jnp.abs(each.rotations - own).max()) for each in injections[:2]]
-    assert 0 < distances[0] <= 2 * 0.02 + 1e-6  # two updates of Adam, at most the rate each
+    assert 0 < distances[0] <= 2 * 0.02 * 1.002  # two updates of Adam: the first at most the rate, the second at most .13 % more
     assert distances[1] > distances[0]
 
 
