@@ -35,7 +35,7 @@ class Recorder:
         q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, attn.to_v(hidden_states)))
         cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]  # each stands there twice, for both of a pair
-        (q_cos, q_sin), (k_cos, k_sin) = ((cos, sin), (cos, sin)) if self.rotations is None else self.rotations[:, :, :, :, None].unbind(1)
+        (q_cos, q_sin), (k_cos, k_sin) = ((cos, sin), (cos, sin)) if self.rotations is None else self.rotations[:, :, :, :, None]
         self.queries, self.keys, self.values = self.turn(q, q_cos, q_sin), self.turn(k, k_cos, k_sin), v
         k, v = (self.keys, v) if self.injected is None else self.injected
         weights = (torch.einsum("bqhd,bkhd->bhqk", self.queries, k) / q.shape[-1] ** 0.5).softmax(-1)
@@ -191,7 +191,7 @@ def test_loss_and_its_gradients(models, name):
         return jax.value_and_grad(total, argnums=(0, 1))(latents, rotations)
 
     value, (of_latents, of_rotations) = ours_of(ours, sample[0], rotations.detach().numpy(), sample[1:], reference)
-    assert abs(float(value) - float(loss)) <= 1e-5 * abs(float(loss))
+    assert abs(float(value) - loss.item()) <= 1e-5 * abs(loss.item())
     assert relative_l2(of_latents, latents.grad) <= 1e-4
     assert relative_l2(of_rotations, rotations.grad) <= 1e-4
 
