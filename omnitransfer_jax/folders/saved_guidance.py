@@ -41,7 +41,8 @@ def read(path: str | Path, config: DiTFlow, video: VideoConfig) -> Float[np.ndar
     require(bool(made), f"{path}: not made by --ditflow.save; give a file that was")
     wanted = json.loads(json.dumps(_agreement(config, video)))
     for name, value in wanted.items():
-        require(made.get(name) == value, f"--{name}={value!r}: {path} was made with {made.get(name)!r}; give that, or make it again")
+        given = f"--{name}={value!r}" if "." in name else f"{name} {value}"
+        require(made.get(name) == value, f"{given}: {path} was made with {made.get(name)!r}; give that, or make it again")
     values = arrays.get(config.ditflow.variable)
     require(
         values is not None and len(values) == len(wanted["guided steps"]) and bool(np.isfinite(values).all()),
