@@ -102,7 +102,7 @@ def _guided(base: Config, guidance: float, ditflow: GuidanceConfig) -> DiTFlow:
 
 # From a sweep in the procedural world (docs/methods.md). With 4 x 4 tokens a frame, the keys of block 0 are the only ones by which the
 # flow moved any path; those of the reference, injected, only changed the layout.
-TINY_GUIDANCE = GuidanceConfig(block=0, rate=0.02, last_rate=0.01, kv_injection=False)
+TINY_GUIDANCE = GuidanceConfig(block=0, temperature=5.0, rate=0.02, last_rate=0.01, kv_injection=False)
 SMOKE = replace(
     wan.get_config("smoke"),
     vae=VAEConfig(base_dim=4, num_res_blocks=1),
