@@ -32,6 +32,7 @@ def test_a_video_its_losses_and_its_positions(tmp_path, capsys):
     assert run(*given, f"--out={tmp_path / 'b.mp4'}") == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert saved.read_bytes() == first
+    capsys.readouterr()
 
     other = [f"--first_frame={image}", "--prompt=a dog", "--ditflow.variable=positions", f"--ditflow.inject={saved}"]
     assert run(*other, "--ditflow.kv_injection=False", f"--out={tmp_path / 'c.mp4'}") == 0
