@@ -1,0 +1,308 @@
+"""DiTFlow, Follow-Your-Motion and Motion-Textual Inversion, their baselines and OmniTransfer, on one backbone, pair by pair.
+
+    python -m benchmarks.motion_methods --out=out/motion
+    python -m benchmarks.motion_methods --out=out/motion --report          # table and figure of what is done
+    python -m benchmarks.motion_methods --config=ditflow:t2v_1_3b --follow_your_motion=follow_your_motion:t2v_1_3b \
+        --motion_inversion=motion_inversion:t2v_1_3b --checkpoint=wan_t2v --suite=davis.jsonl --out=out/davis
+
+Rows and what they are: evaluation/motion_methods.py. Without `--suite` the cases are held-out motion pairs of the procedural world, where
+the true clip is known; the form of a suite is in evaluation/motion_cases.py. All rows have the models, sampler, size and seed of
+`--config`, and each case has one noise. Gains are over the backbone, case by case, with 95 % bootstrap intervals over the cases.
+
+DIR/results/METHOD-REFERENCE/CASE.json holds the scores of a clip, the clip lies beside it; what is there is not made again. Several
+processes may work on one DIR with other `--methods`. Written at the end: motion_methods.md, motion_methods.png. Results: docs/methods.md.
+
+Seconds are those of learning and sampling, the first case of a row, which compiles, left out where there are others. Memory is the
+largest resident memory of the process (VmHWM of Linux, set back before each row): it holds the encoders and all that is loaded.
+Text similarity is left out: the package has no text-and-image CLIP to import.
+"""
+
+import io
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+from configs.ditflow import DiTFlow
+from configs.errors import require
+from configs.follow_your_motion import FollowYourMotion
+from configs.motion_inversion import MotionInversion
+from configs.run import Config
+from evaluation import motion_cases
+from evaluation.metrics import motion_fidelity, tracks
+from evaluation.motion_cases import Case, Clip
+from evaluation.motion_methods import METHODS, REFERENCES, Backbone, Configs, given, measure, without_network
+from evaluation.report.curve import STYLE
+from launch import command
+from omnitransfer_jax import load_models
+from omnitransfer_jax.folders import outputs
+from omnitransfer_jax.folders.atomic import read_json, write_whole
+from world.scores import interval
+
+FLAGS = flags.FlagValues()
+CONFIG = flags.DEFINE_string("config", "ditflow:tiny", "models, sampler and size of all rows, and DiTFlow's numbers", flag_values=FLAGS)
+FYM = flags.DEFINE_string("follow_your_motion", "follow_your_motion:tiny", "numbers of Follow-Your-Motion", flag_values=FLAGS)
+INVERSION = flags.DEFINE_string("motion_inversion", "motion_inversion:tiny", "numbers of Motion-Textual Inversion", flag_values=FLAGS)
+OMNI = flags.DEFINE_string("omnitransfer", "", "workdir of a run, for the row omnitransfer", flag_values=FLAGS)
+OMNI_CONFIG = flags.DEFINE_string("omnitransfer_config", "stage1:tiny", "configuration of that run", flag_values=FLAGS)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of imported weights; train.init_from if not given", flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", "out/motion_methods", "folder of clips, scores and results", flag_values=FLAGS)
+PAIRS = flags.DEFINE_integer("pairs", 40, "pairs of the procedural world", lower_bound=2, flag_values=FLAGS)
+SUITE = flags.DEFINE_string("suite", "", "JSON lines file of real clips and prompts, in place of the world", flag_values=FLAGS)
+LEVEL = flags.DEFINE_enum("level", "hard", motion_cases.LEVELS, "which prompt of a suite", flag_values=FLAGS)
+ROWS = flags.DEFINE_list("methods", [*METHODS], "rows to make", flag_values=FLAGS)
+GIVEN = flags.DEFINE_list("references", [*REFERENCES], "references to give: own, and the controls reversed, other", flag_values=FLAGS)
+REPORT = flags.DEFINE_bool("report", False, "write the results of what is done, and make nothing", flag_values=FLAGS)
+SHOWN = flags.DEFINE_integer("shown", 3, "cases in the figure", lower_bound=1, flag_values=FLAGS)
+
+SETTINGS_FILE = "settings.json"
+LOWER_IS_BETTER = ("path", "leak", "leak (colours)")
+GAINS = ("path", "retrieval", motion_fidelity.NAME)  # the scores whose gain stands in the table
+Results = dict[tuple[str, str], dict[str, dict[str, Any]]]
+"""By row and reference, then case: scores, seconds, memory."""
+
+
+class Job(NamedTuple):
+    """A row with one of the references."""
+
+    method: str
+    reference: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(OUT.value) / "results" / f"{self.method}-{self.reference}"
+
+    @property
+    def title(self) -> str:
+        return METHODS[self.method].title + {"own": "", "reversed": ", reversed", "other": ", another's"}[self.reference]
+
+
+def main(config: DiTFlow) -> None:
+    config, configs = replace(config, train=replace(config.train, init_from=folder_of(config))), Configs()
+    for name, flag, known in (("methods", ROWS, METHODS), ("references", GIVEN, REFERENCES)):
+        unknown = [each for each in flag.value if each not in known]
+        require(not unknown, f"--{name}={','.join(unknown)}: unknown; there are {', '.join(known)}")
+    require(config.sampler.solver == "euler", f"sampler.solver={config.sampler.solver}: euler, for all rows start or steer between steps")
+    outputs.require_folder("--out", OUT.value)
+    tracks.opencv()
+    cases = all_cases(config)
+    if not REPORT.value:
+        configs = configs_of(config)
+        jobs = [job for job in all_jobs(configs) if job.method in ROWS.value and job.reference in GIVEN.value]
+        require_settings(config, configs)
+        networks = ("dit", "vae", "text", *(["image"] if config.dit.image_dim is not None else []))
+        load_models.require_weights(config.train.init_from, config, networks, "--checkpoint")
+        work(Backbone(config, config.train.init_from), configs, jobs, cases)
+    results = read_results(cases)
+    require(bool(results.get(("backbone", "own"))), f"--out={OUT.value}: no clip of the backbone yet; run without --report")
+    page = table(results, len(cases))
+    write_whole(Path(OUT.value) / "motion_methods.md", page.encode())
+    write_whole(Path(OUT.value) / "motion_methods.png", png(figure(results, cases[: SHOWN.value])))
+    print(page)
+
+
+def folder_of(config: Config) -> str:
+    return config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
+
+
+def all_cases(config: DiTFlow) -> list[Case]:
+    """The cases of --suite, or of the world."""
+    if not SUITE.value:
+        return motion_cases.of_world(config.video, PAIRS.value)
+    return motion_cases.of_suite(SUITE.value, LEVEL.value, config.video, config.dit.image_to_video)
+
+
+def configs_of(config: DiTFlow) -> Configs:
+    """The numbers of the methods that learn, with the models, sampler, size and weights of `config`."""
+    same = {name: getattr(config, name) for name in ("dit", "vae", "text", "image", "video", "sampler", "mesh", "seed")}
+
+    def on_backbone(name: str, kind: type) -> Any:
+        found = command.load_config(name, (kind,))
+        found = replace(found, **same, train=replace(found.train, init_from=config.train.init_from))
+        found.validate()
+        return found
+
+    run = None
+    if OMNI.value:
+        read = command.load_config(OMNI_CONFIG.value, (Config,))
+        run = replace(read, video=config.video, sampler=config.sampler), OMNI.value
+        load_models.require_weights(OMNI.value, run[0], ("dit", "vae"), "--omnitransfer")
+    return Configs(on_backbone(FYM.value, FollowYourMotion), on_backbone(INVERSION.value, MotionInversion), run)
+
+
+def all_jobs(configs: Configs) -> list[Job]:
+    """The backbone first; every other row with its own reference, then the controls."""
+    rows = [name for name in METHODS if name != "omnitransfer" or configs.omnitransfer]
+    return [Job(name, each) for name in rows for each in REFERENCES if each == "own" or METHODS[name].reads_reference]
+
+
+def require_settings(config: DiTFlow, configs: Configs) -> None:
+    """Writes the settings into a new folder; a `RequestError` names what differs from those of an old one."""
+    asked = dict(flat({"ditflow": asdict(config), **{name: asdict(each) for name, each in configs._asdict().items() if hasattr(each, "dit")}}))
+    asked |= {"suite": SUITE.value, "level": LEVEL.value if SUITE.value else "", "omnitransfer": OMNI.value}
+    asked, path = json.loads(json.dumps(asked)), Path(OUT.value) / SETTINGS_FILE
+    if not path.exists():
+        write_whole(path, json.dumps(asked, indent=1).encode())
+    found = read_json(path, "restore it from a copy, or give another --out")
+    changed = [f"{name}={found.get(name)} there, {asked.get(name)} now" for name in {**found, **asked} if found.get(name) != asked.get(name)]
+    require(not changed, f"--out={OUT.value}: begun with other settings ({'; '.join(changed[:3])}); give those, or another --out")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dictionaries by dotted names."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+# Making
+
+
+def work(backbone: Backbone, configs: Configs, jobs: Sequence[Job], cases: Sequence[Case]) -> None:
+    """Makes and measures what is not there yet."""
+    left = [(job, i) for job in jobs for i, case in enumerate(cases) if not (job.folder / f"{case.id}.json").exists()]
+    started, prepared, make = time.monotonic(), "", None
+    for done, (job, i) in enumerate(left):
+        case = cases[i]
+        if job.method != prepared:
+            jax.clear_caches()  # no row uses the programs of another
+            make, prepared = METHODS[job.method].prepare(backbone, configs), job.method
+            reset_memory()
+        begun = time.perf_counter()
+        if make is None:
+            clip = without_network(job.method, case, first_frame(case))
+        else:
+            latents = jax.block_until_ready(make(case, given(case, job.reference), backbone.noise(i)))
+            clip = backbone.decode(latents)
+        seconds = time.perf_counter() - begun
+        row = {"scores": measure(case, clip, backbone.config), "seconds": seconds, "memory": peak_memory()}
+        write_clip(job.folder / f"{case.id}.npz", clip)
+        write_whole(job.folder / f"{case.id}.json", json.dumps(row).encode())
+        to_go = timedelta(seconds=round((time.monotonic() - started) / (done + 1) * (len(left) - done - 1)))
+        print(f"[{done + 1} of {len(left)}] {job.title}, {case.id}: {seconds:.1f} s, {to_go} to go at this rate", flush=True)
+
+
+def first_frame(case: Case) -> np.ndarray:
+    """The case's own first frame, or without one that of the backbone's clip."""
+    if case.first_frame is not None:
+        return case.first_frame()
+    made = Job("backbone", "own").folder / f"{case.id}.npz"
+    require(made.exists(), f"--methods=still: needs {made}, for the case has no first frame; make the row backbone too")
+    return read_clip(made)[0]
+
+
+def write_clip(path: Path, clip: Clip) -> None:
+    file = io.BytesIO()
+    np.savez_compressed(file, clip=clip)
+    write_whole(path, file.getvalue())
+
+
+def read_clip(path: Path) -> Clip:
+    with np.load(path) as found:
+        return found["clip"]
+
+
+def reset_memory() -> None:
+    """Sets the kernel's record of this process's largest resident memory back to what it is now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        print("memory is the largest since the process began: the record cannot be set back here", flush=True)
+
+
+def peak_memory() -> float:
+    """The largest resident memory since `reset_memory`, in MB; NaN where the system does not tell."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) / 1024 if found else float("nan")
+
+
+# Results
+
+
+def read_results(cases: Sequence[Case]) -> Results:
+    """What is done of `cases`, in the order of the rows."""
+    found: Results = {}
+    for name in METHODS:
+        for reference in REFERENCES:
+            paths = {case.id: Job(name, reference).folder / f"{case.id}.json" for case in cases}
+            read = {case: read_json(path, "remove it: it is made again") for case, path in paths.items() if path.exists()}
+            if read:
+                found[name, reference] = read
+    return found
+
+
+def table(results: Results, count: int) -> str:
+    """One row for each method and reference: means, and gains over the backbone with their intervals."""
+    base = results["backbone", "own"]
+    names = [*next(iter(base.values()))["scores"]]
+    gained = [name for name in GAINS if name in names]
+    head = ["", "cases", *names, *(f"gain in {name}" for name in gained), "s a clip", "MB"]
+    lines = [head, ["---"] * len(head)]
+    for (method, reference), rows in results.items():
+        means = [f"{np.mean([row['scores'][name] for row in rows.values()]):.3g}" for name in names]
+        gains = ["" if method == "backbone" else gain(rows, base, name) for name in gained]
+        seconds = [row["seconds"] for row in rows.values()]
+        memory = max(row["memory"] for row in rows.values())
+        lines.append(
+            [Job(method, reference).title, str(len(rows)), *means, *gains, f"{np.mean(sorted(seconds)[: max(1, len(seconds) - 1)]):.2g}",
+             f"{memory:.0f}"]
+        )  # fmt: skip
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    what = f"--suite={SUITE.value}, prompts {LEVEL.value}" if SUITE.value else "held-out motion pairs of the procedural world"
+    return f"{count} cases: {what}. Backbone `{CONFIG.value}`. Gains: positive is better, 95 % intervals over cases.\n\n{body}\n"
+
+
+def gain(rows: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], name: str) -> str:
+    """Mean and interval of the gain over the backbone in the cases that both have; positive is better."""
+    sign = -1 if name in LOWER_IS_BETTER else 1
+    values = [sign * (row["scores"][name] - base[case]["scores"][name]) for case, row in rows.items() if case in base]
+    if not values:
+        return ""
+    low, high = interval(values)
+    return f"{np.mean(values):+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+@mpl.rc_context(STYLE)
+def figure(results: Results, cases: Sequence[Case], moments: int = 3) -> Figure:
+    """The reference and the clip of each row with its own reference: a few frames of some cases side by side."""
+    rows = [("reference", None)] + [(METHODS[name].title, Job(name, each)) for name, each in results if each == "own" and name != "copied"]
+    page = Figure((1.9 + 0.75 * moments * len(cases), 0.8 * len(rows) + 0.4), layout="constrained")
+    axes = page.subplots(len(rows), moments * len(cases), squeeze=False)
+    for line, (title, job) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+        for j, case in enumerate(cases):
+            path = None if job is None else job.folder / f"{case.id}.npz"
+            clip = case.reference() if path is None else read_clip(path) if path.exists() else None
+            for k in range(moments):
+                cell = line[j * moments + k]
+                cell.set(xticks=[], yticks=[])
+                if clip is not None:
+                    cell.imshow(clip[round(k * (len(clip) - 1) / (moments - 1))], interpolation="nearest")
+    for j, case in enumerate(cases):
+        axes[0, j * moments].set_title(case.id, fontsize=8, loc="left")
+    return page
+
+
+def png(page: Figure) -> bytes:
+    file = io.BytesIO()
+    page.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)
