@@ -37,7 +37,7 @@ from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.motion_inversion import MotionInversion
-from configs.run import Config
+from configs.run import Config, plain
 from evaluation import motion_cases
 from evaluation.metrics import motion_fidelity, tracks
 from evaluation.motion_cases import Case, Clip
@@ -57,7 +57,7 @@ OMNI = flags.DEFINE_string("omnitransfer", "", "workdir of a run, for the row om
 OMNI_CONFIG = flags.DEFINE_string("omnitransfer_config", "stage1:tiny", "configuration of that run", flag_values=FLAGS)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of imported weights; train.init_from if not given", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out/motion_methods", "folder of clips, scores and results", flag_values=FLAGS)
-PAIRS = flags.DEFINE_integer("pairs", 40, "pairs of the procedural world", lower_bound=2, flag_values=FLAGS)
+PAIRS = flags.DEFINE_integer("pairs", 40, "pairs of the procedural world", lower_bound=1, flag_values=FLAGS)
 SUITE = flags.DEFINE_string("suite", "", "JSON lines file of real clips and prompts, in place of the world", flag_values=FLAGS)
 LEVEL = flags.DEFINE_enum("level", "hard", motion_cases.LEVELS, "which prompt of a suite", flag_values=FLAGS)
 ROWS = flags.DEFINE_list("methods", [*METHODS], "rows to make", flag_values=FLAGS)
@@ -66,6 +66,7 @@ REPORT = flags.DEFINE_bool("report", False, "write the results of what is done, 
 SHOWN = flags.DEFINE_integer("shown", 3, "cases in the figure", lower_bound=1, flag_values=FLAGS)
 
 SETTINGS_FILE = "settings.json"
+GUIDED = ("injection", "smm", "moft", "ditflow", "ditflow_positions")  # rows that read the fields `ditflow`
 LOWER_IS_BETTER = ("path", "leak", "leak (colours)")
 GAINS = ("path", "retrieval", motion_fidelity.NAME)  # the scores whose gain stands in the table
 Results = dict[tuple[str, str], dict[str, dict[str, Any]]]
@@ -99,7 +100,8 @@ def main(config: DiTFlow) -> None:
     if not REPORT.value:
         configs = configs_of(config)
         jobs = [job for job in all_jobs(configs) if job.method in ROWS.value and job.reference in GIVEN.value]
-        require_settings(config, configs)
+        for job in jobs:
+            require_settings(job.folder / SETTINGS_FILE, settings(job.method, config, configs))
         networks = ("dit", "vae", "text", *(["image"] if config.dit.image_dim is not None else []))
         load_models.require_weights(config.train.init_from, config, networks, "--checkpoint")
         work(Backbone(config, config.train.init_from), configs, jobs, cases)
@@ -146,16 +148,27 @@ def all_jobs(configs: Configs) -> list[Job]:
     return [Job(name, each) for name in rows for each in REFERENCES if each == "own" or METHODS[name].reads_reference]
 
 
-def require_settings(config: DiTFlow, configs: Configs) -> None:
-    """Writes the settings into a new folder; a `RequestError` names what differs from those of an old one."""
-    asked = dict(flat({"ditflow": asdict(config), **{name: asdict(each) for name, each in configs._asdict().items() if hasattr(each, "dit")}}))
-    asked |= {"suite": SUITE.value, "level": LEVEL.value if SUITE.value else "", "omnitransfer": OMNI.value}
-    asked, path = json.loads(json.dumps(asked)), Path(OUT.value) / SETTINGS_FILE
+def settings(method: str, config: DiTFlow, configs: Configs) -> dict[str, Any]:
+    """What the clips of a row depend on, by dotted names, as JSON has it: the backbone's configuration, and the row's own."""
+    tree: dict[str, Any] = {"backbone": asdict(plain(config)), "suite": SUITE.value, "level": LEVEL.value if SUITE.value else ""}
+    if method in GUIDED:
+        tree["ditflow"] = asdict(config.ditflow)
+    if method == "follow_your_motion":
+        tree[method] = asdict(configs.follow_your_motion)
+    if method == "motion_inversion":
+        tree[method] = asdict(configs.motion_inversion)
+    if configs.omnitransfer and method == "omnitransfer":
+        tree[method] = {"config": asdict(configs.omnitransfer[0]), "folder": configs.omnitransfer[1]}
+    return json.loads(json.dumps(dict(flat(tree))))
+
+
+def require_settings(path: Path, asked: dict[str, Any]) -> None:
+    """Writes a row's settings into a new folder; a `RequestError` names what differs from those of an old one."""
     if not path.exists():
         write_whole(path, json.dumps(asked, indent=1).encode())
     found = read_json(path, "restore it from a copy, or give another --out")
     changed = [f"{name}={found.get(name)} there, {asked.get(name)} now" for name in {**found, **asked} if found.get(name) != asked.get(name)]
-    require(not changed, f"--out={OUT.value}: begun with other settings ({'; '.join(changed[:3])}); give those, or another --out")
+    require(not changed, f"{path.parent}: begun with other settings ({'; '.join(changed[:3])}); give those, or another --out")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

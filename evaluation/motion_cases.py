@@ -10,6 +10,7 @@ may be absent (0, the end, 1). Image-to-video networks need `first_frame` too, a
 
 import json
 from collections.abc import Callable
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from jaxtyping import UInt8
 from configs.errors import RequestError, require
 from configs.run import VideoConfig
 from data_pipelines import clips, streams
-from evaluation.transfer import swapped
 from world import pixels
 from world.pairs import Example, draw_pair
 
@@ -47,19 +47,27 @@ class Case(NamedTuple):
 
 def of_world(video: VideoConfig, count: int) -> list[Case]:
     """The first `count` held-out motion pairs; prompts and captions are empty, so the first frame and the reference tell everything."""
-    pairs = [draw_pair(KEY, index, "held_out", "motion") for index in range(count)]
-    return [
-        Case(
-            pair.id,
-            pair.prompt,
-            "",
-            lambda pair=pair: pixels.render(pair.reference, video),
-            lambda other=other: pixels.render(other.reference, video),
-            lambda pair=pair: pixels.render(pair.target, video)[0],
-            pair,
+    found = []
+    for index in range(count):
+        pair = drawn(index)
+        other = next(each for each in map(drawn, count_from(index + 1)) if each.reference.motion != pair.reference.motion)
+        found.append(
+            Case(
+                pair.id,
+                pair.prompt,
+                "",
+                lambda pair=pair: pixels.render(pair.reference, video),
+                lambda other=other: pixels.render(other.reference, video),
+                lambda pair=pair: pixels.render(pair.target, video)[0],
+                pair,
+            )
         )
-        for pair, other in zip(pairs, swapped(pairs), strict=True)
-    ]
+    return found
+
+
+def drawn(index: int) -> Example:
+    """Held-out motion pair `index`."""
+    return draw_pair(KEY, index, "held_out", "motion")
 
 
 def of_suite(path: str, level: str, video: VideoConfig, needs_frame: bool) -> list[Case]:
