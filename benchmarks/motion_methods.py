@@ -55,6 +55,7 @@ FYM = flags.DEFINE_string("follow_your_motion", "follow_your_motion:tiny", "numb
 INVERSION = flags.DEFINE_string("motion_inversion", "motion_inversion:tiny", "numbers of Motion-Textual Inversion", flag_values=FLAGS)
 OMNI = flags.DEFINE_string("omnitransfer", "", "workdir of a run, for the row omnitransfer", flag_values=FLAGS)
 OMNI_CONFIG = flags.DEFINE_string("omnitransfer_config", "stage1:tiny", "configuration of that run", flag_values=FLAGS)
+FEATURES = flags.DEFINE_integer("features_block", None, "block of SMM and MOFT; DiTFlow's if not given", lower_bound=0, flag_values=FLAGS)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of imported weights; train.init_from if not given", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out/motion_methods", "folder of clips, scores and results", flag_values=FLAGS)
 PAIRS = flags.DEFINE_integer("pairs", 40, "pairs of the procedural world", lower_bound=1, flag_values=FLAGS)
@@ -139,7 +140,7 @@ def configs_of(config: DiTFlow) -> Configs:
         read = command.load_config(OMNI_CONFIG.value, (Config,))
         run = replace(read, video=config.video, sampler=config.sampler), OMNI.value
         load_models.require_weights(OMNI.value, run[0], ("dit", "vae"), "--omnitransfer")
-    return Configs(on_backbone(FYM.value, FollowYourMotion), on_backbone(INVERSION.value, MotionInversion), run)
+    return Configs(on_backbone(FYM.value, FollowYourMotion), on_backbone(INVERSION.value, MotionInversion), run, FEATURES.value)
 
 
 def all_jobs(configs: Configs) -> list[Job]:
@@ -153,6 +154,8 @@ def settings(method: str, config: DiTFlow, configs: Configs) -> dict[str, Any]:
     tree: dict[str, Any] = {"backbone": asdict(plain(config)), "suite": SUITE.value, "level": LEVEL.value if SUITE.value else ""}
     if method in GUIDED:
         tree["ditflow"] = asdict(config.ditflow)
+    if method in ("smm", "moft"):
+        tree["features_block"] = configs.features_block
     if method == "follow_your_motion":
         tree[method] = asdict(configs.follow_your_motion)
     if method == "motion_inversion":
@@ -189,6 +192,8 @@ def work(backbone: Backbone, configs: Configs, jobs: Sequence[Job], cases: Seque
     started, prepared, make = time.monotonic(), "", None
     for done, (job, i) in enumerate(left):
         case = cases[i]
+        if (job.folder / f"{case.id}.json").exists():  # another process has made it since
+            continue
         if job.method != prepared:
             jax.clear_caches()  # no row uses the programs of another
             make, prepared = METHODS[job.method].prepare(backbone, configs), job.method

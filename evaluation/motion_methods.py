@@ -88,6 +88,17 @@ class Backbone:
         return clips.to_bytes(self.encoders.decode(latents)[0])
 
 
+class Configs(NamedTuple):
+    """The numbers of the methods that learn, on the backbone's models, sampler and size; None leaves a method out."""
+
+    follow_your_motion: FollowYourMotion | None = None
+    motion_inversion: MotionInversion | None = None
+    omnitransfer: tuple[Config, str] | None = None
+    """The configuration and folder of a run."""
+    features_block: int | None = None
+    """The block behind which SMM and MOFT read features; DiTFlow's if None."""
+
+
 def unguided(backbone: Backbone) -> Make:
     """Plain sampling."""
     return lambda case, clip, noise: backbone.denoise(lambda _: backbone.dit, backbone.conditions(case), noise)
@@ -105,6 +116,11 @@ def guided(backbone: Backbone, **changes: object) -> Make:
         return sample(backbone.dit, backbone.conditions(case), noise, source, None).latents
 
     return make
+
+
+def features(configs: Configs) -> dict[str, int]:
+    """The change of DiTFlow's configuration for guides on features."""
+    return {} if configs.features_block is None else {"block": configs.features_block}
 
 
 def noised(backbone: Backbone) -> Make:
@@ -173,15 +189,6 @@ def with_run(backbone: Backbone, config: Config, folder: str) -> Make:
     return make
 
 
-class Configs(NamedTuple):
-    """The numbers of the methods that learn, on the backbone's models, sampler and size; None leaves a method out."""
-
-    follow_your_motion: FollowYourMotion | None = None
-    motion_inversion: MotionInversion | None = None
-    omnitransfer: tuple[Config, str] | None = None
-    """The configuration and folder of a run."""
-
-
 class Method(NamedTuple):
     """A row of the comparison."""
 
@@ -197,8 +204,8 @@ METHODS = {
     "copied": Method("copy of the reference", lambda b, c: None, False),
     "noised": Method("noised reference, start at .75", lambda b, c: noised(b)),
     "injection": Method("injection", lambda b, c: guided(b, guide="none", kv_injection=True)),
-    "smm": Method("SMM", lambda b, c: guided(b, guide="smm")),
-    "moft": Method("MOFT", lambda b, c: guided(b, guide="moft")),
+    "smm": Method("SMM", lambda b, c: guided(b, guide="smm", **features(c))),
+    "moft": Method("MOFT", lambda b, c: guided(b, guide="moft", **features(c))),
     "ditflow": Method("DiTFlow, latents", lambda b, c: guided(b, variable="latents")),
     "ditflow_positions": Method("DiTFlow, positions", lambda b, c: guided(b, variable="positions")),
     "follow_your_motion": Method("Follow-Your-Motion", lambda b, c: with_adapters(b, c.follow_your_motion)),
