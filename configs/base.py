@@ -335,6 +335,11 @@ class LoRAConfig:
     targets: tuple[str, ...] = field(default=(r"layers\.attention\..*", r"layers\.mlp\..*"), metadata=PATTERNS)
     """Regular expressions of the paths of the projections that get an adapter."""
 
+    @property
+    def scale(self) -> float:
+        """The factor on an adapter's output."""
+        return self.alpha / self.rank
+
     def validate(self) -> None:
         require_ranges(self, "lora")
 

@@ -1,7 +1,7 @@
 """What a run adds to its models: video, sampler, data, training, optimizer, checkpoints, mesh; and `Config`, which holds them all."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
@@ -162,8 +162,9 @@ class TransferTrainConfig(TrainConfig):
     """Regular expressions of the parameters that train, as `part/path`; all others are frozen."""
     shift: float = 3.0
     """Bends the drawn times towards noise, as in sampling."""
-    weighting: Literal["velocity", "clean"] = "velocity"
-    """Weight of the squared velocity error at time t: 1, or min(1, 2t)^2, for the error of the clean estimate over max(t, 0.5)^2."""
+    weighting: Literal["velocity", "clean", "bell"] = "velocity"
+    """Weight of the loss at time t. `velocity`: 1. `clean`: min(1, 2t)^2, for the error of the clean estimate over max(t, 0.5)^2.
+    `bell`: largest at t = 0.5, 0 at t = 1 (DiffSynth-Studio's training weight, which Follow-Your-Motion has)."""
     references: bool = True
     """Whether targets attend to their references; if not, the network trains as Wan does, without any."""
     expert: Literal["high_noise", "low_noise"] | None = None
@@ -334,6 +335,11 @@ class Config(RunConfig):
             dit.image_dim in (None, self.image.dim),
             f"dit.image_dim={dit.image_dim}: the image encoder's width is image.dim={self.image.dim}",
         )
+
+
+def plain(config: Config) -> Config:
+    """The configuration without what a subclass adds: that of the networks which a method works on."""
+    return Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
 
 
 def variant_of(variants: Mapping[str, AnyConfig], name: str) -> AnyConfig:

@@ -5,12 +5,20 @@
     comfyui     diffusion_models/NAME.safetensors, the transformer alone in one file, of Wan2.2 one file for each expert
 
 python -m launch.export --config=wan --checkpoint=checkpoints/wan_i2v --layout=diffusers --out=wan_i2v_diffusers
+
+A run of Follow-Your-Motion becomes one LoRA file, both adapters in it:
+
+    diffusers   pytorch_lora_weights.safetensors, for WanPipeline.load_lora_weights
+    comfyui     loras/NAME.safetensors, for ComfyUI's LoRA loader
+
+python -m launch.export --config=follow_your_motion --checkpoint=W --layout=comfyui --out=motion_lora
 """
 
 import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +28,15 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs.errors import require
+from configs.follow_your_motion import FollowYourMotion
+from configs.motion_inversion import MotionInversion
 from configs.run import Config, SamplerConfig
 from configs.wan_animate_2 import WanAnimate2
+from data_pipelines.motion_inversion import load_tokens
 from launch import command
-from omnitransfer_jax import tasks
+from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
+from omnitransfer_jax.methods import follow_your_motion
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl, wan_dit
@@ -47,6 +59,12 @@ COMPONENTS = {  # the name of each part in model_index.json, its library and its
     "image": ("image_encoder", "transformers", "CLIPVisionModel"),
 }
 
+LORA_FILES = {
+    "diffusers": ("pytorch_lora_weights.safetensors", "transformer."),
+    "comfyui": ("loras/{name}.safetensors", "diffusion_model."),
+}
+BASE_NAMES = {"text-to-video": "Wan2.1 text-to-video, width {dim}", "image-to-video": "Wan2.1 image-to-video, width {dim}"}
+
 ALIGNMENT_README = """# What OmniTransfer adds to Wan2.1 from stage 2 on
 
 `mllm_lora/` is a PEFT adapter of Qwen2.5-VL's language model. `alignment.safetensors` holds, in PyTorch's layout:
@@ -61,16 +79,45 @@ ALIGNMENT_README = """# What OmniTransfer adds to Wan2.1 from stage 2 on
 in the cross-attention of the target (into: {into}); results of several tasks are concatenated. References do not read it.
 """
 
+TOKENS_README = """# The motion of one clip, as tokens for the cross-attention of Wan2.1
+
+`tokens.safetensors` holds, in float32, what Motion-Textual Inversion (arXiv 2408.00458) learnt, by the branch that reads it:
+
+| branch | sets x rows x width |
+|---|---|
+{shapes}
+
+Set f belongs to latent frame f of {latent_frames} ({frames} video frames at {fps} fps); the last set is read by all frames. In every
+block, a query of latent frame f attends under one softmax to the keys and values of set f and of the last set, and in the text branch
+also to {kept}. The rows are {space}.
+
+In the unconditional pass of guidance all frames read the negative prompt instead, padded to as many rows. `config.json` holds the
+fields of the method (`inversion`) and of the transformer (`dit`). From the workdir of the training a video is made by
+
+    python -m launch.sample --config=motion_inversion --checkpoint=WORKDIR --first_frame=image.png --out=out.mp4
+"""
+SPACES = {
+    "blocks": "as wide as the blocks: they go to them as they are, behind Wan's text and image projections",
+    "encoder": "as wide as the encoder's output: Wan's text or image projection comes first",
+}
+
 
 def main(config: Config) -> None:
     checkpoint, layout = CHECKPOINT.value, LAYOUT.value
     require(bool(checkpoint), "--checkpoint='': empty; give the folder of a checkpoint")
     inputs.require_checkpoint("--checkpoint", checkpoint)
     outputs.require_new_folder("--out", OUT.value, [checkpoint])
+    if isinstance(config, MotionInversion):
+        tokens = load_tokens(checkpoint, config)
+        with atomic.new_folder(Path(OUT.value)) as out:
+            export_tokens(config, tokens, out)
+        return
     run = epath.Path(checkpoint) if run_folder.is_run(checkpoint) else None
     run_folder.require_same_function(checkpoint, config)
     if run:
         inputs.require_trained("--checkpoint", run)
+    if isinstance(config, FollowYourMotion):
+        return export_motion(config)
     imported = run_folder.imported_weights(checkpoint)
     stored = {*(model_folder.read_model(imported) if imported else ()), *(["dit"] if run else [])}
     if run:
@@ -98,6 +145,19 @@ def export_rest(config: Config, parts: Sequence[str], imported: str, run: epath.
         copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / place)
     if LAYOUT.value == "diffusers":
         write_pipeline(config, parts, has_vocabulary, out)
+
+
+def export_tokens(config: MotionInversion, tokens: Mapping[str, np.ndarray], out: Path) -> None:
+    """Writes the tokens of a motion as one safetensors file, the fields that they depend on as config.json, and a README."""
+    rows = {name: np.ascontiguousarray(x[0]) for name, x in tokens.items()}
+    save_file(rows, out / "tokens.safetensors", {"format": "pt"})
+    size = config.video
+    video = {"frames": size.frames, "latent_frames": size.latent_shape(config.vae)[0], "fps": size.fps}
+    write_json(out / "config.json", {"inversion": asdict(config.inversion), "video": video, "dit": asdict(config.dit)})
+    kept = "the encoded prompt" if config.keeps_prompt else "the encoded empty prompt" if config.inversion.sink else "nothing else"
+    shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, x.shape))} |" for name, x in rows.items())
+    (out / "README.md").write_text(TOKENS_README.format(shapes=shapes, kept=kept, space=SPACES[config.inversion.space], **video))
+    print(f"tokens: {sum(x.size for x in rows.values()):,} numbers of the {' and '.join(rows)} branch", flush=True)
 
 
 def export_part(part: Part, config: Config, imported: str, run: epath.Path | None, out: Path) -> None:
@@ -147,6 +207,30 @@ def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
     shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, x.shape))} |" for name, x in rest.items())
     (out / "README.md").write_text(ALIGNMENT_README.format(shapes=shapes, tasks=", ".join(tasks.NAMES), into=config.alignment.into))
     print(f"alignment: {adapters} adapter tensors, {len(rest)} of queries and connector", flush=True)
+
+
+def export_motion(config: FollowYourMotion) -> None:
+    """Writes the adapters of a run of Follow-Your-Motion as one LoRA of twice their rank, head masks and alpha / rank in `lora_B`."""
+    checkpoint, layout = CHECKPOINT.value, LAYOUT.value
+    require(run_folder.is_run(checkpoint), f"--checkpoint={checkpoint}: no run of follow_your_motion, whose adapters are written; give one")
+    require(layout != "original", f"--layout={layout}: a LoRA has none of that; take diffusers or comfyui")
+    file, prefix = LORA_FILES[layout]
+    params = follow_your_motion.one_adapter(load_models.load_adapters(checkpoint, config), config)
+    table = lora.entries(wan_dit.entries(config.dit, "diffusers" if layout == "diffusers" else "original"), params, prefix)
+    leaves = {path: np.asarray(x) for path, x in params.items()}
+    pieces = {entry.theirs: np.ascontiguousarray(entry.layout.to_theirs(leaves[entry.ours][entry.layer])) for entry in table}
+    about = {
+        "format": "pt",
+        "method": "Follow-Your-Motion",
+        "base_model": BASE_NAMES["text-to-video" if config.dit.image_dim is None else "image-to-video"].format(dim=config.dit.dim),
+        "rank": str(2 * config.motion.lora.rank),
+        "steps": str(run_folder.steps_done(checkpoint)),
+    }
+    with atomic.new_folder(Path(OUT.value)) as out:
+        path = out / file.format(name=str(FLAGS["config"].value).replace(":", "_"))
+        path.parent.mkdir(exist_ok=True)
+        save_file(pieces, path, about)
+    print(f"wrote {Path(OUT.value) / path.relative_to(out)}: {len(pieces)} tensors of rank {about['rank']}")
 
 
 def export_adapters(config: Config, loaded: Mapping[str, np.ndarray], out: Path) -> int:

@@ -2,13 +2,18 @@
 
     python -m launch.sample --config=stage1 --checkpoint=DIR --task=motion --reference=ref.mp4 --first_frame=image.png --out=out.mp4
     python -m launch.sample --config=wan --checkpoint=DIR --first_frame=image.png --prompt="..." --out=out.mp4
+    python -m launch.sample --config=motion_inversion --checkpoint=DIR --first_frame=image.png --out=out.mp4
+    python -m launch.sample --config=follow_your_motion --checkpoint=DIR --prompt="..." --out=out.mp4
 
 `--task` and `--reference` repeat for combined transfer. The networks are loaded, used and let go one after the other, so the memory
 needed is that of the largest one, not of all.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -17,16 +22,20 @@ import numpy as np
 from absl import flags
 
 from configs.errors import require
-from configs.run import Config, VideoConfig
+from configs.follow_your_motion import FollowYourMotion
+from configs.motion_inversion import MotionInversion
+from configs.run import Config, VideoConfig, plain
 from configs.wan_animate_2 import WanAnimate2
-from data_pipelines import clips
+from data_pipelines import clips, motion_training
 from data_pipelines.encoders import Encoders, place_references
+from data_pipelines.motion_inversion import load_tokens
 from launch import command
 from launch.sampling import animation
 from launch.sampling.stages import StepBar, stage
 from omnitransfer_jax import load_models, tasks
-from omnitransfer_jax.folders import outputs
-from omnitransfer_jax.mesh import make_mesh
+from omnitransfer_jax.folders import outputs, run_folder
+from omnitransfer_jax.mesh import make_mesh, replicated
+from omnitransfer_jax.methods import motion_inversion
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_dit import WanDiT
@@ -63,23 +72,36 @@ class Request(NamedTuple):
 
 
 def main(config: Config) -> None:
+    require(
+        run_folder.is_run(weights(config)) or not (weights(config) and Path(weights(config), motion_training.SPATIAL).is_dir()),
+        f"--checkpoint={weights(config)}: its temporal stage has not begun; go on with its launch.train",
+    )
     reads_image = bool(FIRST_FRAME.value) and config.dit.image_dim is not None
     networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if reads_image else []))
     given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
-    load_models.require_weights(weights(config), config, networks, given)
+    of_networks = plain(config) if isinstance(config, MotionInversion) else config
+    load_models.require_weights(weights(config), of_networks, networks, given)
     if isinstance(config, WanAnimate2):
         return animate(config)
+    finish = None
+    if isinstance(config, MotionInversion):
+        finish = jax.jit(partial(motion_inversion.conditions, config, load_tokens(checkpoint(config), config)))
     request = read_request(config)
-    if not weights(config):
+    if not checkpoint(config):
         print("no --checkpoint: the weights are random, so the video will be noise; this only shows that every part runs", flush=True)
-    encoders = Encoders(config, weights(config))
+    encoders = Encoders(of_networks, weights(config))
     for note in [*notes(encoders, request), *reference_notes(config, request)]:
         print(note, flush=True)
-    latents = generate(encoders, request.video, encode(encoders, request))
+    latents = generate(encoders, request.video, encode(encoders, request), finish)
     with stage("video decoder", encoders):
         clips.write_clip(OUT.value, clips.to_bytes(encoders.decode(latents)[0]), request.video.fps)
     size = request.video
     print(f"wrote {OUT.value}: {size.frames} frames, {size.width} x {size.height}, {size.fps} fps")
+
+
+def checkpoint(config: Config) -> str:
+    """The folder given by --checkpoint, or that of the configuration."""
+    return config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
 
 
 def animate(config: WanAnimate2) -> None:
@@ -102,7 +124,7 @@ def require_out(config: Config) -> None:
 
 def weights(config: Config) -> str:
     """The folder that all networks are loaded from; empty for random weights."""
-    return config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
+    return run_folder.base_of(checkpoint(config), MotionInversion) if isinstance(config, MotionInversion) else checkpoint(config)
 
 
 def read_request(config: Config) -> Request:
@@ -111,6 +133,12 @@ def read_request(config: Config) -> Request:
     require(
         len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
+    )
+    if isinstance(config, MotionInversion):
+        require_for_tokens(config)
+    require(
+        not (REFERENCE.value and isinstance(config, FollowYourMotion)),
+        f"--reference={','.join(REFERENCE.value)}: this network reads none, for the motion is in --checkpoint; leave --task and it out",
     )
     chosen = [tasks.task_index(name) for name in TASK.value]
     require(
@@ -140,6 +168,19 @@ def read_request(config: Config) -> Request:
         video = replace(video, height=height, width=width)
     read = [clips.read_clip(path, frames=size.frames, fps=size.fps, height=size.height, width=size.width) for path in REFERENCE.value]
     return Request(clean_prompt(PROMPT.value), frame, tuple(zip(chosen, read, strict=True)), video)
+
+
+def require_for_tokens(config: MotionInversion) -> None:
+    """A `RequestError` for flags that tokens of a motion leave no use for, or without the picture that they move."""
+    require(not TASK.value, f"--task={','.join(TASK.value)}: the run has learnt its reference; leave out --task and --reference")
+    require(
+        config.keeps_prompt or not PROMPT.value,
+        f"--prompt={PROMPT.value!r}: the tokens stand in its place (inversion.branch={config.inversion.branch}); leave it out",
+    )
+    require(
+        not config.dit.image_to_video or bool(FIRST_FRAME.value),
+        "no --first_frame: the tokens move a picture; give --first_frame=IMAGE",
+    )
 
 
 def notes(encoders: Encoders, request: Request) -> list[str]:
@@ -203,8 +244,13 @@ def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax
         return encoders.contexts([request.prompt], load_models.load_alignment(encoders.folder, config), inputs)
 
 
-def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> jax.Array:
-    """Latents from noise, with a progress bar; of two experts one is in memory at a time."""
+def generate(
+    encoders: Encoders, video: VideoConfig, conditions: Conditions, finish: Callable[[WanDiT, Conditions], Conditions] | None = None
+) -> jax.Array:
+    """Latents from noise, with a progress bar; of two experts one is in memory at a time.
+
+    `finish` completes the conditions with what the transformer embeds; there is one expert then.
+    """
     config = encoders.config
     noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
     mesh = make_mesh(config.mesh)
@@ -216,6 +262,9 @@ def generate(encoders: Encoders, video: VideoConfig, conditions: Conditions) -> 
             with stage(NETWORKS[part] if config.sampler.boundary > 0 else "transformer", encoders):
                 return load_models.load_dit(encoders.folder, config, mesh, part)
 
+        if finish is not None:
+            dit = load("dit")
+            conditions, load = finish(dit, jax.device_put(conditions, replicated(mesh))), lambda part: dit
         latents = omnitransfer.denoise_on(mesh, config, bar.reach)(load, conditions, noise).block_until_ready()
         jax.effects_barrier()
     return latents

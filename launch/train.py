@@ -1,6 +1,8 @@
 """Trains: --config=stage1|stage2|stage3 --workdir=DIR. Started again on the same workdir it goes on where it stopped.
 
     python -m launch.train --config=stage1 --workdir=runs/stage1 --data.path=records --train.init_from=checkpoints/wan_i2v
+    python -m launch.train --config=motion_inversion --workdir=W --reference=ref.mp4 --train.init_from=checkpoints/wan_i2v
+    python -m launch.train --config=follow_your_motion --workdir=W --reference=ref.mp4 --prompt="its caption" --train.init_from=wan_t2v
     python -m launch.train --config=stage1 --dry_run
 
 `vae:tiny` and `mllm:tiny` train the autoencoder and the language model of the procedural world (docs/world.md). The workdir holds the
@@ -11,18 +13,23 @@ ends.
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 
 from configs.errors import require
+from configs.follow_your_motion import FollowYourMotion
 from configs.mllm import MLLMTraining
+from configs.motion_inversion import MotionInversion
 from configs.run import Config
 from configs.vae import VAETraining
+from configs.wan_animate_2 import WanAnimate2
+from data_pipelines import clips, motion_inversion, motion_training
 from data_pipelines.batches import batches, data_digest, empty_text
 from launch import command
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.mesh import data_share, make_mesh
-from omnitransfer_jax.methods import omnitransfer
+from omnitransfer_jax.methods import follow_your_motion, omnitransfer
 from omnitransfer_jax.train import flops, loop
 from omnitransfer_jax.train.objective import Objective
 from omnitransfer_jax.train.plan import describe
@@ -30,10 +37,14 @@ from world import mllm_training, vae_training
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=FLAGS)
+REFERENCE = flags.DEFINE_string("reference", "", "Clip to learn from (follow_your_motion, motion_inversion).", flag_values=FLAGS)
+PROMPT = flags.DEFINE_string("prompt", "", "Caption of that clip.", flag_values=FLAGS)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes that a cluster started (TPU pod, Slurm, ...): join the others.", flag_values=FLAGS
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print configuration, parameters, memory and FLOPs, and stop.", flag_values=FLAGS)
+
+ONE_CLIP = (FollowYourMotion, MotionInversion)  # configurations of trainings on one clip
 
 
 def main(config: Config | VAETraining | MLLMTraining) -> None:
@@ -42,6 +53,12 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
         if isinstance(config, Config) and config.train.references:
             print(f"in sampling, {flops.note_of(config)}")
         return
+    require(
+        not isinstance(config, WanAnimate2),
+        "--config=wan_animate_2: it is sampled here, not trained; give its weights to stage 1: --config=stage1 --train.init_from=DIR",
+    )
+    one_clip = isinstance(config, ONE_CLIP)
+    require(one_clip or not (REFERENCE.value or PROMPT.value), "--reference, --prompt: this training reads records; leave them out")
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     data = config.data.path if isinstance(config, Config) else ""
     outputs.require_folder("--workdir", WORKDIR.value, [config.train.init_from, data], holds="run", owns=[run_folder.CHECKPOINTS])
@@ -57,6 +74,10 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
             vae_training.train(config, workdir, mesh)
         case MLLMTraining():
             mllm_training.train(config, workdir, mesh)
+        case MotionInversion():
+            motion_inversion.train(config, workdir, mesh, read_reference(config), PROMPT.value)
+        case FollowYourMotion():
+            motion_training.train(config, workdir, mesh, read_reference(config), PROMPT.value)
         case Config():
             load_models.require_expert(config)
             index, count = data_share(mesh)
@@ -75,8 +96,19 @@ def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
             if source := run_folder.imported_weights(config.train.init_from):
                 model_folder.require_model(source, config.model)
             return mllm_training.objective(config, load_models.load_mllm_vocabulary(config.train.init_from))
+        case MotionInversion():
+            return motion_inversion.objective(config)
+        case FollowYourMotion():
+            return follow_your_motion.objective(follow_your_motion.stage(config, "temporal", config.train.init_from))
         case Config():
             return omnitransfer.objective(config)
+
+
+def read_reference(config: Config) -> np.ndarray:
+    """The clip of --reference in the size of the configuration, uint8 "T H W 3"."""
+    require(bool(REFERENCE.value), "--reference: not given, and this training learns from one clip; give --reference=CLIP.mp4")
+    size = config.video
+    return clips.read_clip(REFERENCE.value, frames=size.frames, fps=size.fps, height=size.height, width=size.width)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ an empty `folder` the weights are random.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +15,12 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from configs.errors import require
+from configs.follow_your_motion import FollowYourMotion
 from configs.run import Config
 from omnitransfer_jax.folders import inputs, model_folder, run_folder
-from omnitransfer_jax.mesh import placed, specs
+from omnitransfer_jax.mesh import placed, replicated, specs
+from omnitransfer_jax.methods import follow_your_motion
+from omnitransfer_jax.models import lora
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
@@ -101,9 +105,20 @@ def load_dit(folder: str, config: Config, mesh: Mesh, part: str = "dit") -> WanD
     params = flat_params(abstract(make))
     leaves = placed(mesh, params, specs(params, SHARDING, config.mesh))
     sharding = {path: leaf.sharding for path, leaf in leaves.items()}
+    if run_folder.is_run(folder) and isinstance(config, FollowYourMotion):
+        return _load_adapted(folder, config, mesh, sharding)
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "dit", config.dit.dtype, sharding)
     return _load(folder, part, make, config.dit.dtype, sharding)
+
+
+def load_adapters(folder: str, config: FollowYourMotion) -> dict[str, jax.Array]:
+    """The parameters of the two adapters that a run of Follow-Your-Motion trained, by their paths in the transformer, float32."""
+    run_folder.require_same_function(folder, config)
+    params = flat_params(abstract(partial(follow_your_motion.make_model, config)))
+    adapters = [path for path in params if lora.PATH.fullmatch(path)]
+    found = run_folder.load_params(folder, params, dtype="float32", only=adapters)
+    return {path.removeprefix("dit."): leaf for path, leaf in found.items()}
 
 
 def load_alignment(folder: str, config: Config) -> Alignment:
@@ -171,6 +186,19 @@ def _load_trained(
     loaded = run_folder.load_params(folder, params, places, dtype)
     require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
     return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
+
+
+def _load_adapted(folder: str, config: FollowYourMotion, mesh: Mesh, sharding: Mapping[str, jax.sharding.Sharding]) -> WanDiT:
+    """The transformer with the adapters of a run added to its kernels."""
+    model, dtype = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs)), config.dit.dtype
+    params = flat_params(abstract(partial(follow_your_motion.make_model, config)))
+    bare = {f"dit.{path}": place for path, place in sharding.items()}
+    loaded = run_folder.load_params(folder, params, bare, dtype, only=bare)
+    base = {path.removeprefix("dit."): leaf for path, leaf in loaded.items()}
+    if not base:  # the run keeps no copy of imported weights
+        base = model_folder.load_part(run_folder.imported_weights(folder), "dit", flat_params(model), sharding, dtype)
+    adapters = jax.device_put(load_adapters(folder, config), replicated(mesh))
+    return with_params(model, lora.merge_lora(base | adapters, config.motion.lora.scale))
 
 
 def _load(

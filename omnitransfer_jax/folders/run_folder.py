@@ -3,6 +3,8 @@
     WORKDIR/config.json          which training wrote it, digests of its data and of the weights it started from, the whole configuration
     WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped), data, and checksums
 
+Frozen parameters of imported weights need not be in it (`Objective.stored`).
+
 A checkpoint is whole or absent: Orbax writes it under another name first, and checksums of its files follow (checksums.py). `data` is the
 number of batches read, the same for all processes, so a run may go on with another number of processes.
 """
@@ -12,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import count
 from types import TracebackType
 from typing import Any, TypeVar
@@ -34,10 +36,18 @@ from omnitransfer_jax.folders.whole import METADATA, damage
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
 DATA_DIGEST, ORIGIN_DIGEST = "data_digest", "origin_digest"  # in config.json, beside the fields of the configuration
 REMEDY = "restore it from a copy, or give another folder"
-NETWORKS = ("dit", "vae", "text", "image", "mllm", "lora", "alignment")  # fields of `Config`; the last three belong to the alignment
+# Fields of `Config` and its kinds; the last three belong to the alignment.
+NETWORKS = ("dit", "vae", "text", "image", "motion", "mllm", "lora", "alignment")
 PARAMETERS = ("trainable", "frozen", "ema")
 # The name of a training: what it trains, and the configurations that name it.
-TRAININGS = {"transfer": ("transformer", "stage1, stage2 or stage3"), "vae": ("autoencoder", "vae"), "mllm": ("language model", "mllm")}
+TRAININGS = {
+    "transfer": ("transformer", "stage1, stage2 or stage3"),
+    "motion_inversion": ("tokens of a motion", "motion_inversion"),
+    "follow_your_motion": ("motion adapter", "follow_your_motion"),
+    "vae": ("autoencoder", "vae"),
+    "mllm": ("language model", "mllm"),
+}
+ON_A_MODEL = ("follow_your_motion",)  # trainings that add to a whole model, whose parts are those that the run started from
 ADDED = re.compile(r".*\.lora_\w+\.\w+")  # parameters of a named adapter
 Run = TypeVar("Run", bound=RunConfig)
 State = TypeVar("State", bound=tuple)  # a NamedTuple like `train.step.TrainState`
@@ -161,7 +171,7 @@ def require_same_function(folder: str, config: Config) -> None:
     """
     if is_run(folder):
         _require_same(folder, config, ("model", "method", "data"))
-    if imported := imported_weights(folder):
+    if imported := imported_weights(folder, type(config)):
         parts = model_folder.require_model(imported, config, ("model",) if is_run(folder) else ("model", "method"))
         _require_experts(folder, config, [] if is_run(folder) else parts)
 
@@ -199,7 +209,8 @@ def _other_networks(stored: RunConfig, config: RunConfig, of: Collection[kinds.K
     for name, value, now in kinds.differences(stored, config, of):
         if isinstance(stored, Config) and isinstance(config, Config):
             part, aligned = name.partition(".")[0], stored.alignment.enabled and config.alignment.enabled
-            if part not in NETWORKS[: None if aligned else -3] and name != "alignment.enabled":
+            others = {field.name for field in fields(Config)} - set(NETWORKS[: None if aligned else -3])
+            if part in others and name != "alignment.enabled":
                 continue
         yield name, value, now
 
@@ -216,21 +227,30 @@ def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: st
     versions have none. `origin` is the `origin_digest` of train.init_from.
     """
     before, moved = read_config(workdir, type(config)), set()
+    records = "other records than --data.path has now"
+    if config.training in ON_A_MODEL:
+        records = "another clip, caption or model than --reference, --prompt and --train.init_from have now"
     for name, what, digest, now in (
-        ("data.path", "other records", digests(workdir)[DATA_DIGEST], data_digest),
-        ("train.init_from", "other weights", digests(workdir)[ORIGIN_DIGEST], origin),
+        ("data.path", records, digests(workdir)[DATA_DIGEST], data_digest),
+        ("train.init_from", "other weights than --train.init_from has now", digests(workdir)[ORIGIN_DIGEST], origin),
     ):
         moved |= {name} if digest and now else set()
-        require(
-            name not in moved or digest == now,
-            f"{workdir}: was started with {what} than --{name} has now; give those, or another --workdir",
-        )
+        require(name not in moved or digest == now, f"{workdir}: was started with {what}; give those, or another --workdir")
     changed = [each for each in kinds.differences(before, config, kinds.FIXED) if each[0] not in moved]
     if config.optimizer.schedule == "cosine":  # the rate falls to 0 at the last step, so all rates depend on their number
         steps = kinds.differences(before.train, config.train, ("run",), "train.")
         changed += [each for each in steps if each[0] == "train.steps"]
     for name, value, now in changed:
         raise RequestError(f"--{name}={now!r}: the run in {workdir} was started with {value!r}; give that, or another --workdir")
+
+
+def base_of(workdir: str, of: type[RunConfig]) -> str:
+    """The folder of the networks that the run in `workdir` learnt something for, as `load_models` takes it; another folder is a
+    `RequestError`."""
+    name, configs = TRAININGS[of.training]
+    require(is_run(workdir), f"{workdir!r}: no run, and the {name} are in one; give the workdir of launch.train --config={configs}")
+    _require_training(workdir, training_of(workdir), of)
+    return _origin(workdir)
 
 
 def digests(workdir: epath.PathLike) -> dict[str, str]:
@@ -267,7 +287,7 @@ def imported_weights(folder: str, of: type[RunConfig] = Config) -> str:
     It holds the parts that the runs do not train: autoencoder, encoders, tokenizer. `model_folder.EMBEDDED` becomes its path. A run of
     one of the `TRAININGS` other than `of.training` is a `RequestError`: an autoencoder's run is not where a transformer's parts are.
     """
-    if is_run(folder) and (training := _content(folder)["training"]) in TRAININGS:
+    if is_run(folder) and (training := _content(folder)["training"]) in TRAININGS and training not in ON_A_MODEL:
         _require_training(folder, training, of)
     while is_run(folder):
         folder = _origin(folder)
@@ -284,6 +304,12 @@ def latest(workdir: epath.PathLike) -> epath.Path:
         checksums.print_once(f"{folder}: damaged, {reason}; checkpoint {newest.name} is taken")
     _say_if_unverified(newest)
     return newest
+
+
+def steps_done(workdir: epath.PathLike) -> int:
+    """The step of the newest whole checkpoint; 0 if there is none."""
+    newest, _ = _newest_whole(workdir)
+    return 0 if newest is None else int(newest.name)
 
 
 def _newest_whole(workdir: epath.PathLike, weights: bool = False) -> tuple[epath.Path | None, dict[epath.Path, str]]:
@@ -377,12 +403,15 @@ def _require_training(workdir: epath.PathLike, found: str, wanted: type[RunConfi
 def _require_same_shapes(folder: epath.Path, params: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """A `RequestError` unless the parts that `params` and `found` share have the same parameters, of the same shapes.
 
-    `found` may lack a named adapter (models/lora.py), which a training adds to the model it starts from.
+    `found` may lack a named adapter (models/lora.py), which a training adds to the model it starts from; or it has nothing but named
+    adapters, because the run keeps no copy of the imported model that they belong to.
     """
+    alone = all(ADDED.fullmatch(path) for path in found)
+    absent = {path for path in params if path not in found and (alone or ADDED.fullmatch(path))}
     shared = {path.partition(".")[0] for path in found} & {path.partition(".")[0] for path in params}
     wrong = sorted(
         path
-        for path in {*params, *found} - {path for path in params if ADDED.fullmatch(path) and path not in found}
+        for path in {*params, *found} - absent
         if path.partition(".")[0] in shared and (path not in params or path not in found or params[path].shape != found[path].shape)
     )
     require(

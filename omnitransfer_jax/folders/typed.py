@@ -56,7 +56,7 @@ def _words(hint: Any) -> str:
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         return f"a list, each {NAMES[kinds[0]]}" if kinds[-1] is Ellipsis else f"a list of {len(kinds)}, each {NAMES[kinds[0]]}"
-    return " or ".join(NAMES[kind] for kind in get_args(hint) or (hint,))
+    return " or ".join(map(_words, get_args(hint))) or NAMES[hint]
 
 
 def _short(value: Any) -> str:

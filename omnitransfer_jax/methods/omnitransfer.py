@@ -94,4 +94,4 @@ def loss(
         shard=shard,
         embed_text=model.embed_text,
     )
-    return loss_weight(drawn.time, config.train.weighting) * loss_per_example(velocity, batch.target, drawn.noise), {}
+    return loss_weight(drawn.time, config.train.weighting, config.train.shift) * loss_per_example(velocity, batch.target, drawn.noise), {}

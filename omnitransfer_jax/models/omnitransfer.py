@@ -24,6 +24,7 @@ from omnitransfer_jax.mesh import UNSHARDED, Shard, per_device, replicated, spec
 from omnitransfer_jax.models import alignment, wan_dit
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
+from omnitransfer_jax.models.cross_attention import Context
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
@@ -54,9 +55,11 @@ def embeds_text(config: Config) -> bool:
 class Conditions(NamedTuple):
     """What the network reads beside the noise."""
 
-    text_context: Float[Array, "B S E"]
-    """Encoded prompt, zero rows beyond its end; from stage 2 on the alignment's context, one task's rows behind another's."""
-    negative_context: Float[Array, "B S E"]
+    text_context: Float[Array, "B S E"] | Context
+    """Encoded prompt, zero rows beyond its end; from stage 2 on the alignment's context, one task's rows behind another's.
+
+    A `Context` stands for text and image (`WanDiT`); the other one then has the same form."""
+    negative_context: Float[Array, "B S E"] | Context
     """What the unconditional pass of guidance reads instead."""
     image: Float[Array, "B I J"] | None = None
     """CLIP features of the first frame (image-to-video)."""
@@ -139,7 +142,7 @@ def denoise(
     def velocity(x: Array, timestep: Array) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
-        def with_context(passing: tuple[Array, Array | None]) -> Array:
+        def with_context(passing: tuple[Array | Context, Array | None]) -> Array:
             text, active = passing
             return dit(
                 latents,
@@ -155,7 +158,7 @@ def denoise(
 
         if expert.guidance == 1:
             return with_context((conditions.text_context, None))
-        texts, active = jnp.stack([conditions.text_context, conditions.negative_context]), None
+        texts, active = jax.tree.map(lambda *x: jnp.stack(x), conditions.text_context, conditions.negative_context), None
         if sampler.skip_unconditional:
             active = jnp.ones((2, dit.config.num_layers), bool).at[1, list(sampler.skip_unconditional)].set(False)
         v, negative = jax.lax.map(with_context, (texts, active))

@@ -31,13 +31,16 @@ def grid(frames: int, rows: int, columns: int) -> Int[Array, "L 3"]:
     return jnp.asarray(np.stack(axes, -1).reshape(-1, 3), jnp.int32)
 
 
-def rotation(coordinates: Int[Array, "*B L 3"], head_dim: int, base: float, top: float) -> Float[Array, "2 *B L k"]:
+def rotation(
+    coordinates: Int[Array, "*B L 3"], head_dim: int, base: float, top: float, time_scale: float = 1.0
+) -> Float[Array, "2 *B L k"]:
     """Cosines and sines for tokens at (time, row, column), each below `POSITIONS`; k is head_dim / 2.
 
     `base` and `top` are `DiTConfig.rope_base` and `rope_top`: pair i of an axis of width w turns by top * base ** -(2i / w) radians
-    from one position to the next.
+    from one position to the next. Positions in time are `time_scale` apart.
     """
-    angles = [_angles(width, base, top) for width in axis_widths(head_dim)]
+    scales = (time_scale, 1.0, 1.0)
+    angles = [scale * _angles(width, base, top) for scale, width in zip(scales, axis_widths(head_dim), strict=True)]
     tables = [np.stack([np.cos(a), np.sin(a)]).astype(np.float32) for a in angles]
     return jnp.concatenate([jnp.asarray(t)[:, coordinates[..., i]] for i, t in enumerate(tables)], axis=-1)
 

@@ -36,7 +36,6 @@ from omnitransfer_jax.models.attend import (
     KeysValues,
     Reach,
     Streams,
-    attention,
     cached,
     gathered,
     joint,
@@ -44,6 +43,7 @@ from omnitransfer_jax.models.attend import (
     recording,
     split,
 )
+from omnitransfer_jax.models.cross_attention import Context, CrossAttention, Rows
 from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
 from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm, exact_gelu
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
@@ -98,15 +98,6 @@ class Modulation(NamedTuple):
     ffn_gate: Float[Array, "b l D"]
 
 
-class Context(NamedTuple):
-    """What one stream's cross-attention reads."""
-
-    text: Float[Array, "B S D"]
-    image: Float[Array, "B I D"] | None
-    has_image: Float[Array, " B"] | None
-    """1 or 0: whether a sample's image counts; None: all do."""
-
-
 class WanDiT(nnx.Module):
     """Predicts the velocity of noisy latents."""
 
@@ -129,7 +120,7 @@ class WanDiT(nnx.Module):
         self,
         latents: Float[Array, "B F H W C"],
         timestep: Float[Array, " B"] | Float[Array, "B L"],
-        text: Float[Array, "B S E"],
+        text: Float[Array, "B S E"] | Context,
         image: Float[Array, "B I J"] | None = None,
         has_image: Float[Array, " B"] | None = None,
         references: tuple[Reference, ...] = (),
@@ -142,8 +133,8 @@ class WanDiT(nnx.Module):
 
         `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame, of the
         samples where `has_image` is 1. The target reads `references`, or their `kv_cache`, or neither: plain Wan.
-        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is. `active` says which blocks run; all do
-        if it is not given.
+        With `embed_text=False` the text is already as wide as the blocks and goes to them as it is. A `Context` in the place of `text`
+        is what they read instead of text and image. `active` says which blocks run; all do if it is not given.
         """
         patches = self.grid(latents)
         require(
@@ -268,7 +259,7 @@ class WanDiT(nnx.Module):
         self,
         latents: Float[Array, "B F H W C"],
         timestep: Float[Array, " B"] | Float[Array, "B L"],
-        text: Float[Array, "B S E"],
+        text: Float[Array, "B S E"] | Context,
         image: Float[Array, "B I J"] | None = None,
         has_image: Float[Array, " B"] | None = None,
         references: tuple[Reference, ...] = (),
@@ -278,7 +269,8 @@ class WanDiT(nnx.Module):
         """Before the blocks: tokens, inputs and contexts of all streams, and the embedded time; arguments as for `__call__`."""
         x, rotation = self.embed(latents, jnp.zeros((1, 3), jnp.int32), shard)
         time = self.time_embedder(shard.local(timestep) if timestep.ndim == 2 else timestep[:, None])
-        context = self.embed_context(text, image, has_image, embed_text)
+        context = text if isinstance(text, Context) else self.embed_context(text, image, has_image, embed_text)
+        context = Context(context.text.local(shard), context.image and context.image.local(shard), context.has_image)
         others, others_inputs, contexts = self.prepare_references(references, shard)
         inputs = Streams(Inputs(self.project_time(time), rotation), others_inputs.references)
         return Streams(x, others.references), inputs, Streams(context, contexts.references), time
@@ -302,16 +294,16 @@ class WanDiT(nnx.Module):
     def embed_context(
         self,
         text: Float[Array, "B S E"],
-        image: Float[Array, "B I J"] | None,
+        image: Float[Array, "B I J"] | None = None,
         has_image: Float[Array, " B"] | None = None,
         embed_text: bool = True,
     ) -> Context:
         """Encoded text and CLIP features at the width of the blocks; arguments as for `__call__`."""
-        dtype = jnp.dtype(self.config.dtype)
+        dtype, rows = jnp.dtype(self.config.dtype), None
         if self.image_embedder is not None and image is not None:
-            image = self.image_embedder(image.astype(dtype))
+            rows = Rows(self.image_embedder(image.astype(dtype)))
         text = text.astype(dtype)
-        return Context(self.text_embedder(text) if embed_text else text, image, has_image)
+        return Context(Rows(self.text_embedder(text) if embed_text else text), rows, has_image)
 
     def grid(self, latents: Float[Array, "B F H W C"]) -> tuple[int, int, int]:
         """How many patches (time, rows, columns) `latents` have."""
@@ -350,6 +342,10 @@ def one_sequence(
     """The target's tokens followed by those of its references, as one target at the target's time, with the target's context."""
     assert x.target is not None
     assert inputs.target is not None
+    require(
+        not x.references or contexts.target is None or contexts.target.text.of_frames is None,
+        "dit.references='bidirectional': references are of no latent frame, so none can have rows of its own; take 'split'",
+    )
     rotations = [inputs.target.rotation, *(each.rotation for each in inputs.references)]
     rows = max(r.shape[1] for r in rotations)
     rotations = [jnp.broadcast_to(r, (2, rows, *r.shape[2:])) for r in rotations]
@@ -431,32 +427,6 @@ class SelfAttention(nnx.Module):
     def join(self, heads: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
         """The output projection of one stream's attention."""
         return self.out(rearrange(checkpoint_name(heads, "attention"), "B L N K -> B L (N K)"))
-
-
-class CrossAttention(nnx.Module):
-    """The target's tokens read the text, and in image-to-video networks the image as well; one normalised query, and a sum of both."""
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        dim = config.dim
-        self.num_heads = config.num_heads
-        self.query, self.key, self.value, self.out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
-        self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
-        has_image = config.image_dim is not None
-        self.image_key = Linear(dim, dim, rngs=rngs) if has_image else None
-        self.image_value = Linear(dim, dim, rngs=rngs) if has_image else None
-        self.image_key_norm = RMSNorm(dim, config.eps) if has_image else None
-
-    def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
-        q, text, image = self.query_norm(self.query(x)).astype(x.dtype), context.text, context.image
-        out = self._read(q, self.key_norm(self.key(text)), self.value(text))
-        if image is not None and self.image_key and self.image_value and self.image_key_norm:
-            read = self._read(q, self.image_key_norm(self.image_key(image)), self.image_value(image))
-            out = out + (read if context.has_image is None else context.has_image.astype(read.dtype)[:, None, None] * read)
-        return self.out(out)
-
-    def _read(self, q: Array, k: Array, v: Array) -> Array:
-        q, k, v = (rearrange(y.astype(q.dtype), "B L (N K) -> B L N K", N=self.num_heads) for y in (q, k, v))
-        return rearrange(attention(q, k, v), "B L N K -> B L (N K)")
 
 
 class MLP(nnx.Module):

@@ -6,6 +6,7 @@ Started again on the same workdir it goes on after its latest checkpoint, as if 
 """
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +32,7 @@ from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, spe
 from omnitransfer_jax.train.log import RunLog, read_lines
 from omnitransfer_jax.train.objective import Objective, Params
 from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer
-from omnitransfer_jax.train.step import TrainState, init_state, make_train_step, placed_state
+from omnitransfer_jax.train.step import TrainState, init_state, make_train_step, placed_state, split_trainable
 
 PATIENCE = 10  # updates in a row that may fail to be finite
 
@@ -46,6 +47,7 @@ def train(
     data: grain.DatasetIterator[Any],
     evaluate: Evaluate | None = None,
     data_digest: str = "",
+    base: Params | None = None,
 ) -> Params | None:
     """All parameters after `config.train.steps`; None if a signal stopped the run before.
 
@@ -54,7 +56,7 @@ def train(
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
-    spec = specs(objective.params, objective.sharding, config.mesh)
+    spec = specs({**objective.params, **objective.base}, objective.sharding, config.mesh)
     like = placed_state(objective, config, optimizer, mesh, spec)
     with alone(workdir), run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
         done, steps = checkpoints.latest, config.train.steps
@@ -66,7 +68,7 @@ def train(
         run_folder.write_config(workdir, config, data_digest, origin)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         finite, pending = Finiteness(int(state.skipped)), {}
-        step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh)
+        step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh, base or {})
         with RunLog(workdir, config.train, done) as log:
 
             def settle(n: int, metrics: Mapping[str, Array]) -> None:
@@ -92,7 +94,7 @@ def train(
                     settle(n, metrics)  # before it is saved, for a resumed run does not log it again
                     pending = {}
                 if stop or n == steps or n % config.checkpoint.every == 0:
-                    run_folder.save(checkpoints, n, state, data)
+                    run_folder.save(checkpoints, n, stored(state, objective), data)
                 if stop and n < steps:
                     print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)
                     return None
@@ -128,10 +130,13 @@ def start(
 ) -> TrainState:
     """The state to go on from, placed as `like`; `data` moves to where it was."""
     params, origin = like.trainable | like.frozen, config.train.init_from
+    place, known = {path: leaf.sharding for path, leaf in params.items()}, model_of(origin, objective, config)
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
         print(f"{workdir}: going on after step {checkpoints.latest}", flush=True)
-        return run_folder.restore(checkpoints, like, data)
-    place, known = {path: leaf.sharding for path, leaf in params.items()}, model_of(origin, objective, config)
+        state = run_folder.restore(checkpoints, stored(like, objective), data)
+        unread = {path: leaf for path, leaf in like.frozen.items() if path not in state.frozen}
+        base = imported_params(run_folder.imported_weights(origin, type(known)), objective, unread, place) if unread else {}
+        return state._replace(frozen=state.frozen | base)
     weights: Params = {}
     if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
         run_folder.require_same_model(origin, known)
@@ -152,8 +157,15 @@ def start(
     return jax.jit(lambda weights: init_state(weights, objective, config, optimizer), donate_argnums=0, out_shardings=places)(weights)
 
 
+def stored(state: TrainState, objective: Objective) -> TrainState:
+    """The state as checkpoints hold it, without frozen parameters that `objective.stored` does not match."""
+    names = {path: path.replace(".", "/", 1) for path in state.frozen}
+    return state._replace(frozen={path: x for path, x in state.frozen.items() if re.fullmatch(objective.stored, names[path])})
+
+
 def imported_params(folder: str, objective: Objective, params: Mapping[str, Any], place: Mapping[str, Any]) -> Params:
-    """Those of `params` that are in a folder of launch.import_weights; it need not have every model."""
+    """Those of `params` that are in a folder of launch.import_weights; it need not have every model. A model that is frozen whole is read
+    in the type in which it is kept."""
     present, found = model_folder.require_model(folder, objective.models), {}
     for prefix, part in objective.imported.items():
         wanted = {path.removeprefix(prefix): path for path in params if path.startswith(prefix) and ".lora" not in path}
@@ -165,7 +177,9 @@ def imported_params(folder: str, objective: Objective, params: Mapping[str, Any]
             everywhere = replicated(next(iter(place.values())).mesh)
             leaves = {path: params[name] for path, name in wanted.items()} | unread
             places = {path: place[name] for path, name in wanted.items()} | dict.fromkeys(unread, everywhere)
-            loaded = model_folder.load_part(folder, part, leaves, places, jnp.float32, together=True)
+            trained, _ = split_trainable({name: params[name] for name in wanted.values()}, objective)
+            dtype = jnp.float32 if trained else objective.frozen_dtype
+            loaded = model_folder.load_part(folder, part, leaves, places, dtype, together=True)
             found |= {name: loaded[path] for path, name in wanted.items()}
     return found
 
@@ -200,15 +214,15 @@ def require_small(objective: Objective, config: RunConfig, paths: Iterable[str])
     load_models.require_small(sizes, config.train.init_from)
 
 
-Step = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def make_step(objective: Objective, config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Specs) -> Step:
     """The training step as the loop calls it: step n draws from the key folded with n, and the learning rate is a metric."""
     train_step = make_train_step(objective, config, optimizer, mesh, specs)
 
-    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        after, metrics = train_step(state, batch, jax.random.fold_in(key, state.step))
+    def step(state: TrainState, batch: Any, key: Array, base: Params | None = None) -> tuple[TrainState, dict[str, Array]]:
+        after, metrics = train_step(state, batch, jax.random.fold_in(key, state.step), base)
         return after, metrics | {"learning_rate": learning_rate(state.step - state.skipped, config.optimizer, config.train.steps)}
 
     return step
@@ -217,9 +231,9 @@ def make_step(objective: Objective, config: RunConfig, optimizer: optax.Gradient
 class Program:
     """A step compiled once for each form of batch, the objective's own first; the state it is given is used up."""
 
-    def __init__(self, step: Step, like: TrainState, batch: Any, key: Array, mesh: Mesh):
+    def __init__(self, step: Step, like: TrainState, batch: Any, key: Array, mesh: Mesh, base: Params):
         places = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
-        self.step, self.like = jax.jit(step, donate_argnums=0, out_shardings=places), like
+        self.step, self.like, self.base = jax.jit(step, donate_argnums=0, out_shardings=places), like, base
         self.compiled: dict[Any, Any] = {}
         self.compile(placed(mesh, batch, batch_sharding(mesh).spec), key)
 
@@ -228,13 +242,13 @@ class Program:
         form = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if form not in self.compiled:
             started = time.perf_counter()
-            self.compiled[form] = self.step.lower(self.like, batch, key).compile()
+            self.compiled[form] = self.step.lower(self.like, batch, key, self.base).compile()
             print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
         self.chosen = self.compiled[form]
 
     def __call__(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
         with jax.transfer_guard("disallow"):
-            return self.chosen(state, batch, key)
+            return self.chosen(state, batch, key, self.base)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -1,7 +1,7 @@
 """What a training is. train/loop.py runs any objective; a new one is this type filled in (methods/omnitransfer.py is an example)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -34,11 +34,15 @@ class Objective:
     It is drawn before the batch is divided over devices, so that no division changes it.
     """
     loss: Callable[[Params, Any, Any, Shard], tuple[Float[Array, " B"], Metrics]]
-    """loss(params, batch, drawn, shard) -> the loss of each sample, and further metrics of each sample."""
+    """loss(params, batch, drawn, shard) -> the loss of each sample, and further metrics of each sample; `params` with those of `base`."""
     init: Callable[[], Params]
     """Random parameters."""
     root_key: Callable[[], Array]
     """The key that step n folds n into."""
+    base: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
+    """Further parameters of the loss, of another folder: no step changes them and no checkpoint holds them.
+
+    `loop.train` is given their arrays, placed on the mesh, whenever the run starts or goes on."""
     stack: str | None = None
     """Where the paths of stacked layers begin; the loss gathers them one at a time with `shard.gather_layer`. Others arrive whole."""
     frozen_dtype: str = "float32"
@@ -47,6 +51,9 @@ class Objective:
     """The configuration of the models that imported weights must match."""
     imported: Mapping[str, str]
     """Where paths begin, and the model of launch.import_weights that the rest of the path belongs to."""
+    stored: str = ".*"
+    """Regular expression of the parameters, by name, that checkpoints hold. The others are frozen ones of imported weights, which a run
+    that goes on reads again from their folder; a run that starts from random weights has to store all."""
     matrices: Callable[[Any], Any] = dimension_numbers
     """By path the axes that Muon takes for a matrix, None for what is no matrix (optimizer.py)."""
     flops: int | None = None

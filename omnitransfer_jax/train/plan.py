@@ -22,7 +22,8 @@ def describe(objective: Objective, config: RunConfig) -> str:
 def parameter_table(objective: Objective) -> str:
     """Trainable and frozen parameters of each part."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for column, params in enumerate(split_trainable(objective.params, objective)):
+    trainable, frozen = split_trainable(objective.params, objective)
+    for column, params in enumerate((trainable, {**frozen, **objective.base})):
         for path, leaf in params.items():
             counts[group(path)][column] += leaf.size
     rows = [*sorted(counts.items()), ("total", [sum(column) for column in zip(*counts.values(), strict=True)])]
@@ -40,14 +41,14 @@ def group(path: str) -> str:
 
 def memory(objective: Objective, config: RunConfig) -> dict[str, int]:
     """Bytes on each device for the whole of a step: the abstract state itself, and the gradients."""
-    spec = specs(objective.params, objective.sharding, config.mesh)
+    spec = specs({**objective.params, **objective.base}, objective.sharding, config.mesh)
     state = abstract_state(objective, config, make_optimizer(config.optimizer, config.train.steps, objective.matrices))
 
     def held(tree) -> int:
         return bytes_per_device(tree, specs_of(tree, spec), config.mesh)
 
     return {
-        "parameters": held(state.trainable) + held(state.frozen),
+        "parameters": held(state.trainable) + held(state.frozen) + held(dict(objective.base)),
         "gradients": held(state.trainable),
         "optimizer": held(state.moments),
         "average": held(state.ema),

@@ -23,7 +23,7 @@ from omnitransfer_jax.train.objective import Objective, Params
 
 
 class TrainState(NamedTuple):
-    """All that changes in a run. Parameters are flat: path -> array."""
+    """What a checkpoint holds of a run. Parameters are flat: path -> array."""
 
     step: Int32[Array, ""]
     trainable: Params
@@ -78,8 +78,8 @@ def placed_state(objective: Objective, config: RunConfig, optimizer: optax.Gradi
 
 def make_train_step(
     objective: Objective, config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Specs
-) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
-    """train_step(state, batch, key) -> (state, metrics), pure, to be compiled once."""
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """train_step(state, batch, key, base) -> (state, metrics), pure, to be compiled once; `base` are the arrays of `objective.base`."""
     parts = config.optimizer.accumulate
 
     def means(params: Params, batch: Any, drawn: Any, shard: Any) -> tuple[Array, dict[str, Array]]:
@@ -88,11 +88,11 @@ def make_train_step(
 
     mean_loss = per_device(means, mesh, specs, objective.stack, mean=True)
 
-    def gradients(state: TrainState, batch: Any, drawn: Any) -> tuple[tuple[Array, dict[str, Array]], Params]:
+    def gradients(state: TrainState, batch: Any, drawn: Any, base: Params) -> tuple[tuple[Array, dict[str, Array]], Params]:
         """Mean loss, metrics and gradients; `parts` pieces of the batch one after the other."""
 
         def loss(trainable: Params, batch: Any, drawn: Any) -> tuple[Array, dict[str, Array]]:
-            return mean_loss(trainable | state.frozen, batch, drawn)
+            return mean_loss(trainable | state.frozen | base, batch, drawn)
 
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         if parts == 1:
@@ -107,8 +107,8 @@ def make_train_step(
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, state.trainable, *first))
         return jax.lax.scan(add, zero, pieces)[0]
 
-    def train_step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        (loss, metrics), grads = gradients(state, batch, objective.draw(key, batch))
+    def train_step(state: TrainState, batch: Any, key: Array, base: Params | None = None) -> tuple[TrainState, dict[str, Array]]:
+        (loss, metrics), grads = gradients(state, batch, objective.draw(key, batch), base or {})
         norm = optax.tree.norm(grads)
         updates, moments = optimizer.update(grads, state.moments, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)

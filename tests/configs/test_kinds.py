@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from configs import kinds, mllm, stage3, vae, wan
+from configs import follow_your_motion, kinds, mllm, stage3, vae, wan
 from configs.errors import RequestError
 from configs.run import Config, OptimizerConfig, record_fields
 
@@ -18,7 +18,7 @@ RUN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [Config(), vae.TINY, mllm.TINY])
+@pytest.mark.parametrize("config", [Config(), vae.TINY, mllm.TINY, follow_your_motion.T2V_1_3B])
 def test_every_field_is_of_one_kind(config):
     everything = kinds.flat(kinds.select(config, get_args(kinds.Kind)))
     of_one = [set(kinds.flat(kinds.select(config, [kind]))) for kind in get_args(kinds.Kind)]

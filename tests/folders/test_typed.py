@@ -19,15 +19,16 @@ class Sizes:
     list: tuple[float, ...]
     maybe: int | None
     choice: Literal["a", "b"]
+    maybe_choice: Literal["a", "b"] | None
 
 
-GOOD = {"n": 3, "r": 1, "f": False, "w": "x", "p": [1, 2], "l": [1, 2.5], "m": None, "c": "a"}
-NAMES = dict(zip(("count", "rate", "flag", "word", "pair", "list", "maybe", "choice"), GOOD, strict=True))
+GOOD = {"n": 3, "r": 1, "f": False, "w": "x", "p": [1, 2], "l": [1, 2.5], "m": None, "c": "a", "q": None}
+NAMES = dict(zip(("count", "rate", "flag", "word", "pair", "list", "maybe", "choice", "maybe_choice"), GOOD, strict=True))
 
 
 def test_right_values_become_the_fields():
     found = Sizes(**read_fields(Sizes, GOOD, NAMES))
-    assert found == Sizes(3, 1.0, False, "x", (1, 2), (1.0, 2.5), None, "a")
+    assert found == Sizes(3, 1.0, False, "x", (1, 2), (1.0, 2.5), None, "a", None)
     assert {type(found.rate), *map(type, found.list)} == {float}
 
 
@@ -46,6 +47,7 @@ def test_right_values_become_the_fields():
         ("l", [1, "2"], r"config.json l=\[1, '2'\]: a list, each a number"),
         ("m", "x", "config.json m='x': a whole number or null"),
         ("c", "d", "config.json c='d': one of a, b"),
+        ("q", "d", "config.json q='d': one of a, b or null"),
         ("n", None, "config.json: no n: all are needed"),
     ],
 )

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import configs
 from configs import mllm, stage0, stage1, vae, wan
 from configs.run import CheckpointConfig
 from data_pipelines import clips, example, records
@@ -280,7 +281,13 @@ def test_weights_of_another_function_are_named_before_any_are_read(module, each,
 def test_a_configuration_of_another_kind_is_named(module, name, place, capfd):
     args = [arg.replace("{}", str(place)) for arg in COMMANDS[module][0].args if not arg.startswith("--config")]
     assert execute(module, [f"--config={name}", *args]) == 2
-    assert capfd.readouterr().err == f"--config={name}: the configuration of another command; take stage0, stage1, stage2, stage3, wan\n"
+    assert capfd.readouterr().err == f"--config={name}: the configuration of another command; take {', '.join(of_the_transformer())}\n"
+
+
+def of_the_transformer() -> list[str]:
+    """The configurations of runs but those of the world's autoencoder and language model."""
+    modules = (importlib.import_module(f"configs.{path.stem}") for path in Path(configs.__file__).parent.glob("*.py"))
+    return sorted({module.__name__.removeprefix("configs.") for module in modules if hasattr(module, "get_config")} - {"vae", "mllm"})
 
 
 def test_a_run_of_another_training_does_not_go_on(place, capfd):

@@ -34,6 +34,15 @@ def test_a_table_can_be_computed_in_parts():
     assert (rotation(grid(3, 4, 5)[part], 24, *WAN) == whole[:, part]).all()
 
 
+def test_a_scale_of_time_moves_positions_in_time_alone():
+    places = grid(3, 4, 5)
+    assert (rotation(places, 24, *WAN, 1.0) == rotation(places, 24, *WAN)).all()
+    moved = rotation(places * jnp.array([[3, 1, 1]]), 24, *WAN)
+    assert relative_l2(rotation(places, 24, *WAN, 3.0), moved) <= 1e-6
+    between = rotation(places, 24, *WAN, 1.5)
+    assert relative_l2(between[:, 2 * 20 :], rotation(places, 24, *WAN, 3.0)[:, 20:40]) <= 1e-6  # frame 2 at 1.5 is frame 1 at 3
+
+
 def test_scores_depend_on_differences_alone():
     q, k = draw(1, 24, 2, 24), draw(1, 24, 2, 24)[:, ::-1]
     places = grid(2, 3, 4)[None]

@@ -24,7 +24,7 @@ from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.models import lora
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer
-from omnitransfer_jax.train import loop
+from omnitransfer_jax.train import loop, plan
 from omnitransfer_jax.train.objective import Metrics, Objective, Params
 from omnitransfer_jax.train.optimizer import make_optimizer
 from omnitransfer_jax.train.step import TrainState, placed_state
@@ -145,6 +145,29 @@ def test_it_starts_from_a_trained_transformer(tmp_path):
         params = loop.start(objective, config, tmp_path / "run", checkpoints, like, optimizer, clip(config)).params
     assert all(np.array_equal(x, params[path]) for path, x in trained.items())
     assert {path for path in params if path not in trained} == {path for path in params if ".lora_clip." in path}
+
+
+def test_a_base_is_read_and_not_stored(whole, tmp_path):
+    """With the transformer as `base` the run is the same: the losses of the run that stores it, interrupted or not."""
+    stored = clip_adapter(CONFIG)
+    drawn = jax.jit(stored.init)()
+    of_adapter = {path for path in drawn if ".lora_clip." in path}
+    base = {path: x for path, x in drawn.items() if path not in of_adapter}
+    objective = replace(
+        stored,
+        params={path: leaf for path, leaf in stored.params.items() if path in of_adapter},
+        base={path: leaf for path, leaf in stored.params.items() if path in base},
+        init=lambda: {path: stored.init()[path] for path in of_adapter},
+    )
+    for steps in (3, 6):
+        config = with_steps(steps, CONFIG)
+        loop.train(objective, config, tmp_path, make_mesh(config.mesh), clip(config), base=base)
+    np.testing.assert_allclose([line["loss"] for line in lines(tmp_path)], [line["loss"] for line in lines(whole[0])[:6]], rtol=1e-6)
+    checkpoint = run_folder.latest(tmp_path)
+    assert set(ocp.metadata(checkpoint, checkpointable_name="trainable").metadata) == of_adapter
+    assert not (checkpoint / "frozen").exists()
+    assert plan.parameter_table(objective) == plan.parameter_table(stored)
+    assert plan.memory(objective, CONFIG) == plan.memory(stored, CONFIG)
 
 
 def test_it_stays_as_small_as_promised():
