@@ -10,7 +10,7 @@ the true clip is known; the form of a suite is in evaluation/motion_cases.py. Al
 `--config`, and each case has one noise. Gains are over the backbone, case by case, with 95 % bootstrap intervals over the cases.
 
 DIR/results/METHOD-REFERENCE/CASE.json holds the scores of a clip, the clip lies beside it; what is there is not made again. Several
-processes may work on one DIR with other `--methods`. Written at the end: motion_methods.md, motion_methods.png. Results: docs/methods.md.
+processes may work on one DIR. Written at the end: motion_methods.md, motion_methods.png. Results: docs/methods.md.
 
 Seconds are those of learning and sampling, the first case of a row, which compiles, left out where there are others. Memory is the
 largest resident memory of the process (VmHWM of Linux, set back before each row): it holds the encoders and all that is loaded.
@@ -33,6 +33,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
+from benchmarks.ablation import claimed
 from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
@@ -41,7 +42,7 @@ from configs.run import Config, plain
 from evaluation import motion_cases
 from evaluation.metrics import motion_fidelity, tracks
 from evaluation.motion_cases import Case, Clip
-from evaluation.motion_methods import METHODS, REFERENCES, Backbone, Configs, given, measure, without_network
+from evaluation.motion_methods import METHODS, REFERENCES, Backbone, Configs, Make, given, measure, without_network
 from evaluation.report.curve import STYLE
 from launch import command
 from omnitransfer_jax import load_models
@@ -83,6 +84,10 @@ class Job(NamedTuple):
     @property
     def folder(self) -> Path:
         return Path(OUT.value) / "results" / f"{self.method}-{self.reference}"
+
+    def path(self, case: Case) -> Path:
+        """The scores of a clip; the clip lies beside them."""
+        return self.folder / f"{case.id}.json"
 
     @property
     def title(self) -> str:
@@ -188,35 +193,40 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def work(backbone: Backbone, configs: Configs, jobs: Sequence[Job], cases: Sequence[Case]) -> None:
     """Makes and measures what is not there yet."""
-    left = [(job, i) for job in jobs for i, case in enumerate(cases) if not (job.folder / f"{case.id}.json").exists()]
+    left = [(job, i) for job in jobs for i, case in enumerate(cases) if not job.path(case).exists()]
     started, prepared, make = time.monotonic(), "", None
     for done, (job, i) in enumerate(left):
-        case = cases[i]
-        if (job.folder / f"{case.id}.json").exists():  # another process has made it since
-            continue
-        if job.method != prepared:
-            jax.clear_caches()  # no row uses the programs of another
-            make, prepared = METHODS[job.method].prepare(backbone, configs), job.method
-            reset_memory()
-        begun = time.perf_counter()
-        if make is None:
-            clip = without_network(job.method, case, first_frame(case))
-        else:
-            latents = jax.block_until_ready(make(case, given(case, job.reference), backbone.noise(i)))
-            clip = backbone.decode(latents)
-        seconds = time.perf_counter() - begun
-        row = {"scores": measure(case, clip, backbone.config), "seconds": seconds, "memory": peak_memory()}
-        write_clip(job.folder / f"{case.id}.npz", clip)
-        write_whole(job.folder / f"{case.id}.json", json.dumps(row).encode())
+        with claimed(job.path(cases[i]).with_suffix(".lock")) as held:
+            if not held or job.path(cases[i]).exists():  # another process makes or has made it
+                continue
+            if job.method != prepared:
+                jax.clear_caches()  # no row uses the programs of another
+                make, prepared = METHODS[job.method].prepare(backbone, configs), job.method
+                reset_memory()
+            seconds = run_job(backbone, make, job, cases[i], backbone.noise(i))
         to_go = timedelta(seconds=round((time.monotonic() - started) / (done + 1) * (len(left) - done - 1)))
-        print(f"[{done + 1} of {len(left)}] {job.title}, {case.id}: {seconds:.1f} s, {to_go} to go at this rate", flush=True)
+        print(f"[{done + 1} of {len(left)}] {job.title}, {cases[i].id}: {seconds:.1f} s, {to_go} to go at this rate", flush=True)
+
+
+def run_job(backbone: Backbone, make: Make | None, job: Job, case: Case, noise: jax.Array) -> float:
+    """Writes the clip, then its scores; returns the seconds that the clip took."""
+    begun = time.perf_counter()
+    if make is None:
+        clip = without_network(job.method, case, first_frame(case))
+    else:
+        clip = backbone.decode(jax.block_until_ready(make(case, given(case, job.reference), noise)))
+    seconds = time.perf_counter() - begun
+    row = {"scores": measure(case, clip, backbone.config), "seconds": seconds, "memory": peak_memory()}
+    write_clip(job.path(case).with_suffix(".npz"), clip)
+    write_whole(job.path(case), json.dumps(row).encode())
+    return seconds
 
 
 def first_frame(case: Case) -> np.ndarray:
     """The case's own first frame, or without one that of the backbone's clip."""
     if case.first_frame is not None:
         return case.first_frame()
-    made = Job("backbone", "own").folder / f"{case.id}.npz"
+    made = Job("backbone", "own").path(case).with_suffix(".npz")
     require(made.exists(), f"--methods=still: needs {made}, for the case has no first frame; make the row backbone too")
     return read_clip(made)[0]
 
@@ -257,7 +267,7 @@ def read_results(cases: Sequence[Case]) -> Results:
     found: Results = {}
     for name in METHODS:
         for reference in REFERENCES:
-            paths = {case.id: Job(name, reference).folder / f"{case.id}.json" for case in cases}
+            paths = {case.id: Job(name, reference).path(case) for case in cases}
             read = {case: read_json(path, "remove it: it is made again") for case, path in paths.items() if path.exists()}
             if read:
                 found[name, reference] = read
@@ -304,7 +314,7 @@ def figure(results: Results, cases: Sequence[Case], moments: int = 3) -> Figure:
     for line, (title, job) in zip(axes, rows, strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         for j, case in enumerate(cases):
-            path = None if job is None else job.folder / f"{case.id}.npz"
+            path = None if job is None else job.path(case).with_suffix(".npz")
             clip = case.reference() if path is None else read_clip(path) if path.exists() else None
             for k in range(moments):
                 cell = line[j * moments + k]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from configs import ditflow
 from data_pipelines import clips
 from evaluation import motion_methods
 from launch import command
+from omnitransfer_jax.flow import time_grid
 
 pytest.importorskip("cv2")
 SMOKE = ["--config=ditflow:smoke", "--follow_your_motion=follow_your_motion:smoke", "--motion_inversion=motion_inversion:smoke"]
@@ -40,17 +42,16 @@ def run(*given):
 
 
 def test_a_suite_is_made_once(suite, tmp_path, monkeypatch, capsys):
-    out, rows = f"--out={tmp_path / 'out'}", "--methods=backbone,still,copied,noised"
+    out, rows = f"--out={tmp_path / 'out'}", "--methods=backbone,still,copied"
     assert run(suite, out, rows, "--references=own,reversed") == 0
     printed = capsys.readouterr().out
-    assert "[10 of 10] noised reference, start at .75, reversed" in printed
+    assert "[6 of 6] copy of the reference" in printed
     page = Path(tmp_path, "out", "motion_methods.md").read_text()
     assert page in printed
     assert [line.split(" | ")[:2] for line in page.splitlines()[4:]] == [
         [f"| {title}", "2"]
-        for title in ("backbone, not guided", "first frame, frozen", "copy of the reference", "noised reference, start at .75",
-                      "noised reference, start at .75, reversed")
-    ]  # fmt: skip
+        for title in ("backbone, not guided", "first frame, frozen", "copy of the reference")
+    ]
     assert "nan" not in page
     assert clips.read_image(tmp_path / "out" / "motion_methods.png").std() > 0
     copied = bench.read_results(bench.all_cases(ditflow.get_config("smoke")))["copied", "own"]
@@ -112,6 +113,18 @@ def test_a_control_gets_another_clip():
     assert motion_methods.given(case, "own").ravel().tolist() == [0, 1, 2]
     assert motion_methods.given(case, "reversed").ravel().tolist() == [2, 1, 0]
     assert motion_methods.given(case, "other").ravel().tolist() == [9, 9, 9]
+
+
+def test_the_noised_reference_starts_where_its_strength_says(monkeypatch):
+    """Of 4 steps the last 3, from the reference with the noise of the first of them."""
+    config = ditflow.get_config("smoke")
+    latents, noise = (np.random.default_rng(n).normal(size=(1, 3, 4, 6, 16)).astype(np.float32) for n in range(2))
+    seen = []
+    monkeypatch.setattr(motion_methods.omnitransfer, "denoise", lambda *given: seen.append(given[4]) or given[2])
+    fake = SimpleNamespace(config=config, dit=0, conditions=lambda case: 0, latents=lambda clip: latents)
+    time = time_grid(4, config.sampler.shift)[1]
+    assert np.allclose(motion_methods.noised(fake)(None, None, noise), (1 - time) * latents + time * noise, atol=1e-6)
+    assert list(seen[0].steps) == [1, 2, 3]
 
 
 def test_memory_is_that_of_a_row():
