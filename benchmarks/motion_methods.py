@@ -31,10 +31,10 @@ import jax
 import matplotlib as mpl
 import numpy as np
 from absl import flags
+from configs.ditflow import DiTFlow
 from matplotlib.figure import Figure
 
 from benchmarks.ablation import claimed
-from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.motion_inversion import MotionInversion
@@ -104,12 +104,12 @@ def main(config: DiTFlow) -> None:
     tracks.opencv()
     cases = all_cases(config)
     if not REPORT.value:
+        networks = ("dit", "vae", "text", *(["image"] if config.dit.image_dim is not None else []))
+        load_models.require_weights(config.train.init_from, config, networks, "--checkpoint")
         configs = configs_of(config)
         jobs = [job for job in all_jobs(configs) if job.method in ROWS.value and job.reference in GIVEN.value]
         for job in jobs:
             require_settings(job.folder / SETTINGS_FILE, settings(job.method, config, configs))
-        networks = ("dit", "vae", "text", *(["image"] if config.dit.image_dim is not None else []))
-        load_models.require_weights(config.train.init_from, config, networks, "--checkpoint")
         work(Backbone(config, config.train.init_from), configs, jobs, cases)
     results = read_results(cases)
     require(bool(results.get(("backbone", "own"))), f"--out={OUT.value}: no clip of the backbone yet; run without --report")
@@ -175,7 +175,9 @@ def require_settings(path: Path, asked: dict[str, Any]) -> None:
     if not path.exists():
         write_whole(path, json.dumps(asked, indent=1).encode())
     found = read_json(path, "restore it from a copy, or give another --out")
-    changed = [f"{name}={found.get(name)} there, {asked.get(name)} now" for name in {**found, **asked} if found.get(name) != asked.get(name)]
+    changed = [
+        f"{name}={found.get(name)} there, {asked.get(name)} now" for name in {**found, **asked} if found.get(name) != asked.get(name)
+    ]
     require(not changed, f"{path.parent}: begun with other settings ({'; '.join(changed[:3])}); give those, or another --out")
 
 

@@ -75,8 +75,12 @@ def of_suite(path: str, level: str, video: VideoConfig, needs_frame: bool) -> li
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--suite={path}: cannot be read ({getattr(error, 'strerror', None) or 'no text'}); give a JSON lines file") from None
-    rows = [_row(f"--suite={path}, line {n}", text, Path(path).parent, level, needs_frame) for n, text in enumerate(lines, 1) if text.strip()]
+        raise RequestError(
+            f"--suite={path}: cannot be read ({getattr(error, 'strerror', None) or 'no text'}); give a JSON lines file"
+        ) from None
+    rows = [
+        _row(f"--suite={path}, line {n}", text, Path(path).parent, level, needs_frame) for n, text in enumerate(lines, 1) if text.strip()
+    ]
     require(len({row["clip"] for row in rows}) > 1, f"--suite={path}: at least two clips, for a control takes another one's reference")
     found = []
     for i, row in enumerate(rows):

@@ -4,6 +4,7 @@ A point is tracked from each frame to the next and back again. It is lost, from 
 was, or leaves the picture.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ def track(clip: UInt8[np.ndarray, "T H W 3"]) -> Tracks:
     places = [grid(clip.shape[1:3])]
     seen = [np.ones(len(places[0]), bool)]
     limits = np.array([clip.shape[2], clip.shape[1]], np.float32) - 1
-    for before, after in zip(frames, frames[1:], strict=False):
+    for before, after in itertools.pairwise(frames):
         start = places[-1]
         end, found, _ = cv2.calcOpticalFlowPyrLK(before, after, start, None, **options)
         back, found_back, _ = cv2.calcOpticalFlowPyrLK(after, before, end, None, **options)

@@ -49,8 +49,7 @@ def test_a_suite_is_made_once(suite, tmp_path, monkeypatch, capsys):
     page = Path(tmp_path, "out", "motion_methods.md").read_text()
     assert page in printed
     assert [line.split(" | ")[:2] for line in page.splitlines()[4:]] == [
-        [f"| {title}", "2"]
-        for title in ("backbone, not guided", "first frame, frozen", "copy of the reference")
+        [f"| {title}", "2"] for title in ("backbone, not guided", "first frame, frozen", "copy of the reference")
     ]
     assert "nan" not in page
     assert clips.read_image(tmp_path / "out" / "motion_methods.png").std() > 0

@@ -81,7 +81,7 @@ def test_files_that_are_no_suite(folder):
         with pytest.raises(RequestError, match="cannot be read"):
             motion_cases.of_suite(str(path), "hard", VIDEO, needs_frame=False)
     short = motion_cases.of_suite(write(folder, {**ROW, "end": 10}, OTHER), "hard", VIDEO, needs_frame=False)[0]
-    with pytest.raises(RequestError, match="up.mp4: 3 frames"):
+    with pytest.raises(RequestError, match=r"up\.mp4: 3 frames"):
         short.reference()
 
 
