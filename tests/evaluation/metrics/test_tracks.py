@@ -34,6 +34,8 @@ def test_a_shift_is_found_to_a_tenth_of_a_pixel(shift):
     inside = tracks.window((64, 96)) // 2 + 1  # nearer to an edge, what comes in is compared with nothing
     kept = found.seen[:, -1] & ((found.places >= inside) & (found.places <= np.array([95, 63]) - inside)).all((1, 2))
     assert kept.mean() > 0.5
+    places = found.places[found.seen]
+    assert ((places >= 0) & (places <= [95, 63])).all()
     assert np.abs(moved[kept] - np.multiply.outer(np.arange(4), shift)).max() < 0.1
 
 
