@@ -1,6 +1,7 @@
 """The comparison of motion methods: gains are case by case, a clip is made once, a suite runs at the smallest size."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import motion_methods as bench
-from configs import ditflow
+from configs import ditflow, stage1
 from data_pipelines import clips
 from evaluation import motion_methods
 from launch import command
@@ -72,6 +73,19 @@ def test_every_row(suite, tmp_path):
     results = bench.read_results(bench.all_cases(ditflow.get_config("smoke")))
     assert [name for name, reference in results if reference == "own"] == rows
     assert all(np.isfinite(list(row["scores"].values())).all() for each in results.values() for row in each.values())
+
+
+@pytest.mark.slow
+def test_a_run_of_omnitransfer():
+    config = ditflow.get_config("smoke")
+    same = {name: getattr(config, name) for name in ("vae", "text", "image", "video", "sampler")}
+    run = replace(stage1.get_config("smoke"), **same)
+    backbone, pixels = motion_methods.Backbone(config, ""), np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
+    case = motion_methods.Case("", "a prompt", "", lambda: pixels, lambda: pixels, lambda: pixels[0])
+    make = motion_methods.with_run(backbone, run, "")
+    clips_of = [np.asarray(make(case, clip, backbone.noise(0))) for clip in (pixels, pixels, pixels[::-1])]
+    assert np.array_equal(clips_of[0], clips_of[1])
+    assert not np.array_equal(clips_of[0], clips_of[2])
 
 
 @pytest.mark.parametrize(
