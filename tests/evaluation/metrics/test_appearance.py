@@ -17,7 +17,7 @@ def test_leak_is_the_share_of_common_colours():
     red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     assert appearance_leak(plain(red, green), plain(green, red, frames=7)) == pytest.approx(1)
     assert appearance_leak(plain(red, green), plain(red, blue)) == pytest.approx(0.5)
-    assert appearance_leak(plain(red), plain(blue)) == 0
+    assert appearance_leak(plain(red), plain(blue)) == appearance_leak(plain(red), plain(green)) == 0
     assert appearance_leak(plain((31, 0, 0)), plain((0, 0, 0))) == pytest.approx(1)  # one step of 32
     assert appearance_leak(plain((32, 0, 0)), plain((0, 0, 0))) == 0
 
