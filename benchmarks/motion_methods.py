@@ -12,7 +12,7 @@ the true clip is known; the form of a suite is in evaluation/motion_cases.py. Al
 DIR/results/METHOD-REFERENCE/CASE.json holds the scores of a clip, the clip lies beside it; what is there is not made again. Several
 processes may work on one DIR. Written at the end: motion_methods.md, motion_methods.png. Results: docs/methods.md.
 
-Seconds are those of learning and sampling, the first case of a row, which compiles, left out where there are others. Memory is the
+Seconds are those of learning and sampling, the median of the cases; the first one of a row compiles. Memory is the
 largest resident memory of the process (VmHWM of Linux, set back before each row): it holds the encoders and all that is loaded.
 Text similarity is left out: the package has no text-and-image CLIP to import.
 """
@@ -277,19 +277,20 @@ def read_results(cases: Sequence[Case]) -> Results:
 
 
 def table(results: Results, count: int) -> str:
-    """One row for each method and reference: means, and gains over the backbone with their intervals."""
+    """One row for each method and reference: means, gains over the backbone, and in controls the gain of the own reference over them."""
     base = results["backbone", "own"]
     names = [*next(iter(base.values()))["scores"]]
     gained = [name for name in GAINS if name in names]
-    head = ["", "cases", *names, *(f"gain in {name}" for name in gained), "s a clip", "MB"]
+    head = ["", "cases", *names, *(f"gain in {name}" for name in gained), f"own above it, {names[0]}", "s a clip", "MB"]
     lines = [head, ["---"] * len(head)]
     for (method, reference), rows in results.items():
         means = [f"{np.mean([row['scores'][name] for row in rows.values()]):.3g}" for name in names]
         gains = ["" if method == "backbone" else gain(rows, base, name) for name in gained]
+        own = "" if reference == "own" else gain(results.get((method, "own"), {}), rows, names[0])
         seconds = [row["seconds"] for row in rows.values()]
         memory = max(row["memory"] for row in rows.values())
         lines.append(
-            [Job(method, reference).title, str(len(rows)), *means, *gains, f"{np.mean(sorted(seconds)[: max(1, len(seconds) - 1)]):.2g}",
+            [Job(method, reference).title, str(len(rows)), *means, *gains, own, f"{np.median(seconds):.2g}",
              f"{memory:.0f}"]
         )  # fmt: skip
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -298,7 +299,7 @@ def table(results: Results, count: int) -> str:
 
 
 def gain(rows: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], name: str) -> str:
-    """Mean and interval of the gain over the backbone in the cases that both have; positive is better."""
+    """Mean and interval of the gain over `base` in the cases that both have; positive is better."""
     sign = -1 if name in LOWER_IS_BETTER else 1
     values = [sign * (row["scores"][name] - base[case]["scores"][name]) for case, row in rows.items() if case in base]
     if not values:
