@@ -310,22 +310,26 @@ def gain(rows: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], name:
 
 @mpl.rc_context(STYLE)
 def figure(results: Results, cases: Sequence[Case], moments: int = 3) -> Figure:
-    """The reference and the clip of each row with its own reference: a few frames of some cases side by side."""
-    rows = [("reference", None)] + [(METHODS[name].title, Job(name, each)) for name, each in results if each == "own" and name != "copied"]
-    page = Figure((1.9 + 0.75 * moments * len(cases), 0.8 * len(rows) + 0.4), layout="constrained")
-    axes = page.subplots(len(rows), moments * len(cases), squeeze=False)
-    for line, (title, job) in zip(axes, rows, strict=True):
+    """The reference, the truth where it is known, and the clip of each row with its own reference: a few frames of some cases."""
+
+    def made(job: Job, case: Case) -> Clip | None:
+        path = job.path(case).with_suffix(".npz")
+        return read_clip(path) if path.exists() else None
+
+    shown = {"reference": [case.reference() for case in cases], "truth": [case.truth() if case.truth else None for case in cases]}
+    rows = [Job(name, each) for name, each in results if each == "own" and name != "copied"]
+    shown |= {job.title: [made(job, case) for case in cases] for job in rows}
+    shown = {title: found for title, found in shown.items() if any(clip is not None for clip in found)}
+    page = Figure((1.9 + 0.75 * moments * len(cases), 0.8 * len(shown) + 0.4), layout="constrained")
+    axes = page.subplots(len(shown), moments * len(cases), squeeze=False)
+    for line, (title, found) in zip(axes, shown.items(), strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
-        for j, case in enumerate(cases):
-            path = None if job is None else job.path(case).with_suffix(".npz")
-            clip = case.reference() if path is None else read_clip(path) if path.exists() else None
-            for k in range(moments):
-                cell = line[j * moments + k]
-                cell.set(xticks=[], yticks=[])
-                if clip is not None:
-                    cell.imshow(clip[round(k * (len(clip) - 1) / (moments - 1))], interpolation="nearest")
-    for j, case in enumerate(cases):
-        axes[0, j * moments].set_title(case.id, fontsize=8, loc="left")
+        for cell, (j, k) in zip(line, np.ndindex(len(cases), moments), strict=True):
+            cell.set(xticks=[], yticks=[])
+            if (clip := found[j]) is not None:
+                cell.imshow(clip[round(k * (len(clip) - 1) / (moments - 1))], interpolation="nearest")
+    for case, cell in zip(cases, axes[0, ::moments], strict=True):
+        cell.set_title(case.id, fontsize=8, loc="left")
     return page
 
 

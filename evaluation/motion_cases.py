@@ -42,7 +42,9 @@ class Case(NamedTuple):
     """A reference with another motion."""
     first_frame: Callable[[], Picture] | None = None
     pair: Example | None = None
-    """The pair of the world, whose true clip is known."""
+    """The pair of the world that it is."""
+    truth: Callable[[], Clip] | None = None
+    """What is to be made, where it is known."""
 
 
 def of_world(video: VideoConfig, count: int) -> list[Case]:
@@ -60,6 +62,7 @@ def of_world(video: VideoConfig, count: int) -> list[Case]:
                 lambda other=other: pixels.render(other.reference, video),
                 lambda pair=pair: pixels.render(pair.target, video)[0],
                 pair,
+                lambda pair=pair: pixels.render(pair.target, video),
             )
         )
     return found
