@@ -34,12 +34,16 @@ def variants(of: type[Run]) -> Mapping[str, Run]:
 
 
 def fitting(parts: Mapping[str, Any], of: Collection[Kind]) -> str:
-    """The end of a message that names the configurations whose models equal `parts` in all fields of these kinds; empty if none does."""
+    """The end of a message that names the configurations whose models equal `parts` in all fields of these kinds; empty if none does.
+
+    Those of methods on the same models are named only if no other fits.
+    """
 
     def fits(config: Config) -> bool:
         return not any(any(differences(part, getattr(config, name), of)) for name, part in parts.items())
 
-    return fit([name for name, config in variants(Config).items() if fits(config)])
+    found = {name: config for name, config in variants(Config).items() if fits(config)}
+    return fit([name for name, config in found.items() if type(config) is Config] or list(found))
 
 
 def fit(found: Sequence[str]) -> str:

@@ -4,6 +4,7 @@
     python -m launch.sample --config=wan --checkpoint=DIR --first_frame=image.png --prompt="..." --out=out.mp4
     python -m launch.sample --config=motion_inversion --checkpoint=DIR --first_frame=image.png --out=out.mp4
     python -m launch.sample --config=follow_your_motion --checkpoint=DIR --prompt="..." --out=out.mp4
+    python -m launch.sample --config=ditflow:t2v_1_3b --checkpoint=DIR --reference=ref.mp4 --prompt="..." --out=out.mp4
 
 `--task` and `--reference` repeat for combined transfer. The networks are loaded, used and let go one after the other, so the memory
 needed is that of the largest one, not of all.
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.motion_inversion import MotionInversion
@@ -33,9 +35,10 @@ from launch import command
 from launch.sampling import animation
 from launch.sampling.stages import StepBar, stage
 from omnitransfer_jax import load_models, tasks
-from omnitransfer_jax.folders import outputs, run_folder
+from omnitransfer_jax.folders import outputs, run_folder, saved_guidance
 from omnitransfer_jax.mesh import make_mesh, replicated
-from omnitransfer_jax.methods import motion_inversion
+from omnitransfer_jax.methods import ditflow, motion_inversion
+from omnitransfer_jax.methods.ditflow import Guided, Source
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_dit import WanDiT
@@ -51,7 +54,9 @@ CHECKPOINT = flags.DEFINE_string(
     flag_values=FLAGS,
 )
 TASK = flags.DEFINE_multi_enum("task", [], tasks.NAMES, "What to take from the reference; repeats with --reference.", flag_values=FLAGS)
-REFERENCE = flags.DEFINE_multi_string("reference", [], "Clip to transfer from; repeats with --task.", flag_values=FLAGS)
+REFERENCE = flags.DEFINE_multi_string(
+    "reference", [], "Clip to transfer from; repeats with --task. With ditflow one, alone.", flag_values=FLAGS
+)
 PROMPT = flags.DEFINE_string("prompt", "", "What the video shows.", flag_values=FLAGS)
 FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Image the video starts from (image-to-video networks).", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out.mp4", "The mp4 to write.", flag_values=FLAGS)
@@ -69,6 +74,10 @@ class Request(NamedTuple):
     """Task index and clip, uint8 "T H W 3"."""
     video: VideoConfig
     """The video's size; with a first frame, the frame's own shape at the configured area."""
+    motion: np.ndarray | None = None
+    """DiTFlow's reference, uint8 "T H W 3" of the video's size."""
+    saved: np.ndarray | None = None
+    """What it optimised for another prompt (`--ditflow.inject`)."""
 
 
 def main(config: Config) -> None:
@@ -76,7 +85,7 @@ def main(config: Config) -> None:
         run_folder.is_run(weights(config)) or not (weights(config) and Path(weights(config), motion_training.SPATIAL).is_dir()),
         f"--checkpoint={weights(config)}: its temporal stage has not begun; go on with its launch.train",
     )
-    reads_image = bool(FIRST_FRAME.value) and config.dit.image_dim is not None
+    reads_image = (bool(FIRST_FRAME.value) or isinstance(config, DiTFlow)) and config.dit.image_dim is not None
     networks = ("dit", "vae", *(["mllm"] if config.alignment.enabled else ["text"]), *(["image"] if reads_image else []))
     given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
     of_networks = plain(config) if isinstance(config, MotionInversion) else config
@@ -92,7 +101,7 @@ def main(config: Config) -> None:
     encoders = Encoders(of_networks, weights(config))
     for note in [*notes(encoders, request), *reference_notes(config, request)]:
         print(note, flush=True)
-    latents = generate(encoders, request.video, encode(encoders, request), finish)
+    latents = generate(encoders, request, encode(encoders, request), finish)
     with stage("video decoder", encoders):
         clips.write_clip(OUT.value, clips.to_bytes(encoders.decode(latents)[0]), request.video.fps)
     size = request.video
@@ -130,8 +139,11 @@ def weights(config: Config) -> str:
 def read_request(config: Config) -> Request:
     """The flags, checked before any weights are touched."""
     require_out(config)
+    guided = isinstance(config, DiTFlow)
+    if guided:
+        require_one_motion(config)
     require(
-        len(TASK.value) == len(REFERENCE.value),
+        guided or len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
     )
     if isinstance(config, MotionInversion):
@@ -160,14 +172,31 @@ def read_request(config: Config) -> Request:
         f"{f'--first_frame={first_frame}' if first_frame else '--reference'}: this network is text-to-video; leave it out or take an "
         "image-to-video configuration",
     )
-    video, frame, size = config.video, None, config.data.reference
+    video, frame = config.video, None
     if first_frame:
         frame = clips.read_image(first_frame)
         step = config.vae.space_stride * config.dit.patch[1]
         height, width = same_area(frame.shape[0] / frame.shape[1], video.height * video.width, step)
         video = replace(video, height=height, width=width)
+    size = video if guided else config.data.reference
     read = [clips.read_clip(path, frames=size.frames, fps=size.fps, height=size.height, width=size.width) for path in REFERENCE.value]
-    return Request(clean_prompt(PROMPT.value), frame, tuple(zip(chosen, read, strict=True)), video)
+    prompt = clean_prompt(PROMPT.value)
+    if isinstance(config, DiTFlow):
+        saved = saved_guidance.read(config.ditflow.inject, config, video) if config.ditflow.inject else None
+        return Request(prompt, frame, (), video, read[0] if read else None, saved)
+    return Request(prompt, frame, tuple(zip(chosen, read, strict=True)), video)
+
+
+def require_one_motion(config: DiTFlow) -> None:
+    """A `RequestError` unless there is one reference, or none where DiTFlow reads none."""
+    inject, count = config.ditflow.inject, len(REFERENCE.value)
+    ditflow.guided_steps(config.sampler, config.ditflow)
+    require(not TASK.value, f"--task={','.join(TASK.value)}: DiTFlow takes the motion of its reference and nothing else; leave --task out")
+    if inject and not config.ditflow.kv_injection:
+        require(not count, f"--reference={REFERENCE.value}: with --ditflow.inject and no injection of keys none is read; leave it out")
+        return
+    why = f"--ditflow.inject={inject} with injection of the reference's keys: give it, or --ditflow.kv_injection=False"
+    require(count == 1, f"{count} --reference: {why if inject else 'DiTFlow takes the motion of one clip; give --reference=CLIP once'}")
 
 
 def require_for_tokens(config: MotionInversion) -> None:
@@ -208,8 +237,8 @@ def same_area(aspect: float, area: int, step: int) -> tuple[int, int]:
     return max(step, int((area * aspect) ** 0.5 // step * step)), max(step, int((area / aspect) ** 0.5 // step * step))
 
 
-def encode(encoders: Encoders, request: Request) -> Conditions:
-    """Everything the network reads beside the noise."""
+def encode(encoders: Encoders, request: Request) -> tuple[Conditions, Source | None]:
+    """Everything the network reads beside the noise, and what it reads of DiTFlow's reference."""
     config, video = encoders.config, request.video
     context, negative = encode_context(encoders, request)
     picture = None if request.first_frame is None else clips.to_unit(request.first_frame)[None]
@@ -223,15 +252,31 @@ def encode(encoders: Encoders, request: Request) -> Conditions:
             condition = jnp.asarray(encoders.no_condition if frame is None else encoders.condition(frame))
             latents = [(np.array([task], np.int32), encoders.latents(clips.to_unit(clip)[None])) for task, clip in request.references]
             references = place_references(config, video, latents)
-    return Conditions(context, negative, image, condition, references)
+    source = None if request.motion is None else encode_source(encoders, request.motion, context[1:])
+    return Conditions(context[:1], negative[:1], image, condition, references), source
+
+
+def encode_source(encoders: Encoders, clip: np.ndarray, empty_context: jax.Array) -> Source:
+    """What the network reads of DiTFlow's reference: with image-to-video, its own first frame."""
+    motion, image, condition = clips.to_unit(clip)[None], None, None
+    if encoders.config.dit.image_dim is not None:
+        with stage("image encoder of the reference", encoders):
+            image = jnp.asarray(encoders.image(motion[:, 0]))
+    with stage("video encoder of the reference", encoders):
+        if encoders.config.dit.image_to_video:
+            condition = jnp.asarray(encoders.condition(motion[:, 0]))
+        return Source(jnp.asarray(encoders.latents(motion)), empty_context, image, condition)
 
 
 def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax.Array]:
-    """The text context and the negative context: of the prompts, or with alignment of all references."""
+    """The text context and the negative context: of the prompts, or with alignment of all references.
+
+    With a DiTFlow reference the second row is of the empty prompt, which goes with it.
+    """
     config, video, inputs = encoders.config, request.video, []
     if not config.alignment.enabled:
         with stage("text encoder", encoders):
-            return encoders.contexts([request.prompt])
+            return encoders.contexts([request.prompt] if request.motion is None else [request.prompt, ""])
     with stage("vision tower", encoders):
         has_frame = np.array([request.first_frame is not None], np.float32)
         frames = np.zeros((1, video.height, video.width, 3), np.float32)
@@ -245,14 +290,17 @@ def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax
 
 
 def generate(
-    encoders: Encoders, video: VideoConfig, conditions: Conditions, finish: Callable[[WanDiT, Conditions], Conditions] | None = None
+    encoders: Encoders,
+    request: Request,
+    encoded: tuple[Conditions, Source | None],
+    finish: Callable[[WanDiT, Conditions], Conditions] | None = None,
 ) -> jax.Array:
     """Latents from noise, with a progress bar; of two experts one is in memory at a time.
 
     `finish` completes the conditions with what the transformer embeds; there is one expert then.
     """
-    config = encoders.config
-    noise = jax.random.normal(jax.random.key(config.seed), (1, *video.latent_shape(config.vae)))
+    config, (conditions, source) = encoders.config, encoded
+    noise = jax.random.normal(jax.random.key(config.seed), (1, *request.video.latent_shape(config.vae)))
     mesh = make_mesh(config.mesh)
     with StepBar(config.sampler.steps) as bar:
 
@@ -265,9 +313,30 @@ def generate(
         if finish is not None:
             dit = load("dit")
             conditions, load = finish(dit, jax.device_put(conditions, replicated(mesh))), lambda part: dit
-        latents = omnitransfer.denoise_on(mesh, config, bar.reach)(load, conditions, noise).block_until_ready()
+        if isinstance(config, DiTFlow):
+            saved = None if request.saved is None else jnp.asarray(request.saved)[None]
+            found = ditflow.sample_on(mesh, config, bar.reach)(load("dit"), conditions, noise, source, saved)
+        else:
+            found = omnitransfer.denoise_on(mesh, config, bar.reach)(load, conditions, noise)
+        jax.block_until_ready(found)
         jax.effects_barrier()
-    return latents
+    if isinstance(config, DiTFlow):
+        finish_guidance(config, request.video, found)
+        return found.latents
+    return found
+
+
+def finish_guidance(config: DiTFlow, video: VideoConfig, guided: Guided) -> None:
+    """Prints the losses of the guided steps, and writes what was optimised if that is asked for."""
+    losses = np.asarray(guided.losses[0])
+    if losses.size and not config.ditflow.inject and config.ditflow.guide != "none":
+        for step, first, last in zip(ditflow.guided_steps(config.sampler, config.ditflow), losses[:, 0], losses[:, -1], strict=True):
+            print(f"step {step + 1}: {config.ditflow.guide} loss {first:.4f} before the first update, {last:.4f} before the last")
+        if not losses.any():
+            print("the reference does not move from patch to patch: nothing guided this video")
+    if config.ditflow.save:
+        saved_guidance.write(config.ditflow.save, config, video, np.asarray(guided.saved[0]))
+        print(f"wrote {config.ditflow.save}: {config.ditflow.variable} of {len(losses)} guided steps")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.mllm import MLLMTraining
@@ -48,6 +49,7 @@ ONE_CLIP = (FollowYourMotion, MotionInversion)  # configurations of trainings on
 
 
 def main(config: Config | VAETraining | MLLMTraining) -> None:
+    require(not isinstance(config, DiTFlow), "--config=ditflow: it trains nothing; give it to launch.sample, with --reference=CLIP")
     if DRY_RUN.value:
         print(describe(objective(config), config))
         if isinstance(config, Config) and config.train.references:

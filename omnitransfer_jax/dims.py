@@ -5,7 +5,7 @@
     F  latent frames, (T - 1) / 4 + 1         N  attention heads
     H  height                                 K  width of one head
     W  width; windows of the vision tower     Q  MetaQueries
-    C  channels                               P  patches of the vision tower
+    C  channels                               P  patches of the vision tower, or of a latent frame
     Z  channels of the autoencoder's latents  V  vision features, the language model's tokens of a clip
     M  channels of mask and first frame       X  values of one patch
     D  model width                            I  CLIP tokens of an image; input width of a layer

@@ -23,13 +23,14 @@ from configs.errors import require
 from configs.run import SamplerConfig
 from omnitransfer_jax.flow import TIMESTEPS, time_grid
 
-Velocity = Callable[[Array, Array], Array]
-"""velocity(latents "B F H W C", timestep "B" in 0..1000) -> "B F H W C"."""
+Velocity = Callable[..., Array]
+"""velocity(latents "B F H W C", timestep "B" in 0..1000) -> "B F H W C"; with a carry it is the third argument."""
 
-Steer = Callable[[Array, Array, Array], Array]
+Steer = Callable[..., Any]
 """steer(step, time, latents "B F H W C") -> the latents from which this step starts instead.
 
-`step` is 0, 1, ...; `time` is the step's entry of `flow.time_grid`, from nearly 1 down. Both are scalar arrays.
+`step` is 0, 1, ...; `time` is the step's entry of `flow.time_grid`, from nearly 1 down. Both are scalar arrays. With a carry:
+steer(step, time, latents, carry) -> (latents, the carry that this step's velocity and the next step's `steer` get).
 """
 
 
@@ -43,6 +44,8 @@ class State(NamedTuple):
     """The x_0 estimate of the step before."""
     clean_before: Float[Array, "B F H W C"]
     """That of the step before it."""
+    carried: tuple[Any, ...] = ()
+    """What `steer` hands on (`sample`)."""
 
 
 class Expert(NamedTuple):
@@ -66,11 +69,11 @@ def experts(config: SamplerConfig) -> tuple[Expert, ...]:
     return tuple(expert for expert in found if expert.steps)
 
 
-def start(noise: Float[Array, "B F H W C"]) -> State:
-    """The state before the first step."""
+def start(noise: Float[Array, "B F H W C"], *carried: Any) -> State:
+    """The state before the first step; `carried` is nothing, or what `sample` calls the carry."""
     latents = noise.astype(jnp.float32)
     zeros = jnp.zeros_like(latents)
-    return State(latents, zeros, zeros, zeros)
+    return State(latents, zeros, zeros, zeros, carried)
 
 
 def sample(
@@ -83,20 +86,23 @@ def sample(
     steer: Steer | None = None,
     trajectory: bool = False,
     host_loop: bool = False,
-) -> Float[Array, "B F H W C"] | Float[Array, "S B F H W C"]:
+    carry: Any = None,
+) -> Any:
     """Latents at t = 0 from `noise` at t = 1, of `velocity` and, with two experts, of `low_noise` below `config.boundary`.
 
     `on_step(i)` is called on the host as each step ends, and `steer` before the network in each step. With `trajectory`, returns
     S = steps + 1 latents: those that the network read in each step, then the result. With `host_loop` the steps are a Python loop, so
-    `steer` need not be traceable; call it outside jit.
+    `steer` need not be traceable; call it outside jit. With a `carry`, any tree of arrays, `steer` and the velocities get it too, and the
+    result is (latents, the last carry).
     """
     require((low_noise is not None) == (config.boundary > 0), f"sampler.boundary={config.boundary}: above 0 with two experts, else 0")
-    state, reads = start(noise), []
+    state, reads = start(noise, *(() if carry is None else (carry,))), []
     for part, steps, _ in experts(config):
         each = low_noise if part == "dit_low_noise" and low_noise is not None else velocity
         state, read = advance(each, state, steps, config, on_step, steer=steer, trajectory=trajectory, host_loop=host_loop)
         reads += [] if read is None else [read]
-    return jnp.concatenate([*reads, state.latents[None]]) if trajectory else state.latents
+    latents = jnp.concatenate([*reads, state.latents[None]]) if trajectory else state.latents
+    return (latents, *state.carried) if state.carried else latents
 
 
 def advance(
@@ -116,24 +122,24 @@ def advance(
     rows = tuple(row[steps.start : steps.stop] for row in (np.arange(config.steps), times[:-1], timesteps, table))
 
     def step(state, row):
-        x, y, m1, m2 = state
+        x, y, m1, m2, carried = state
         i, t, timestep, (c0, c1, c2, c3, c4, p0, p1, p2) = row
         if steer is not None:
-            steered = steer(i, t, x)
+            steered, *carried = steer(i, t, x, *carried) if carried else (steer(i, t, x),)
             # The history moves by the same amount: UniPC computes y from it and not from x, so it would undo most of the change.
             y, m1, m2 = (past + (steered - x) for past in (y, m1, m2))
             x = steered
-        m = x - t * velocity(x, jnp.full(x.shape[:1], timestep))
+        m = x - t * velocity(x, jnp.full(x.shape[:1], timestep), *carried)
         y = c0 * x + c1 * y + c2 * m1 + c3 * m2 + c4 * m
         new = p0 * y + p1 * m + p2 * m1
         if on_step is not None:
             # It is given the new latents, so that it is called when the step is done.
             jax.debug.callback(lambda i, _, report=on_step: report(int(i)), i, new.ravel()[0])
-        return State(new, y, m, m1), x if trajectory else None
+        return State(new, y, m, m1, tuple(carried)), x if trajectory else None
 
     rows = jax.tree.map(lambda r: jnp.asarray(r, jnp.float32 if r.dtype.kind == "f" else jnp.int32), rows)
     if host_loop:
-        velocity = _compiled(velocity, state.latents)
+        velocity = _compiled(velocity, state.latents, *state.carried)
     return (_host_scan if host_loop else jax.lax.scan)(step, state, rows)
 
 
@@ -146,10 +152,10 @@ def _host_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, rows: An
     return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
-def _compiled(velocity: Velocity, x: Float[Array, "B F H W C"]) -> Velocity:
+def _compiled(velocity: Velocity, x: Float[Array, "B F H W C"], *carried: Any) -> Velocity:
     """`velocity` compiled once, with the arrays it closes over (a network's parameters) as arguments; jit would copy them as constants."""
-    traced = jax.make_jaxpr(velocity)(x, jnp.zeros(x.shape[:1]))
-    run = jax.jit(lambda consts, x, timestep: jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(x, timestep)[0])
+    traced = jax.make_jaxpr(velocity)(x, jnp.zeros(x.shape[:1]), *carried)
+    run = jax.jit(lambda consts, *args: jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(*jax.tree.leaves(args))[0])
     return partial(run, traced.consts)
 
 

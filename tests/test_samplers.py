@@ -138,3 +138,20 @@ def test_a_second_expert_needs_a_boundary():
     for config, low in ((SamplerConfig(), velocity), (SamplerConfig(boundary=0.9), None)):
         with pytest.raises(RequestError, match=r"sampler\.boundary=.*: above 0 with two experts, else 0"):
             sample(velocity, NOISE, config, low_noise=low)
+
+
+@pytest.mark.parametrize("host_loop", [False, True])
+def test_a_carry_goes_from_steer_to_the_velocity_and_to_the_next_step(host_loop):
+    """The velocity of step i is i + 1, counted by the carry alone; Euler's sum of it is known."""
+    config = SamplerConfig(solver="euler", steps=5)
+
+    def count(step, time, latents, carry):
+        return latents, carry + 1.0
+
+    def counted(latents, timestep, carry):
+        return jnp.broadcast_to(carry, latents.shape)
+
+    latents, last = sample(counted, NOISE, config, steer=count, carry=jnp.zeros(()), host_loop=host_loop)
+    assert last == 5
+    moved = np.diff(time_grid(5, config.shift)) @ np.arange(1, 6)
+    np.testing.assert_allclose(latents - NOISE, np.broadcast_to(moved, NOISE.shape), atol=1e-5)

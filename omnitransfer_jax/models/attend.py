@@ -10,8 +10,8 @@ A strategy takes the queries, keys and values of all streams of a layer:
 
 One-directional attention needs no mask: it is the two calls of `split`. With a `Reach` the target reads of a reference the frame at its
 own time alone, without a mask too: one call over the target, one over each reference batched over frames, merged by their log-sum-exp.
-`gathered` makes any strategy work on tokens that are divided over devices. Kernels of softmax attention, whose memory grows with the
-sequence and not with its square:
+`gathered` makes any strategy work on tokens that are divided over devices; `injecting` gives the target other keys and values. Kernels of
+softmax attention, whose memory grows with the sequence and not with its square:
 
     chunked   any backend: 256 queries of one head at a time against all keys, scores recomputed in the backward pass
     cudnn     GPU: cuDNN's fused kernel, bf16 or f16
@@ -19,7 +19,7 @@ sequence and not with its square:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -29,7 +29,7 @@ import numpy as np
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from omnitransfer_jax.mesh import Shard
 
@@ -198,6 +198,18 @@ def merge(parts: Sequence[tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]]
     weights = [jnp.exp(lse - highest)[..., None] for _, lse in parts]
     total = sum(weight * out.astype(jnp.float32) for weight, (out, _) in zip(weights, parts, strict=True))
     return (total / sum(weights)).astype(parts[0][0].dtype)
+
+
+def injecting(attend: Attend, keys_values: KeysValues, active: Bool[Array, ""]) -> Attend:
+    """`attend` where the target has these keys and values instead of its own, if `active`."""
+
+    def attend_to_others(streams: Streams[QKV], cache: Sequence[KeysValues] | None) -> tuple[Streams[Array], Kept | None]:
+        assert streams.target is not None
+        own = streams.target.k, streams.target.v
+        k, v = (jnp.where(active, other.astype(mine.dtype), mine) for other, mine in zip(keys_values, own, strict=True))
+        return attend(replace(streams, target=streams.target._replace(k=k, v=v)), cache)
+
+    return attend_to_others
 
 
 @dataclass(frozen=True)

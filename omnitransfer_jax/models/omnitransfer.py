@@ -9,7 +9,7 @@ noise, and all of these -> WanDiT, called by the sampler at every step -> latent
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from omnitransfer_jax.models.cross_attention import Context
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.umt5 import UMT5Encoder
-from omnitransfer_jax.models.wan_dit import Reference, WanDiT
+from omnitransfer_jax.models.wan_dit import Injection, Reference, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.samplers import Expert, State
 
@@ -126,20 +126,33 @@ def denoise(
     embed_text: bool = True,
     shard: Shard = UNSHARDED,
 ) -> State:
-    """The sampler's state after the steps of `expert`, whose network is `dit`; `embed_text` and `shard` as in `WanDiT`.
+    """The sampler's state after the steps of `expert`, whose network is `dit`; `embed_text` and `shard` as in `WanDiT`."""
+    velocity = velocity_of(dit, conditions, dit.grid(state.latents), sampler, expert.guidance, embed_text, shard)
+    return samplers.advance(velocity, state, expert.steps, sampler, on_step)[0]
 
-    The references' keys and values are computed once, for all its steps and both passes of guidance. The passes differ in the text alone
+
+def velocity_of(
+    dit: WanDiT,
+    conditions: Conditions,
+    grid: tuple[int, int, int],
+    sampler: SamplerConfig,
+    guidance: float,
+    embed_text: bool = True,
+    shard: Shard = UNSHARDED,
+) -> Callable[..., Array]:
+    """velocity(latents, timestep, injection=None) of both passes of guidance by `guidance`, for a target of `grid` patches.
+
+    The references' keys and values are computed once, for all steps and both passes of guidance. The passes differ in the text alone
     and run one after the other, so they share the cache and need no second copy of the activations. Bidirectional references depend
     on the target and are computed at every step.
     """
     references, kv_cache = conditions.references, None
     if references and sampler.reference_cache != "none" and dit.config.references != "bidirectional":
         activations = sampler.reference_cache == "activations"
-        grid = dit.grid(state.latents)
         kv_cache = quantize(dit.make_kv_cache(references, grid, shard, activations), sampler.reference_cache)
         references = ()
 
-    def velocity(x: Array, timestep: Array) -> Array:
+    def velocity(x: Array, timestep: Array, injection: Injection | None = None) -> Array:
         latents = x if conditions.latents is None else jnp.concatenate([x, conditions.latents], axis=-1)
 
         def with_context(passing: tuple[Array | Context, Array | None]) -> Array:
@@ -154,17 +167,18 @@ def denoise(
                 shard=shard,
                 embed_text=embed_text,
                 active=active,
+                injection=injection,
             )
 
-        if expert.guidance == 1:
+        if guidance == 1:
             return with_context((conditions.text_context, None))
         texts, active = jax.tree.map(lambda *x: jnp.stack(x), conditions.text_context, conditions.negative_context), None
         if sampler.skip_unconditional:
             active = jnp.ones((2, dit.config.num_layers), bool).at[1, list(sampler.skip_unconditional)].set(False)
         v, negative = jax.lax.map(with_context, (texts, active))
-        return negative + expert.guidance * (v - negative)
+        return negative + guidance * (v - negative)
 
-    return samplers.advance(velocity, state, expert.steps, sampler, on_step)[0]
+    return velocity
 
 
 def denoise_on(
@@ -176,24 +190,41 @@ def denoise_on(
     Every device calls `on_step`, so it must not mind being called again for the same step. What is returned takes `load(part)`, which
     gives the network that `samplers.Expert.part` names; of two experts the first is let go before the second is loaded.
     """
-    embed_text, blank = embeds_text(config), abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
-    spec = specs(flat_params(blank), wan_dit.SHARDING, config.mesh)
-    shardings = {path: NamedSharding(mesh, each) for path, each in spec.items()}
+    embed_text = embeds_text(config)
 
-    @partial(jax.jit, static_argnames=("expert", "batched"))
-    def run(params: dict[str, Array], conditions: Conditions, state: State, expert: Expert, batched: bool) -> State:
-        def local(params: dict[str, Array], conditions: Conditions, state: State, shard: Shard) -> State:
-            return denoise(with_params(blank, params), conditions, state, config.sampler, expert, on_step, embed_text, shard)
+    def local(dit: WanDiT, conditions: Conditions, state: State, shard: Shard, expert: Expert) -> State:
+        return denoise(dit, conditions, state, config.sampler, expert, on_step, embed_text, shard)
 
-        return per_device(local, mesh, spec, "blocks.", batched)(params, conditions, state)
+    run = on_mesh(mesh, config, local)
 
     def denoise_all(load: Callable[[str], WanDiT], conditions: Conditions, noise: Array) -> Array:
         conditions, state = jax.device_put((conditions, samplers.start(noise)), replicated(mesh))
         for expert in samplers.experts(config.sampler):
-            params = jax.device_put(flat_params(load(expert.part)), shardings)
-            state = run(params, conditions, state, expert, batched=len(noise) % config.mesh.data == 0)
-            del params
+            state = run(load(expert.part), conditions, state, static=(expert,))
             state = jax.block_until_ready(state)  # until then the device keeps the parameters, and the next ones may not fit beside them
         return state.latents
 
     return denoise_all
+
+
+def on_mesh(mesh: Mesh, config: Config, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(dit, *trees, shard, *static)`, compiled, by all devices of `mesh` as in `denoise_on`; arrays have the batch first.
+
+    Returns a function of (dit, *trees, static=()), compiled once for each `static`, a tuple of hashable values.
+    """
+    blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
+    spec = specs(flat_params(blank), wan_dit.SHARDING, config.mesh)
+    shardings = {path: NamedSharding(mesh, each) for path, each in spec.items()}
+
+    @partial(jax.jit, static_argnames=("batched", "static"))
+    def run(params: dict[str, Array], trees: tuple[Any, ...], batched: bool, static: tuple[Any, ...]) -> Any:
+        def local(params: dict[str, Array], *trees_and_shard: Any) -> Any:
+            return function(with_params(blank, params), *trees_and_shard, *static)
+
+        return per_device(local, mesh, spec, "blocks.", batched)(params, *trees)
+
+    def run_all(dit: WanDiT, *trees: Any, static: tuple[Any, ...] = ()) -> Any:
+        trees, size = jax.device_put(trees, replicated(mesh)), len(jax.tree.leaves(trees)[0])
+        return run(jax.device_put(flat_params(dit), shardings), trees, batched=size % config.mesh.data == 0, static=static)
+
+    return run_all

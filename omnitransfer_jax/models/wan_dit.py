@@ -38,14 +38,16 @@ from omnitransfer_jax.models.attend import (
     Streams,
     cached,
     gathered,
+    injecting,
     joint,
     plain,
     recording,
     split,
 )
 from omnitransfer_jax.models.cross_attention import Context, CrossAttention, Rows
+from omnitransfer_jax.models.embedders import MLP, ImageEmbedder, TimeEmbedder
 from omnitransfer_jax.models.kv_cache import CachedArray, KVCache
-from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm, exact_gelu
+from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
 REMAT = {  # what the forward pass keeps for the backward pass, by DiTConfig.remat
@@ -85,6 +87,28 @@ class Inputs(NamedTuple):
     """The projected timestep, one row a sample or one a token."""
     rotation: Float[Array, "2 B L k"]
     """Cosines and sines of its tokens' positions."""
+    key_rotation: Float[Array, "2 B L k"] | None = None
+    """Those of its keys, where they are not those of its queries."""
+
+
+class Injection(NamedTuple):
+    """What the target takes from elsewhere instead of computing it; what is `None` it computes."""
+
+    active: Bool[Array, ""]
+    """If false, it computes everything."""
+    rotations: Float[Array, "B 2 2 L k"] | None = None
+    """In all blocks: the rotation of the queries, then that of the keys, each cosines and sines."""
+    keys_values: KeysValues | None = None
+    """In block 0: the keys, rotated, and the values that its queries read."""
+
+    def rotate(self, inputs: Streams[Inputs]) -> Streams[Inputs]:
+        """The inputs of the blocks with these rotations of the target."""
+        if self.rotations is None:
+            return inputs
+        target = inputs.target
+        assert target is not None
+        queries, keys = (jnp.where(self.active, given, target.rotation) for given in rearrange(self.rotations, "B q c L k -> q c B L k"))
+        return replace(inputs, target=target._replace(rotation=queries, key_rotation=keys))
 
 
 class Modulation(NamedTuple):
@@ -128,13 +152,15 @@ class WanDiT(nnx.Module):
         shard: Shard = UNSHARDED,
         embed_text: bool = True,
         active: Bool[Array, " layers"] | None = None,
+        injection: Injection | None = None,
     ) -> Float[Array, "B F H W c"]:
         """The velocity of `latents` (noise first, then mask and condition) at `timestep` in 0..1000, one per sample or per token.
 
         `text` is the encoder's output, padded with zeros to `config.text_len`; `image` the CLIP features of the first frame, of the
         samples where `has_image` is 1. The target reads `references`, or their `kv_cache`, or neither: plain Wan.
         With `embed_text=False` the text is already as wide as the blocks and goes to them as it is. A `Context` in the place of `text`
-        is what they read instead of text and image. `active` says which blocks run; all do if it is not given.
+        is what they read instead of text and image. `active` says which blocks run; all do if it is not given. `injection` is of the
+        target's tokens alone, all on one device.
         """
         patches = self.grid(latents)
         require(
@@ -150,7 +176,7 @@ class WanDiT(nnx.Module):
             references = ()
         frames = kv_cache.frames if kv_cache is not None else self.frames(references)
         attend = self.strategy(bool(references), kv_cache is not None, self.reach(patches, frames, tokens, shard))
-        x, _ = self.run(x, inputs, contexts, attend, kv_cache, shard, active=active)
+        x, _ = self.run(x, inputs, contexts, attend, kv_cache, shard, active=active, injection=injection)
         assert x.target is not None
         return self.project(x.target[:, :tokens], time, patches, shard)
 
@@ -198,16 +224,36 @@ class WanDiT(nnx.Module):
         timestep: Float[Array, " B"] | Float[Array, "B L"],
         text: Float[Array, "B S E"],
         image: Float[Array, "B I J"] | None = None,
+        injection: Injection | None = None,
+        shard: Shard = UNSHARDED,
     ) -> QKV:
         """The target's queries, keys and values in block `layer`, counted from 0; the blocks from there on are not computed."""
         require(0 <= layer < self.config.num_layers, f"layer {layer}: the network has blocks 0 to {self.config.num_layers - 1}")
-        x, inputs, contexts, _ = self.prepare(latents, timestep, text, image)
-        x, _ = self.run(x, inputs, contexts, self.strategy(False), None, UNSHARDED, stop=layer)
+        x, inputs = self.run_to(layer, latents, timestep, text, image, injection, shard)
         graphdef, layers = nnx.split(self.blocks)
-        block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], layers))
+        block = nnx.merge(graphdef, shard.gather_layer(jax.tree.map(lambda leaf: leaf[layer], layers)))
+        return block.project(x, block.modulation_of(inputs), inputs)
+
+    def run_to(
+        self,
+        layer: int,
+        latents: Float[Array, "B F H W C"],
+        timestep: Float[Array, " B"] | Float[Array, "B L"],
+        text: Float[Array, "B S E"],
+        image: Float[Array, "B I J"] | None = None,
+        injection: Injection | None = None,
+        shard: Shard = UNSHARDED,
+    ) -> tuple[Float[Array, "B L D"], Inputs]:
+        """The target's tokens before block `layer`, counted from 0, and the other inputs of that block, if there is one.
+
+        Neither that block nor one behind it is computed.
+        """
+        x, inputs, contexts, _ = self.prepare(latents, timestep, text, image, shard=shard)
+        x, _ = self.run(x, inputs, contexts, self.strategy(False), None, shard, layer, injection=injection)
+        inputs = inputs if injection is None else injection.rotate(inputs)
         assert x.target is not None
         assert inputs.target is not None
-        return block.project(x.target, block.modulation_of(inputs.target), inputs.target)
+        return x.target, inputs.target
 
     def run(
         self,
@@ -219,16 +265,20 @@ class WanDiT(nnx.Module):
         shard: Shard,
         stop: int | None = None,
         active: Bool[Array, " layers"] | None = None,
+        injection: Injection | None = None,
     ) -> tuple[Streams[Array], Kept | None]:
         """The tokens after all blocks, or after the first `stop`, and what `attend` returned for the cache, layers first.
 
         Where `active` is false a block is left out; nothing can be kept of it.
         """
         graphdef, layers = nnx.split(self.blocks)
+        inputs = inputs if injection is None else injection.rotate(inputs)
         if shard.axis is not None:
             attend = gathered(attend, shard)
 
-        def step(x, per_layer):
+        per_layer = layers, None if kv_cache is None else kv_cache.kept, active
+
+        def step(x, per_layer, attend=attend):
             layer, kept, runs = per_layer
             block = nnx.merge(graphdef, shard.gather_layer(layer))
 
@@ -238,10 +288,21 @@ class WanDiT(nnx.Module):
 
             return run(x) if runs is None else jax.lax.cond(runs, run, lambda x: (x, None), x)
 
-        if self.config.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT[self.config.remat], prevent_cse=False)
-        per_layer = layers, None if kv_cache is None else kv_cache.kept, active
-        return jax.lax.scan(step, x, jax.tree.map(lambda leaf: leaf[:stop], per_layer) if stop is not None else per_layer)
+        def indexed(x, index, attend=attend):
+            return step(x, jax.tree.map(lambda leaf: leaf[index], per_layer), attend)
+
+        def remat(step):
+            policy = self.config.remat
+            return step if policy == "none" else jax.checkpoint(step, policy=REMAT[policy], prevent_cse=False)
+
+        if stop is None and (injection is None or injection.keys_values is None):
+            return jax.lax.scan(remat(step), x, per_layer)
+        # Layers are taken by their index here, because a slice of the stacked layers would be a copy of them.
+        first, stop = 0, self.config.num_layers if stop is None else stop
+        if injection is not None and injection.keys_values is not None and stop > 0:
+            x, _ = remat(partial(indexed, attend=injecting(attend, injection.keys_values, injection.active)))(x, 0)
+            first = 1
+        return jax.lax.scan(remat(indexed), x, jnp.arange(first, stop))
 
     def read_cache(
         self, block: "Block", kept: tuple[tuple[CachedArray, ...], ...], rotations: tuple[Array, ...], shard: Shard
@@ -398,7 +459,7 @@ class Block(nnx.Module):
 
     def project(self, x: Float[Array, "B L D"], m: Modulation, inputs: Inputs) -> QKV:
         """Queries, keys and values of one stream's tokens in this layer."""
-        return self.self_attention.project(self.modulate(x, m.shift, m.scale), inputs.rotation)
+        return self.self_attention.project(self.modulate(x, m.shift, m.scale), inputs.rotation, inputs.key_rotation)
 
     def modulate(self, x: Float[Array, "B L D"], shift: Float[Array, "b l D"], scale: Float[Array, "b l D"]) -> Float[Array, "B L D"]:
         """Norm, scale and shift in float32, then the compute dtype."""
@@ -414,10 +475,12 @@ class SelfAttention(nnx.Module):
         self.query, self.key, self.value, self.out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
-    def project(self, x: Float[Array, "B L D"], rotation: Float[Array, "2 #B L k"]) -> QKV:
-        """Queries, keys and values of one stream's tokens."""
+    def project(
+        self, x: Float[Array, "B L D"], rotation: Float[Array, "2 #B L k"], key_rotation: Float[Array, "2 #B L k"] | None = None
+    ) -> QKV:
+        """Queries, keys and values of one stream's tokens; the keys have the rotation of the queries if they have none of their own."""
         q = rearrange(self.query_norm(self.query(x)), "B L (N K) -> B L N K", N=self.num_heads)
-        return QKV(rotate(q, rotation).astype(x.dtype), *self.keys_values(x, rotation), x)
+        return QKV(rotate(q, rotation).astype(x.dtype), *self.keys_values(x, rotation if key_rotation is None else key_rotation), x)
 
     def keys_values(self, x: Float[Array, "B L D"], rotation: Float[Array, "2 #B L k"]) -> KeysValues:
         """The keys and values alone."""
@@ -427,42 +490,3 @@ class SelfAttention(nnx.Module):
     def join(self, heads: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
         """The output projection of one stream's attention."""
         return self.out(rearrange(checkpoint_name(heads, "attention"), "B L N K -> B L (N K)"))
-
-
-class MLP(nnx.Module):
-    """Linear, GELU (tanh form), Linear."""
-
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, rngs: nnx.Rngs):
-        self.up = Linear(in_dim, hidden_dim, rngs=rngs)
-        self.down = Linear(hidden_dim, out_dim, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
-
-
-class ImageEmbedder(nnx.Module):
-    """CLIP features to the model's width (Wan2.1 MLPProj): its norms have PyTorch's epsilon 1e-5 and its GELU is exact."""
-
-    def __init__(self, image_dim: int, dim: int, *, rngs: nnx.Rngs):
-        self.norm_in, self.norm_out = LayerNorm(image_dim, 1e-5), LayerNorm(dim, 1e-5)
-        self.up, self.down = Linear(image_dim, image_dim, rngs=rngs), Linear(image_dim, dim, rngs=rngs)
-
-    def __call__(self, image: Float[Array, "B I J"]) -> Float[Array, "B I D"]:
-        h = self.up(self.norm_in(image).astype(image.dtype))
-        h = self.down(exact_gelu(h))
-        return self.norm_out(h).astype(image.dtype)
-
-
-class TimeEmbedder(nnx.Module):
-    """Sinusoids [cos | sin] of the timestep (0..1000) through two layers, all in float32."""
-
-    def __init__(self, freq_dim: int, dim: int, *, rngs: nnx.Rngs):
-        self.freq_dim = freq_dim
-        self.up, self.down = Linear(freq_dim, dim, rngs=rngs), Linear(dim, dim, rngs=rngs)
-
-    def __call__(self, timestep: Float[Array, "B L"]) -> Float[Array, "B L D"]:
-        half = self.freq_dim // 2
-        frequencies = jnp.asarray(10_000.0 ** -(np.arange(half) / half), jnp.float32)
-        angles = timestep.astype(jnp.float32)[..., None] * frequencies[None, None]
-        embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-        return self.down(jax.nn.silu(self.up(embedding)))

@@ -18,6 +18,7 @@ from configs.run import CheckpointConfig
 from launch import command as launch_command
 from launch import export, sample
 from omnitransfer_jax.folders import checksums, model_folder, run_folder
+from omnitransfer_jax.models.omnitransfer import Conditions
 from tests.folders.test_run_folder import State
 from tests.train.tiny_run import TINY
 
@@ -128,7 +129,7 @@ def test_no_command_uses_flipped_bits(run, tmp_path, capsys, monkeypatch, comman
     workdir, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out.mp4"
     shutil.rmtree(workdir / "checkpoints" / "2")
     run_folder.write_config(workdir, SMOKE)
-    monkeypatch.setattr(sample, "encode", lambda encoders, request: None)
+    monkeypatch.setattr(sample, "encode", lambda encoders, request: Conditions(*jnp.zeros((2, 1, 1, 1))))
     damaging = flips(workdir / "checkpoints" / "4", "ema/ocdbt.process_0/d/")
     next(damaging)
     request = ["--prompt=a ball", f"--first_frame={picture(tmp_path)}"] if command is sample else []

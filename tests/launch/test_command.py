@@ -94,7 +94,7 @@ GIVEN = ["--config=wan:smoke", "--out=x"]
         ([*GIVEN, "--zzzzzz=3"], "--zzzzzz: no such flag or configuration field; --help lists all"),
         ([*GIVEN, "--sampler.steps=abc"], "--sampler.steps=abc: expected int"),
         ([*GIVEN, "--sampler.shift"], "--sampler.shift=: expected float"),
-        ([*GIVEN, "--sampler.solver=eulr"], "--sampler.solver=eulr: expected one of unipc, euler"),
+        ([*GIVEN, "--sampler.solver=eulr"], "--sampler.solver=eulr: expected one of unipc, dpm++, euler"),
         ([*GIVEN, "--dit.image_dim=wide"], "--dit.image_dim=wide: expected int | None"),
         ([*GIVEN, "--dit.patch=1,2,2"], "--dit.patch=1,2,2: expected values of (int, int, int), separated by blanks"),
         ([*GIVEN, "--data.shuffle=maybe"], "--data.shuffle=maybe: expected bool"),
@@ -184,7 +184,10 @@ def test_help_shows_flags_fields_and_what_they_mean(capfd):
 
 def test_the_configuration_of_another_command_is_refused(capfd):
     assert execute("--config=vae:tiny", "--out=x") == 2
-    assert capfd.readouterr().err == "--config=vae:tiny: the configuration of another command; take stage0, stage1, stage2, stage3, wan\n"
+    error = capfd.readouterr().err
+    assert error.startswith("--config=vae:tiny: the configuration of another command; take ")
+    assert {"stage1", "wan"} < set(error.split("take ")[1].strip().split(", "))
+    assert "vae" not in error.split("take ")[1]
 
 
 def test_a_command_may_take_one_of_several_configurations(capfd):

@@ -209,7 +209,8 @@ def test_wrong_requests_are_one_line(whole, clip, tmp_path, capsys):
     given = [f"--reference={clip}", f"--workdir={whole}"]
     assert "another clip, caption or model" in refused(train, *given, "--prompt=another caption")
     assert "--motion.spatial_learning_rate=1.0: the run in" in refused(train, *given, CAPTION, "--motion.spatial_learning_rate=1")
-    assert "a run, and its adapters would be" in refused(train, *given, CAPTION, f"--train.init_from={whole}")
+    other = [f"--reference={clip}", CAPTION, f"--workdir={tmp_path / 'other'}"]
+    assert "a run, and its adapters would be" in refused(train, *other, f"--train.init_from={whole}")
     assert "this network reads none" in refused(sample, f"--checkpoint={whole}", "--task=motion", f"--reference={clip}")
     assert "has 4.0; give its --config" in refused(sample, f"--checkpoint={whole}", "--motion.lora.alpha=9")
     assert "a LoRA has none of that" in refused(export, f"--checkpoint={whole}", "--layout=original", f"--out={tmp_path / 'x'}")

@@ -16,7 +16,8 @@ from data_pipelines.encoders import Encoders
 from launch import command, encode, encode_world, export, import_weights, sample, train
 from omnitransfer_jax import tasks
 
-CONFIGS = (*["stage1:smoke", "stage3:smoke", "wan:tiny", "wan:smoke"] * 4, "stage1", "wan:t2v_1_3b", "vae:tiny", "wan:none", "mllm")
+SMALL = ("stage1:smoke", "stage3:smoke", "wan:tiny", "wan:smoke", "ditflow:smoke")
+CONFIGS = (*SMALL * 4, "stage1", "wan:t2v_1_3b", "vae:tiny", "wan:none", "mllm")
 INTS, REALS = ("0", "-1", "1", "2", "3", "8", "10" * 20, "x", ""), ("0", "-1", "0.5", "1", "1e30", "nan", "inf", "x")
 TEXTS = ("", "x", "a cat " * 200, "é\u200b", "<|image_pad|>", "/", "no/such/folder", "embedded")
 PATTERNS = (".*", "dit/.*", "(", "a{99999999999}", "(?i)dit/.*", "")

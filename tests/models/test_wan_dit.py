@@ -15,7 +15,7 @@ from configs.errors import RequestError
 from configs.wan import I2V_14B, T2V_1_3B, T2V_14B
 from omnitransfer_jax.models.attend import plain
 from omnitransfer_jax.models.flat_params import abstract, count, flat_params
-from omnitransfer_jax.models.wan_dit import WanDiT
+from omnitransfer_jax.models.wan_dit import Injection, WanDiT
 from tests.compare import relative_l2
 
 TINY = DiTConfig(dim=24, ffn_dim=32, num_layers=3, num_heads=2, text_dim=8, image_dim=8, freq_dim=16, dtype="float32", remat="none")
@@ -69,6 +69,27 @@ def test_a_tap_is_what_a_layer_computes(batch):
     assert relative_l2(model.tap(1, **batch).q, received[2].q) > 1e-2
     with pytest.raises(RequestError, match="layer 3: the network has blocks 0 to 2"):
         model.tap(3, **batch)
+
+
+def test_what_is_injected_replaces_what_the_target_computes(batch):
+    """Its own rotations, keys and values change nothing; others change it, in a tap too, unless they are inactive."""
+    model = WanDiT(TINY, rngs=nnx.Rngs(0))
+    _, inputs, _, _ = model.prepare(**batch)
+    own = jnp.stack([inputs.target.rotation] * 2).transpose(2, 0, 1, 3, 4)
+
+    @jax.jit
+    def compute(model, injection):
+        return model(**batch, injection=injection), model.tap(2, **batch, injection=injection).q
+
+    keys_values = model.tap(0, **batch)[1:3]
+    plain = compute(model, None)
+    others = Injection(jnp.array(True), 1.1 * own, jax.tree.map(lambda x: x + 1, keys_values))
+    for injection in (Injection(jnp.array(True), own, keys_values), others._replace(active=jnp.array(False))):
+        for ours, theirs in zip(compute(model, injection), plain, strict=True):
+            assert relative_l2(ours, theirs) <= 1e-6
+    for part in (others, others._replace(rotations=None), others._replace(keys_values=None)):
+        for ours, theirs in zip(compute(model, part), plain, strict=True):
+            assert relative_l2(ours, theirs) > 1e-3
 
 
 @pytest.mark.parametrize("remat", ["attention", "full"])
