@@ -95,7 +95,7 @@ class Job(NamedTuple):
 
 
 def main(config: DiTFlow) -> None:
-    config, configs = replace(config, train=replace(config.train, init_from=folder_of(config))), Configs()
+    config = replace(config, train=replace(config.train, init_from=folder_of(config)))
     for name, flag, known in (("methods", ROWS, METHODS), ("references", GIVEN, REFERENCES)):
         unknown = [each for each in flag.value if each not in known]
         require(not unknown, f"--{name}={','.join(unknown)}: unknown; there are {', '.join(known)}")

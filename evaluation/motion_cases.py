@@ -132,5 +132,5 @@ def read(row: dict[str, Any], video: VideoConfig) -> Clip:
     with streams.open_clip(row["clip"]) as container:
         rate = float(streams.video_stream(container, row["clip"]).average_rate or video.fps)
     end = None if row["end"] is None else row["end"] / rate
-    size = dict(frames=video.frames, height=video.height, width=video.width)
-    return clips.read_clip(row["clip"], fps=rate / row["step"], start=row["start"] / rate, end=end, **size)
+    start, fps = row["start"] / rate, rate / row["step"]
+    return clips.read_clip(row["clip"], frames=video.frames, fps=fps, height=video.height, width=video.width, start=start, end=end)

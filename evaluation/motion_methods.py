@@ -89,12 +89,12 @@ class Backbone:
 
 
 class Configs(NamedTuple):
-    """The numbers of the methods that learn, on the backbone's models, sampler and size; None leaves a method out."""
+    """The numbers of the methods that learn, on the backbone's models, sampler and size."""
 
-    follow_your_motion: FollowYourMotion | None = None
-    motion_inversion: MotionInversion | None = None
+    follow_your_motion: FollowYourMotion
+    motion_inversion: MotionInversion
     omnitransfer: tuple[Config, str] | None = None
-    """The configuration and folder of a run."""
+    """The configuration and folder of a run; without one there is no such row."""
     features_block: int | None = None
     """The block behind which SMM and MOFT read features; DiTFlow's if None."""
 
