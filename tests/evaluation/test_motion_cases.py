@@ -96,3 +96,11 @@ def test_cases_of_the_world():
         assert np.array_equal(case.first_frame(), pixels.render(case.pair.target, video)[0])
         assert np.array_equal(case.reference(), pixels.render(case.pair.reference, video))
         assert not np.array_equal(case.other(), case.reference())
+
+
+def test_another_reference_has_another_motion():
+    """Where the next pair has the same motion, it is the next but one's."""
+    video, motion = wan.get_config("tiny").video, [motion_cases.drawn(n).reference.motion for n in range(40)]
+    index = next(n for n in range(38) if motion[n] == motion[n + 1] != motion[n + 2])
+    case = motion_cases.of_world(video, index + 1)[index]
+    assert np.array_equal(case.other(), pixels.render(motion_cases.drawn(index + 2).reference, video))
