@@ -107,7 +107,9 @@ def main(config: DiTFlow) -> None:
         networks = ("dit", "vae", "text", *(["image"] if config.dit.image_dim is not None else []))
         load_models.require_weights(config.train.init_from, config, networks, "--checkpoint")
         configs = configs_of(config)
-        jobs = [job for job in all_jobs(configs) if job.method in ROWS.value and job.reference in GIVEN.value]
+        jobs = [
+            job for job in all_jobs(configs, known=cases[0].truth is not None) if job.method in ROWS.value and job.reference in GIVEN.value
+        ]
         for job in jobs:
             require_settings(job.folder / SETTINGS_FILE, settings(job.method, config, configs))
         work(Backbone(config, config.train.init_from), configs, jobs, cases)
@@ -148,9 +150,10 @@ def configs_of(config: DiTFlow) -> Configs:
     return Configs(on_backbone(FYM.value, FollowYourMotion), on_backbone(INVERSION.value, MotionInversion), run, FEATURES.value)
 
 
-def all_jobs(configs: Configs) -> list[Job]:
-    """The backbone first; every other row with its own reference, then the controls."""
-    rows = [name for name in METHODS if name != "omnitransfer" or configs.omnitransfer]
+def all_jobs(configs: Configs, known: bool) -> list[Job]:
+    """The backbone first; every other row with its own reference, then the controls. `known` is whether the true clips are."""
+    absent = ([] if configs.omnitransfer else ["omnitransfer"]) + ([] if known else ["truth"])
+    rows = [name for name in METHODS if name not in absent]
     return [Job(name, each) for name in rows for each in REFERENCES if each == "own" or METHODS[name].reads_reference]
 
 
@@ -317,7 +320,7 @@ def figure(results: Results, cases: Sequence[Case], moments: int = 3) -> Figure:
         return read_clip(path) if path.exists() else None
 
     shown = {"reference": [case.reference() for case in cases], "truth": [case.truth() if case.truth else None for case in cases]}
-    rows = [Job(name, each) for name, each in results if each == "own" and name != "copied"]
+    rows = [Job(name, each) for name, each in results if each == "own" and name not in ("copied", "truth")]
     shown |= {job.title: [made(job, case) for case in cases] for job in rows}
     shown = {title: found for title, found in shown.items() if any(clip is not None for clip in found)}
     page = Figure((1.9 + 0.75 * moments * len(cases), 0.8 * len(shown) + 0.4), layout="constrained")

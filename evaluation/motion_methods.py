@@ -5,7 +5,7 @@ injection    the reference's keys and values in block 0     ditflow_positions  r
 smm, moft    DiTFlow with another loss                      follow_your_motion adapters learnt from the reference
 noised       starts from the reference at strength .75      motion_inversion   tokens learnt from it
 still        the first frame, in all frames                 omnitransfer       a trained run reads it
-copied       the reference itself
+copied       the reference itself                           truth              the clip to be made, in the world
 
 A method that reads the reference is also given it reversed in time, and another one: what it gains with those is not its motion.
 """
@@ -202,6 +202,7 @@ METHODS = {
     "backbone": Method("backbone, not guided", lambda b, c: unguided(b), False),
     "still": Method("first frame, frozen", lambda b, c: None, False),
     "copied": Method("copy of the reference", lambda b, c: None, False),
+    "truth": Method("true clip", lambda b, c: None, False),
     "noised": Method("noised reference, start at .75", lambda b, c: noised(b)),
     "injection": Method("injection", lambda b, c: guided(b, guide="none", kv_injection=True)),
     "smm": Method("SMM", lambda b, c: guided(b, guide="smm", **features(c))),
@@ -215,7 +216,10 @@ METHODS = {
 
 
 def without_network(method: str, case: Case, first_frame: UInt8[np.ndarray, "H W 3"]) -> Clip:
-    """The clip of `still` or `copied`; `first_frame` is the case's own, or that of the backbone's clip."""
+    """The clip of `still`, `copied` or `truth`; `first_frame` is the case's own, or that of the backbone's clip."""
+    if method == "truth":
+        assert case.truth is not None
+        return case.truth()
     reference = case.reference()
     return reference if method == "copied" else np.repeat(first_frame[None], len(reference), 0)
 
