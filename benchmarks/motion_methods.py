@@ -31,10 +31,10 @@ import jax
 import matplotlib as mpl
 import numpy as np
 from absl import flags
-from configs.ditflow import DiTFlow
 from matplotlib.figure import Figure
 
 from benchmarks.ablation import claimed
+from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.motion_inversion import MotionInversion
@@ -114,7 +114,7 @@ def main(config: DiTFlow) -> None:
             require_settings(job.folder / SETTINGS_FILE, settings(job.method, config, configs))
         work(Backbone(config, config.train.init_from), configs, jobs, cases)
     results = read_results(cases)
-    require(bool(results.get(("backbone", "own"))), f"--out={OUT.value}: no clip of the backbone yet; run without --report")
+    require(bool(results.get(("backbone", "own"))), f"--out={OUT.value}: no clip of the backbone yet; make that row")
     page = table(results, len(cases))
     write_whole(Path(OUT.value) / "motion_methods.md", page.encode())
     write_whole(Path(OUT.value) / "motion_methods.png", png(figure(results, cases[: SHOWN.value])))

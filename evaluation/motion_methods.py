@@ -18,9 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from configs.ditflow import DiTFlow
 from jaxtyping import Array, Float, UInt8
 
+from configs.ditflow import DiTFlow
 from configs.follow_your_motion import FollowYourMotion
 from configs.motion_inversion import MotionInversion
 from configs.run import Config, plain
