@@ -13,6 +13,7 @@ Projections compute in `config.dtype`. Float32 always, as in the original: time 
 the residual stream and the head.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 

@@ -43,7 +43,7 @@ def refuse_networks(names: Iterable[str], file: Path) -> None:
 
 def refuse_config(json: Mapping[str, Any], file: Path) -> None:
     """As `refuse_networks`, from the config.json of a diffusion transformer: its class, its type, or channels that Wan does not have."""
-    kinds = f"{json.get('_class_name')} {json.get('model_type')}".lower()
+    kinds = f"{json.get('_class_name')} {json.get('model_type')}".lower().replace("wananimate2", "")  # which is read
     for network, word in (("VACE", "vace"), ("Animate", "animate"), (FLF2V, "flf2v")):
         require(word not in kinds, f"{file}: _class_name={json.get('_class_name')!r} is {_relative(network)}")
     require(json.get("pos_embed_seq_len") is None, f"{file}: pos_embed_seq_len={json.get('pos_embed_seq_len')!r} is of {_relative(FLF2V)}")
