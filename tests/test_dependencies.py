@@ -15,7 +15,7 @@ from tests.test_layers import FILES, LAYERS, ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = {canonicalize_name(each.name): each for each in map(Requirement, PROJECT["dependencies"])}
 PACKAGES = tuple(f"{layer}/" for layer in LAYERS if layer not in ("benchmarks", "tests"))
-OPTIONAL = {"gguf", "torch"}  # imported where a command needs them, or not at all
+OPTIONAL = {"cv2", "gguf", "torch"}  # imported where a command needs them, or not at all
 
 
 def imported(tree: ast.Module) -> set[str]:
