@@ -10,6 +10,7 @@ float32: an upper bound, because XLA for CPUs would keep float32 copies of bf16 
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from absl import app, flags
 
 from configs.ditflow import DiTFlow
 from launch import command
+from omnitransfer_jax import samplers
 from omnitransfer_jax.methods import ditflow
 from omnitransfer_jax.methods.ditflow import Source
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
@@ -54,7 +56,12 @@ def main(_) -> None:
     config.validate()
     given = arrays(config)
     numbers = sum(leaf.size for leaf in flat_params(given[0]).values())
-    programs = {"not guided": lambda dit, conditions, noise, source: denoise(dit, conditions, noise, config.sampler)}
+    expert = samplers.experts(config.sampler)[0]
+
+    def not_guided(dit, conditions, noise, source):
+        return denoise(dit, conditions, samplers.start(noise), config.sampler, expert).latents
+
+    programs: dict[str, Any] = {"not guided": not_guided}
     for name, changes in ROWS.items():
         changed = replace(config, ditflow=replace(config.ditflow, **changes))
         programs[name] = lambda *args, changed=changed: ditflow.sample(*args, None, changed)

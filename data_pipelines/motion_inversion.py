@@ -13,6 +13,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from configs.errors import require
 from configs.motion_inversion import MotionInversion
 from configs.run import plain
 from data_pipelines import in_memory

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import grain
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest

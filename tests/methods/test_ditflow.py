@@ -112,7 +112,8 @@ VARIABLES = pytest.mark.parametrize("variable", ["latents", "positions"])
 @VARIABLES
 def test_no_update_is_the_unguided_sample(request_, variable):
     dit, conditions, noise, _ = request_
-    plain = jax.jit(lambda *args: denoise(*args, CONFIG.sampler))(dit, conditions, noise)
+    expert = samplers.experts(CONFIG.sampler)[0]
+    plain = jax.jit(lambda dit, *args: denoise(dit, *args, CONFIG.sampler, expert).latents)(dit, conditions, samplers.start(noise))
     assert (sampled(request_, variable=variable, updates=0).latents == plain).all()
 
 
