@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from configs.ditflow import DiTFlow
 from launch import command
@@ -25,8 +25,9 @@ from omnitransfer_jax.models.flat_params import abstract, flat_params, with_para
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise
 from omnitransfer_jax.models.wan_dit import WanDiT
 
-CONFIG = flags.DEFINE_string("config", "ditflow:i2v_14b", "A configuration of DiTFlow.")
-FRAMES = flags.DEFINE_integer("frames", 21, "Frames of the video, 4n+1.")
+FLAGS = flags.FlagValues()
+CONFIG = flags.DEFINE_string("config", "ditflow:i2v_14b", "a configuration of DiTFlow", flag_values=FLAGS)
+FRAMES = flags.DEFINE_integer("frames", 21, "frames of the video, 4n+1", lower_bound=1, flag_values=FLAGS)
 ROWS = {  # changes of the guidance
     "latents, keys injected": {},
     "positions, keys injected": {"variable": "positions"},
@@ -50,8 +51,7 @@ def arrays(config: DiTFlow) -> tuple:
     return with_params(dit, weights), conditions, shape(*size), Source(shape(*size), text, image, condition)
 
 
-def main(_) -> None:
-    config = command.load_config(CONFIG.value)
+def main(config: DiTFlow) -> None:
     config = replace(config, video=replace(config.video, frames=FRAMES.value), dit=replace(config.dit, dtype="float32"))
     config.validate()
     given = arrays(config)
@@ -76,4 +76,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, FLAGS)

@@ -81,6 +81,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "benchmarks.import_memory": (Command(("--folder={}/new",), (), "--folder"),),
     "benchmarks.dit_step": (Command(),),
     "benchmarks.reference_cache": (Command(),),
+    "benchmarks.guidance_memory": (Command(),),
     "benchmarks.motion_methods": (Command(("--out={}/new",), (), "--out"),),
     "data_pipelines.example": (Command(("--out={}/new",), (), "--out"),),
 }  # fmt: skip
