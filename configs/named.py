@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
@@ -42,10 +42,10 @@ def fitting(parts: Mapping[str, Any], of: Collection[Kind]) -> str:
     def fits(config: Config) -> bool:
         return not any(any(differences(part, getattr(config, name), of)) for name, part in parts.items())
 
-    found = {name: config for name, config in variants(Config).items() if fits(config)}
-    return fit([name for name, config in found.items() if type(config) is Config] or list(found))
+    return fit({name: config for name, config in variants(Config).items() if fits(config)})
 
 
-def fit(found: Sequence[str]) -> str:
-    """The end of a message that names the configurations `found`; empty if there is none."""
+def fit(fitting: Mapping[str, RunConfig]) -> str:
+    """The end of a message that names these configurations, those of methods only if there are no others; empty if there is none."""
+    found = [name for name, config in fitting.items() if not isinstance(config, Config) or type(config) is Config] or list(fitting)
     return f"; what fits is --config={' or '.join(filter(None, (', '.join(found[:-1]), *found[-1:])))}" if found else ""

@@ -105,7 +105,7 @@ SPACES = {
 def main(config: Config) -> None:
     checkpoint, layout = CHECKPOINT.value, LAYOUT.value
     require(bool(checkpoint), "--checkpoint='': empty; give the folder of a checkpoint")
-    inputs.require_checkpoint("--checkpoint", checkpoint)
+    inputs.require_checkpoint("--checkpoint", checkpoint, type(config))
     outputs.require_new_folder("--out", OUT.value, [checkpoint])
     if isinstance(config, MotionInversion):
         tokens = load_tokens(checkpoint, config)

@@ -198,7 +198,7 @@ def _require_same(workdir: epath.PathLike, config: RunConfig, of: Collection[kin
     stored = read_config(workdir, type(config))
     for name, value, now in _other_networks(stored, config, of):
         if name not in except_for:
-            fits = [each for each, known in named.variants(type(config)).items() if not any(_other_networks(stored, known, of))]
+            fits = {each: known for each, known in named.variants(type(config)).items() if not any(_other_networks(stored, known, of))}
             raise RequestError(
                 f"--{name}={now!r}: the run in {workdir} has {value!r}; give its --config, or --{name}={value!r}{named.fit(fits)}"
             )

@@ -333,4 +333,4 @@ def test_real_clips_become_batches(run, shared, tmp_path):
     distinct = [np.abs(batch.target[i] - batch.reference[i]).max() for i in range(5)]
     assert min(distinct) > 0.1
     reference = omnitransfer.make_reference(jnp.asarray(batch.reference), jnp.asarray(batch.task), (3, 2, 3))
-    assert jax.tree.map(lambda x: x.shape, reference) == ((5, 3, 4, 6, 36), (5, 3))
+    assert jax.tree.map(lambda x: x.shape, reference) == ((5, 3, 4, 6, 36), (5, 3), None, None)

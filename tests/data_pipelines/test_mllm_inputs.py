@@ -285,7 +285,8 @@ def test_a_hub_folder_is_imported_bit_for_bit(hub, tmp_path, capfd, place):
     output = capfd.readouterr().out
     assert "mllm_tokenizer: copied" in output
     assert "tokenizer: not there; no prompt can be read" in output
-    assert {path.name for path in (ours / "mllm_tokenizer").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    copied = {path.name for path in (ours / "mllm_tokenizer").iterdir() if not path.name.startswith("checksums")}
+    assert copied == {"tokenizer.json", "tokenizer_config.json"}
     assert len(find(hub)) > 1
 
     shapes = flat_params(abstract(lambda rngs: Qwen2_5VL(ALIGNED.mllm, rngs=rngs)))

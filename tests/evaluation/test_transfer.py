@@ -160,7 +160,7 @@ def test_conditions_are_those_of_sampling(request, monkeypatch, kind, asked):
     pairs = [first._replace(task=task, reference=held_out(TINY, task, 1)[0].reference) for task in asked]
     monkeypatch.setattr(load_models, "load_alignment", lambda *_: networks.alignment)
     config = replace(run.config, sampler=replace(run.config.sampler, guidance=5.0))
-    expected = sample.encode(Encoders(config, model_folder.EMBEDDED), request_of(*pairs))
+    expected, _ = sample.encode(Encoders(config, model_folder.EMBEDDED), request_of(*pairs))
     found = Transfer(config, run.encoders).conditions(networks, *([pair] for pair in pairs))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)

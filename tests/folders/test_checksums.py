@@ -130,7 +130,7 @@ def test_no_command_uses_flipped_bits(run, tmp_path, capsys, monkeypatch, comman
     workdir, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out.mp4"
     shutil.rmtree(workdir / "checkpoints" / "2")
     run_folder.write_config(workdir, SMOKE)
-    monkeypatch.setattr(sample, "encode", lambda encoders, request: Conditions(*jnp.zeros((2, 1, 1, 1))))
+    monkeypatch.setattr(sample, "encode", lambda encoders, request: (Conditions(*jnp.zeros((2, 1, 1, 1))), None))
     damaging = flips(workdir / "checkpoints" / "4", "ema/ocdbt.process_0/d/")
     next(damaging)
     request = ["--prompt=a ball", f"--first_frame={picture(tmp_path)}"] if command is sample else []

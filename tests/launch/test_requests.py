@@ -93,7 +93,7 @@ def without_networks(monkeypatch):
         path.touch()
 
     monkeypatch.setattr(sample, "encode", lambda encoders, request: None)
-    monkeypatch.setattr(sample, "generate", lambda encoders, video, conditions: np.zeros((1, 1)))
+    monkeypatch.setattr(sample, "generate", lambda encoders, request, encoded, finish: np.zeros((1, 1)))
     monkeypatch.setattr(Encoders, "decode", lambda self, latents: np.zeros((1, 1, 16, 16, 3), np.float32))
     monkeypatch.setattr(Encoders, "load", lambda self: None)
     monkeypatch.setattr(Encoders, "text", lambda self, prompts: (np.zeros((1, 1, 1), np.float32), np.ones(1, int)))

@@ -118,7 +118,7 @@ def test_wrong_requests(tmp_path, capsys, args, words):
 
 def test_what_is_left_out_is_said_before_sampling(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sample, "encode", lambda encoders, request: None)
-    monkeypatch.setattr(sample, "generate", lambda encoders, video, conditions: None)
+    monkeypatch.setattr(sample, "generate", lambda encoders, request, encoded, finish: None)
     monkeypatch.setattr(Encoders, "decode", lambda self, latents: np.zeros((1, 5, 32, 48, 3), np.float32))
     image, out = picture(tmp_path / "a.png"), f"--out={tmp_path / 'a.mp4'}"
     long, cut = "--prompt=" + 40 * "x", "--prompt has 41 tokens: 32 are read (dit.text_len), the end is cut off"
