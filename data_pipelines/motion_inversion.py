@@ -31,7 +31,8 @@ from omnitransfer_jax.train import loop
 
 def train(config: MotionInversion, workdir: Path, mesh: Mesh, clip: UInt8[np.ndarray, "T H W 3"], caption: str) -> None:
     """The tokens of a clip of `config.video` and its caption, up to `config.train.steps` or a signal."""
-    load_models.require_weights(config.train.init_from, plain(config), ("dit", "vae", "text"))
+    networks = ("dit", "vae", "text", *(["image"] if config.dit.image_dim is not None else []))
+    load_models.require_weights(config.train.init_from, plain(config), networks)
     digest = in_memory.digest((clip, np.frombuffer(caption.encode(), np.uint8)))
     if run_folder.is_run(str(workdir)):
         loop.checked_origin(objective(config), loop.with_absolute_paths(config), workdir.absolute(), digest, done=1)

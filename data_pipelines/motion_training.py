@@ -161,12 +161,12 @@ def encode(config: FollowYourMotion, encoders: Encoders, clip: UInt8[np.ndarray,
 def _sample(encoders: Encoders, video: Float[np.ndarray, "T H W 3"], text: Float[np.ndarray, "1 S E"], given: bool) -> Sample:
     """The sample of some frames; on an image-to-video network the first is `given`, or the frames before the noise are all grey."""
     latents, condition, image = encoders.latents(video[None]), None, None
-    if encoders.config.dit.image_dim is not None:
+    if encoders.config.dit.image_to_video:
         first = video[:1] if given else None
         condition = np.asarray(
             encode_first_frames(encoders.vae, None if first is None else jnp.asarray(first), shape=(1, *video.shape[:3]))
         )
-        image = None if first is None else encoders.image(first)
+        image = encoders.image(first) if first is not None and encoders.config.dit.image_dim is not None else None
     return Sample._make([latents, text, condition, image])
 
 

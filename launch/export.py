@@ -222,7 +222,7 @@ def export_motion(config: FollowYourMotion) -> None:
     about = {
         "format": "pt",
         "method": "Follow-Your-Motion",
-        "base_model": BASE_NAMES["text-to-video" if config.dit.image_dim is None else "image-to-video"].format(dim=config.dit.dim),
+        "base_model": BASE_NAMES["image-to-video" if config.dit.image_to_video else "text-to-video"].format(dim=config.dit.dim),
         "rank": str(2 * config.motion.lora.rank),
         "steps": str(run_folder.steps_done(checkpoint)),
     }

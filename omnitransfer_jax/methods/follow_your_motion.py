@@ -249,7 +249,7 @@ def keys(config: FollowYourMotion) -> Array:
 
 def sample_spec(config: FollowYourMotion) -> Sample:
     """Shapes and types of a batch of this stage."""
-    is_spatial, is_i2v, size = config.motion.stage == "spatial", config.dit.image_dim is not None, config.train.batch_size
+    is_spatial, dit, size = config.motion.stage == "spatial", config.dit, config.train.batch_size
     shape = replace(config.video, frames=1 if is_spatial else config.motion.sparse_frames).latent_shape(config.vae)
     clip = config.image
 
@@ -259,8 +259,8 @@ def sample_spec(config: FollowYourMotion) -> Sample:
     return Sample(
         latents=array(*shape),
         text=array(config.dit.text_len, config.dit.text_dim),
-        condition=array(*shape[:-1], MASK_CHANNELS + config.vae.z_dim) if is_i2v else None,
-        image=array((clip.image_size // clip.patch) ** 2 + 1, clip.dim) if is_i2v and not is_spatial else None,
+        condition=array(*shape[:-1], MASK_CHANNELS + config.vae.z_dim) if dit.image_to_video else None,
+        image=array((clip.image_size // clip.patch) ** 2 + 1, clip.dim) if dit.image_dim is not None and not is_spatial else None,
     )
 
 
