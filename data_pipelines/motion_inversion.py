@@ -49,10 +49,8 @@ def train_on(
     """The tokens of all clips of `samples`, one after the other, as `loop.train` returns them; `dit` lies on the mesh."""
     index, count = data_share(mesh)
     data = in_memory.batches(samples, config.train.batch_size, seed=config.seed, process_index=index, process_count=count)
-    base = {f"dit.{path}": x for path, x in flat_params(dit).items()}
-    return loop.train(
-        objective(config, stacked(config, dit, starts), len(starts)), config, workdir, mesh, data, data_digest=digest, base=base
-    )
+    trained, base = objective(config, stacked(config, dit, starts), len(starts)), flat_params(dit, "dit.")
+    return loop.train(trained, config, workdir, mesh, data, data_digest=digest, base=base)
 
 
 def stacked(config: MotionInversion, dit: WanDiT, starts: Sequence[Start]) -> dict[str, Float[np.ndarray, "B sets N D"]]:

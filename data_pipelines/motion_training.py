@@ -4,8 +4,8 @@
     WORKDIR/spatial/      the run of the first stage
     WORKDIR/              the run of the second one, which starts from it; launch.sample and launch.export read this one
 
-Started again, it goes on in the stage in which it stopped, bit for bit. Where the transformer is that of imported weights, checkpoints
-hold the adapters alone.
+Started again, it goes on in the stage in which it stopped, bit for bit. Checkpoints hold the adapters alone; the transformer is read again
+from train.init_from.
 """
 
 import json
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
@@ -33,7 +32,6 @@ from omnitransfer_jax.folders import fingerprint, run_folder
 from omnitransfer_jax.folders.atomic import read_json, write_whole
 from omnitransfer_jax.mesh import specs, to_mesh
 from omnitransfer_jax.methods.follow_your_motion import (
-    ADAPTER,
     Sample,
     Stage,
     head_scores,
@@ -46,8 +44,7 @@ from omnitransfer_jax.methods.follow_your_motion import (
     with_heads,
 )
 from omnitransfer_jax.models import lora
-from omnitransfer_jax.models.flat_params import flat_params, with_params
-from omnitransfer_jax.models.omnitransfer import OmniTransfer
+from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.train import loop
 from omnitransfer_jax.train.objective import Params
@@ -90,60 +87,58 @@ def train(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: UInt8[np.nd
         print(note, flush=True)
     samples = encode(config, encoders, clip, prompt)
     encoders.release()
-    temporal = classify(config, workdir, mesh, samples.clip, digest)
+    dit = load_models.load_dit(origin, config, mesh)
+    temporal = classify(config, workdir, mesh, dit, samples.clip, digest)
     if config.motion.spatial_steps and not run_folder.is_run(str(workdir)):
         if run_folder.steps_done(spatial) < first.train.steps:
-            run_stage(first, spatial, mesh, samples.spatial, temporal, digest)
+            run_stage(first, spatial, mesh, dit, samples.spatial, temporal, digest)
         if run_folder.steps_done(spatial) < first.train.steps:  # a signal stopped it
             return
-    run_stage(second, workdir, mesh, samples.temporal, temporal, digest)
+    run_stage(second, workdir, mesh, dit, samples.temporal, temporal, digest)
 
 
 def run_stage(
-    config: FollowYourMotion, workdir: Path, mesh: Mesh, samples: Sample, temporal: Bool[np.ndarray, "layers N"], digest: str
+    config: FollowYourMotion, workdir: Path, mesh: Mesh, dit: WanDiT, samples: Sample, temporal: Bool[np.ndarray, "layers N"], digest: str
 ) -> None:
     """One stage up to its last step, or to a signal."""
     print(f"{config.motion.stage} stage", flush=True)
     data = in_memory.batches(samples, config.train.batch_size, seed=config.seed)
-    imported = run_folder.imported_weights(config.train.init_from)
-    trained = objective(config, temporal, stored=ADAPTER if imported else ".*")
-    loop.train(trained, config, workdir, mesh, data, data_digest=digest)
+    loop.train(objective(config, temporal), config, workdir, mesh, data, data_digest=digest, base=flat_params(dit, "dit."))
 
 
 class ManyClips:
     """Both stages on one clip after another, without workdirs; each stage is compiled once. The result is that of `train`, bit for bit."""
 
     def __init__(self, config: FollowYourMotion, mesh: Mesh):
-        self.config, self.mesh, self.base = config, mesh, base_dit(config, mesh)
+        self.config, self.mesh, self.base = config, mesh, load_models.load_dit(config.train.init_from, config, mesh)
         self.encoders = Encoders(config, config.train.init_from)
         names: tuple[Stage, ...] = ("spatial", "temporal") if config.motion.spatial_steps else ("temporal",)
         self.stages = [stage(config, name, config.train.init_from) for name in names]
         self.steps = [self._compiled_step(each) for each in self.stages]
-        drawn = objective(self.stages[-1])
-        self.adapters = jax.jit(lambda: {path: x for path, x in drawn.init().items() if lora.PATH.fullmatch(path)})()
+        self.adapters = jax.jit(objective(self.stages[-1]).init)()
 
     def __call__(self, clip: UInt8[np.ndarray, "T H W 3"], prompt: str) -> WanDiT:
         """The transformer with the adapters of a clip of `config.video` added to its kernels."""
         config, samples = self.config, encode(self.config, self.encoders, clip, prompt)
         scores = head_scores(config, self.base, jax.tree.map(jnp.asarray, samples.clip), keys(config)[2])
-        base = {f"dit.{path}": x for path, x in flat_params(self.base).items()}
-        params = base | with_heads(self.adapters, temporal_heads(scores, config.motion))
+        params = with_heads(self.adapters, temporal_heads(scores, config.motion))
         for each, step in zip(self.stages, self.steps, strict=True):
             trained = objective(each)
             params |= self._run(each, step, {path: params[path] for path in trained.params}, getattr(samples, each.motion.stage))
-        merged = lora.merge_lora({path.removeprefix("dit."): x for path, x in params.items()}, config.motion.lora.scale)
-        return with_params(self.base, merged)
+        adapters = {path.removeprefix("dit."): x for path, x in params.items()}
+        return with_params(self.base, lora.merge_lora(flat_params(self.base) | adapters, config.motion.lora.scale))
 
     def _compiled_step(self, config: FollowYourMotion) -> loop.Step:
         trained, optimizer = objective(config), make_optimizer(config.optimizer, config.train.steps)
-        return jax.jit(loop.make_step(trained, config, optimizer, self.mesh, specs(trained.params, trained.sharding, config.mesh)))
+        where = specs({**trained.params, **trained.base}, trained.sharding, config.mesh)
+        return jax.jit(loop.make_step(trained, config, optimizer, self.mesh, where))
 
     def _run(self, config: FollowYourMotion, step: loop.Step, params: Params, samples: Sample) -> Params:
         """All parameters after a stage: averages, if it keeps them."""
         trained, data = objective(config), in_memory.batches(samples, config.train.batch_size, seed=config.seed)
         state = init_state(params, trained, config, make_optimizer(config.optimizer, config.train.steps))
         for _ in range(config.train.steps):
-            state, _ = step(state, to_mesh(next(data), self.mesh), trained.root_key())
+            state, _ = step(state, to_mesh(next(data), self.mesh), trained.root_key(), flat_params(self.base, "dit."))
         return params | (state.ema or state.trainable)
 
 
@@ -178,7 +173,7 @@ def digest_of(config: FollowYourMotion, clip: UInt8[np.ndarray, "T H W 3"], prom
     return " ".join([found, *(fingerprint.of_part(imported, part) for part in (parts if imported else ()))])
 
 
-def classify(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: Sample, digest: str) -> Bool[np.ndarray, "layers N"]:
+def classify(config: FollowYourMotion, workdir: Path, mesh: Mesh, dit: WanDiT, clip: Sample, digest: str) -> Bool[np.ndarray, "layers N"]:
     """Which heads are temporal: those of heads.json, or found now, printed and written there."""
     made_of = {"data": digest, "config": json.loads(json.dumps(select(config, ["model", "training"])["motion"]))}
     file = workdir / HEADS_FILE
@@ -186,7 +181,8 @@ def classify(config: FollowYourMotion, workdir: Path, mesh: Mesh, clip: Sample, 
         return np.array(kept["temporal"], bool)
     if mesh.size > 1:  # no fused kernel is divided over devices outside a shard_map
         config = replace(config, dit=replace(config.dit, attention="chunked"))
-    scores = head_scores(config, base_dit(config, mesh), jax.tree.map(jnp.asarray, clip), keys(config)[2])
+        dit = with_params(abstract(lambda rngs: WanDiT(config.dit, rngs=rngs)), flat_params(dit))
+    scores = head_scores(config, dit, jax.tree.map(jnp.asarray, clip), keys(config)[2])
     temporal = temporal_heads(scores, config.motion)
     print(f"{HEADS_FILE}: heads by {config.motion.rule!r}\n{head_table(temporal)}", flush=True)
     write_whole(file, json.dumps(heads_json(temporal, scores._asdict(), made_of)) + "\n")
@@ -198,10 +194,3 @@ def heads_json(temporal: Bool[np.ndarray, "layers N"], scores: Mapping[str, Any]
     blocks = [{"block": layer, "spatial": int((~heads).sum()), "temporal": int(heads.sum())} for layer, heads in enumerate(temporal)]
     values = {name: np.asarray(each).round(6).tolist() for name, each in scores.items()}
     return {"blocks": blocks, "temporal": temporal.astype(int).tolist(), "scores": values, "made_of": dict(made_of)}
-
-
-def base_dit(config: FollowYourMotion, mesh: Mesh) -> WanDiT:
-    """The transformer that the training starts from, imported or random."""
-    if config.train.init_from:
-        return load_models.load_dit(config.train.init_from, config, mesh)
-    return jax.jit(lambda: OmniTransfer(config, rngs=nnx.Rngs(keys(config)[0])).dit)()

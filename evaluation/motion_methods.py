@@ -160,7 +160,7 @@ def with_tokens(backbone: Backbone, config: MotionInversion) -> Make:
         samples, starts = inversion_data.encode(backbone.encoders, config, clip[None], [case.caption])
         start = inversion_data.stacked(config, backbone.dit, starts)
         state = init_state(motion_inversion.objective(config, start).init(), trained, config, optimizer)
-        base = {f"dit.{path}": x for path, x in flat_params(backbone.dit).items()}
+        base = flat_params(backbone.dit, "dit.")
         data = in_memory.batches(samples, config.train.batch_size, seed=config.seed)
         for _ in range(config.train.steps):
             state, _ = step(state, to_mesh(next(data), backbone.mesh), trained.root_key(), base)

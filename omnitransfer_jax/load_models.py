@@ -106,7 +106,9 @@ def load_dit(folder: str, config: Config, mesh: Mesh, part: str = "dit") -> WanD
     leaves = placed(mesh, params, specs(params, SHARDING, config.mesh))
     sharding = {path: leaf.sharding for path, leaf in leaves.items()}
     if run_folder.is_run(folder) and isinstance(config, FollowYourMotion):
-        return _load_adapted(folder, config, mesh, sharding)
+        base = _load(folder, part, make, config.dit.dtype, sharding)
+        adapters = jax.device_put(load_adapters(folder, config), replicated(mesh))
+        return with_params(base, lora.merge_lora(flat_params(base) | adapters, config.motion.lora.scale))
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "dit", config.dit.dtype, sharding)
     return _load(folder, part, make, config.dit.dtype, sharding)
@@ -115,9 +117,8 @@ def load_dit(folder: str, config: Config, mesh: Mesh, part: str = "dit") -> WanD
 def load_adapters(folder: str, config: FollowYourMotion) -> dict[str, jax.Array]:
     """The parameters of the two adapters that a run of Follow-Your-Motion trained, by their paths in the transformer, float32."""
     run_folder.require_same_function(folder, config)
-    params = flat_params(abstract(partial(follow_your_motion.make_model, config)))
-    adapters = [path for path in params if lora.PATH.fullmatch(path)]
-    found = run_folder.load_params(folder, params, dtype="float32", only=adapters)
+    params = follow_your_motion.adapters(abstract(partial(follow_your_motion.make_model, config)))
+    found = run_folder.load_params(folder, params, dtype="float32")
     return {path.removeprefix("dit."): leaf for path, leaf in found.items()}
 
 
@@ -186,19 +187,6 @@ def _load_trained(
     loaded = run_folder.load_params(folder, params, places, dtype)
     require(len(loaded) == len(params), f"{folder}: this run has no {part}; give one of a later stage, or --config of its own")
     return with_params(model, {path.removeprefix(f"{part}."): x for path, x in loaded.items()})
-
-
-def _load_adapted(folder: str, config: FollowYourMotion, mesh: Mesh, sharding: Mapping[str, jax.sharding.Sharding]) -> WanDiT:
-    """The transformer with the adapters of a run added to its kernels."""
-    model, dtype = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs)), config.dit.dtype
-    params = flat_params(abstract(partial(follow_your_motion.make_model, config)))
-    bare = {f"dit.{path}": place for path, place in sharding.items()}
-    loaded = run_folder.load_params(folder, params, bare, dtype, only=bare)
-    base = {path.removeprefix("dit."): leaf for path, leaf in loaded.items()}
-    if not base:  # the run keeps no copy of imported weights
-        base = model_folder.load_part(run_folder.imported_weights(folder), "dit", flat_params(model), sharding, dtype)
-    adapters = jax.device_put(load_adapters(folder, config), replicated(mesh))
-    return with_params(model, lora.merge_lora(base | adapters, config.motion.lora.scale))
 
 
 def _load(

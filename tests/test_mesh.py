@@ -18,7 +18,7 @@ from jaxtyping import Array
 from configs import stage1, wan
 from configs.errors import RequestError
 from configs.run import MeshConfig, ReferenceCache, RunConfig, SamplerConfig
-from omnitransfer_jax.mesh import DATA, make_mesh, replicated, specs, to_mesh
+from omnitransfer_jax.mesh import DATA, make_mesh, placed, replicated, specs, to_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.models.flat_params import abstract, with_params
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise_on, make_reference
@@ -36,7 +36,7 @@ CASES = {"2x4": (2, 4, 1), "4x2_in_two_parts": (4, 2, 2), "8x1": (8, 1, 1)}  # d
 def drawn_params(objective: Objective) -> dict[str, np.ndarray]:
     """Values of every parameter that let no gradient vanish."""
     draw = np.random.default_rng(0).standard_normal
-    params = {path: 0.2 * draw(leaf.shape) for path, leaf in objective.params.items()}
+    params = {path: 0.2 * draw(leaf.shape) for path, leaf in {**objective.params, **objective.base}.items()}
     return {path: np.asarray(path.endswith("scale") + x, np.float32) for path, x in params.items()}
 
 
@@ -46,12 +46,15 @@ def step_on(
     """Loss and gradients of one step over a whole batch; the optimizer keeps the gradients and does nothing else with them."""
     optimizer = optax.trace(decay=0.0)
     config = replace(config, mesh=MeshConfig(data=data, context=context), optimizer=replace(config.optimizer, accumulate=accumulate))
-    mesh, spec = make_mesh(config.mesh), specs(objective.params, objective.sharding, config.mesh)
+    mesh, params = make_mesh(config.mesh), drawn_params(objective)
+    spec = specs(params, objective.sharding, config.mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, placed_state(objective, config, optimizer, mesh, spec))
-    state = jax.jit(lambda params: init_state(params, objective, config, optimizer), out_shardings=places)(drawn_params(objective))
+    leaves = placed(mesh, dict(objective.base), {path: spec[path] for path in objective.base})
+    base = {path: jax.device_put(params.pop(path).astype(leaf.dtype), leaf.sharding) for path, leaf in leaves.items()}
+    state = jax.jit(lambda params: init_state(params, objective, config, optimizer), out_shardings=places)(params)
     key = jax.device_put(jax.random.key(1), replicated(mesh))
     step = jax.jit(make_train_step(objective, config, optimizer, mesh, spec), out_shardings=(places, None))
-    state, metrics = step(state, to_mesh(batch, mesh), key)
+    state, metrics = step(state, to_mesh(batch, mesh), key, base)
     return float(metrics["loss"]), {path: np.asarray(x) for path, x in state.moments.trace.items()}
 
 

@@ -3,7 +3,7 @@
     WORKDIR/config.json          which training wrote it, digests of its data and of the weights it started from, the whole configuration
     WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped), data, and checksums
 
-Frozen parameters of imported weights need not be in it (`Objective.stored`).
+Parameters of another folder that a training only reads are not in it (`Objective.base`).
 
 A checkpoint is whole or absent: Orbax writes it under another name first, and checksums of its files follow (checksums.py). `data` is the
 number of batches read, the same for all processes, so a run may go on with another number of processes.
@@ -403,11 +403,9 @@ def _require_training(workdir: epath.PathLike, found: str, wanted: type[RunConfi
 def _require_same_shapes(folder: epath.Path, params: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """A `RequestError` unless the parts that `params` and `found` share have the same parameters, of the same shapes.
 
-    `found` may lack a named adapter (models/lora.py), which a training adds to the model it starts from; or it has nothing but named
-    adapters, because the run keeps no copy of the imported model that they belong to.
+    `found` may lack a named adapter (models/lora.py), which a training adds to the model it starts from.
     """
-    alone = all(ADDED.fullmatch(path) for path in found)
-    absent = {path for path in params if path not in found and (alone or ADDED.fullmatch(path))}
+    absent = {path for path in params if path not in found and ADDED.fullmatch(path)}
     shared = {path.partition(".")[0] for path in found} & {path.partition(".")[0] for path in params}
     wrong = sorted(
         path

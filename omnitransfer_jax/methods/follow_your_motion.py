@@ -41,7 +41,6 @@ from omnitransfer_jax.train.objective import Metrics, Objective, Params
 
 Stage = Literal["spatial", "temporal"]
 ADAPTERS: dict[Stage, str] = {"spatial": "lora_spatial", "temporal": "lora_temporal"}
-ADAPTER = r"dit/.*\.lora_(spatial|temporal)\..*"
 CHUNK = 256  # queries whose attention is computed at once, of one head
 SMALLEST = 1e-8  # norm below which torch's cosine_similarity divides by this instead
 
@@ -216,28 +215,33 @@ def with_heads(params: Params, temporal: Bool[np.ndarray, "layers N"]) -> Params
     return lora.with_head_mask(lora.with_head_mask(params, 1 - mask, ADAPTERS["spatial"]), mask, ADAPTERS["temporal"])
 
 
-def objective(config: FollowYourMotion, temporal: Bool[np.ndarray, "layers N"] | None = None, stored: str = ".*") -> Objective:
-    """The objective of a stage (`stage`) on these heads, or on all if a dry run has none; `stored` as in `Objective`, `ADAPTER` if the
-    transformer comes from imported weights."""
+def adapters(model: OmniTransfer) -> dict[str, Any]:
+    """The parameters of a model's adapters by path, without those of the transformer around them."""
+    return {path: x for path, x in flat_params(model).items() if lora.PATH.fullmatch(path)}
+
+
+def objective(config: FollowYourMotion, temporal: Bool[np.ndarray, "layers N"] | None = None) -> Objective:
+    """The objective of a stage (`stage`) on these heads, or on all if a dry run has none; the transformer is its `base`."""
     model = abstract(partial(make_model, config))
+    params = adapters(model)
     heads = np.ones((config.dit.num_layers, config.dit.num_heads), bool) if temporal is None else temporal
     key_init, key_steps, _ = keys(config)
     batch = sample_spec(config)
     tokens = int(np.prod([n // p for n, p in zip(batch.latents.shape[1:4], config.dit.patch, strict=True)]))
     return Objective(
-        params=flat_params(model),
+        params=params,
+        base={path: jax.ShapeDtypeStruct(x.shape, config.dit.dtype) for path, x in flat_params(model).items() if path not in params},
         sharding=SHARDING,
         trainable=config.train.trainable,
         batch=batch,
         draw=partial(draw, config),
         loss=partial(loss, config, model),
-        init=lambda: with_heads(flat_params(make_model(config, nnx.Rngs(key_init))), heads),
+        init=lambda: with_heads(adapters(make_model(config, nnx.Rngs(key_init))), heads),
         root_key=lambda: key_steps,
         stack="dit.blocks.",
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": "dit"},
-        stored=stored,
         flops=2 * flops.target_pass(config.dit, tokens) * config.train.batch_size,  # no gradients of the transformer's own weights
     )
 

@@ -14,9 +14,10 @@ def abstract(make: Callable[[nnx.Rngs], Model]) -> Model:
     return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
 
 
-def flat_params(model: nnx.Module) -> dict[str, Any]:
-    """Every parameter of `model` (arrays, or shapes if it is abstract) by its path, such as `blocks.self_attention.query.kernel`."""
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+def flat_params(model: nnx.Module, prefix: str = "") -> dict[str, Any]:
+    """Every parameter of `model` (arrays, or shapes if it is abstract) by `prefix` and its path, such as
+    `blocks.self_attention.query.kernel`."""
+    return {prefix + ".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def with_params(model: Model, params: Mapping[str, Any]) -> Model:

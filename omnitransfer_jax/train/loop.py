@@ -6,7 +6,6 @@ Started again on the same workdir it goes on after its latest checkpoint, as if 
 """
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,10 +48,11 @@ def train(
     data_digest: str = "",
     base: Params | None = None,
 ) -> Params | None:
-    """All parameters after `config.train.steps`; None if a signal stopped the run before.
+    """All parameters but `base` after `config.train.steps`; None if a signal stopped the run before.
 
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
-    `evaluate` takes all parameters and measures them on held-out data every `train.evaluate_every` steps; what it returns is logged.
+    `evaluate` takes them and measures them on held-out data every `train.evaluate_every` steps; what it returns is logged. `base` are the
+    arrays of `objective.base`, placed on `mesh`; the caller loads them whenever the run starts or goes on.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -94,7 +94,7 @@ def train(
                     settle(n, metrics)  # before it is saved, for a resumed run does not log it again
                     pending = {}
                 if stop or n == steps or n % config.checkpoint.every == 0:
-                    run_folder.save(checkpoints, n, stored(state, objective), data)
+                    run_folder.save(checkpoints, n, state, data)
                 if stop and n < steps:
                     print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)
                     return None
@@ -133,10 +133,7 @@ def start(
     place, known = {path: leaf.sharding for path, leaf in params.items()}, model_of(origin, objective, config)
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
         print(f"{workdir}: going on after step {checkpoints.latest}", flush=True)
-        state = run_folder.restore(checkpoints, stored(like, objective), data)
-        unread = {path: leaf for path, leaf in like.frozen.items() if path not in state.frozen}
-        base = imported_params(run_folder.imported_weights(origin, type(known)), objective, unread, place) if unread else {}
-        return state._replace(frozen=state.frozen | base)
+        return run_folder.restore(checkpoints, like, data)
     weights: Params = {}
     if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
         run_folder.require_same_model(origin, known)
@@ -155,12 +152,6 @@ def start(
         weights |= jax.jit(draw, out_shardings={path: place[path] for path in left})()
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(lambda weights: init_state(weights, objective, config, optimizer), donate_argnums=0, out_shardings=places)(weights)
-
-
-def stored(state: TrainState, objective: Objective) -> TrainState:
-    """The state as checkpoints hold it, without frozen parameters that `objective.stored` does not match."""
-    names = {path: path.replace(".", "/", 1) for path in state.frozen}
-    return state._replace(frozen={path: x for path, x in state.frozen.items() if re.fullmatch(objective.stored, names[path])})
 
 
 def imported_params(folder: str, objective: Objective, params: Mapping[str, Any], place: Mapping[str, Any]) -> Params:
@@ -188,7 +179,7 @@ def require_weights(objective: Objective, config: RunConfig) -> None:
     """A `RequestError` if a run of this configuration could not start: no weights, or those of another model; none are read."""
     origin = config.train.init_from
     if not origin:
-        require_small(objective, config, objective.params)
+        require_small(objective, config, [*objective.params, *objective.base])
         return
     known = model_of(origin, objective, config)
     inputs.require_checkpoint(load_models.INIT_FROM, origin, type(known))
@@ -207,8 +198,9 @@ def model_of(origin: str, objective: Objective, config: RunConfig) -> RunConfig:
 
 def require_small(objective: Objective, config: RunConfig, paths: Iterable[str]) -> None:
     """A `RequestError` unless the networks `paths` belong to are small enough to learn from random weights."""
+    params = {**objective.params, **objective.base}
     sizes = {
-        part: sum(objective.params[path].size for path in paths if path.startswith(prefix) and ".lora" not in path)
+        part: sum(params[path].size for path in paths if path.startswith(prefix) and ".lora" not in path)
         for prefix, part in objective.imported.items()
     }
     load_models.require_small(sizes, config.train.init_from)

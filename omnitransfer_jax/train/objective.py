@@ -51,9 +51,6 @@ class Objective:
     """The configuration of the models that imported weights must match."""
     imported: Mapping[str, str]
     """Where paths begin, and the model of launch.import_weights that the rest of the path belongs to."""
-    stored: str = ".*"
-    """Regular expression of the parameters, by name, that checkpoints hold. The others are frozen ones of imported weights, which a run
-    that goes on reads again from their folder; a run that starts from random weights has to store all."""
     matrices: Callable[[Any], Any] = dimension_numbers
     """By path the axes that Muon takes for a matrix, None for what is no matrix (optimizer.py)."""
     flops: int | None = None

@@ -112,6 +112,7 @@ def test_a_workdir_holds_what_is_promised(whole):
     heads = json.loads((whole / "heads.json").read_text())
     assert heads["blocks"] == [{"block": 0, "spatial": 1, "temporal": 1}]
     found = stored(whole)
+    assert all(".lora_" in name for name in found if "/" in name)
     for name in ("query", "key", "value"):
         path = f"dit.blocks.self_attention.{name}"
         assert (found[f"frozen/{path}.lora_temporal.head_mask"] == heads["temporal"]).all()
@@ -162,8 +163,8 @@ def test_interrupted_in_both_stages_equals_uninterrupted(whole, clip, tmp_path, 
     assert_same(tmp_path, whole)
 
 
-def test_on_imported_weights_checkpoints_hold_adapters_alone(clip, tmp_path, monkeypatch, capsys):
-    """The transformer is read again from where it was imported; the image-to-video variant, with the base inside the package."""
+def test_on_imported_weights(clip, tmp_path, monkeypatch, capsys):
+    """Checkpoints hold the adapters alone: the transformer is read again from where it was imported, here inside the package."""
     assert run(TINY, clip, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(in_memory, "batches", interrupting(in_memory.batches, "temporal", 2, signal.SIGTERM))

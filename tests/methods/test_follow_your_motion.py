@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import follow_your_motion as configs
 from configs.errors import RequestError
@@ -36,7 +37,12 @@ def draw(seed, *shape):
 @pytest.fixture(scope="module")
 def fresh():
     """The parameters before the first step: transformer and both adapters."""
-    return jax.jit(method.objective(CONFIG, HEADS).init)()
+
+    def make():
+        base = OmniTransfer(CONFIG, rngs=nnx.Rngs(0))
+        return flat_params(base) | method.objective(CONFIG, HEADS).init()
+
+    return jax.jit(make)()
 
 
 def plain(params):
@@ -223,7 +229,7 @@ def test_an_adapter_learns_on_its_own_heads_alone(name, fresh):
     trained_on = method.objective(config, HEADS)
     (pattern,) = config.train.trainable
     chosen = {path: x for path, x in fresh.items() if re.fullmatch(pattern, path.replace(".", "/", 1)) and path.endswith(".up")}
-    others = {path: x for path, x in fresh.items() if path in trained_on.params}
+    others = {path: x for path, x in fresh.items() if path in trained_on.params or path in trained_on.base}
     batch = jax.tree.map(lambda x: draw(5, *x.shape), trained_on.batch)
     drawn = trained_on.draw(jax.random.key(0), batch)
     grads = jax.jit(jax.grad(lambda up: trained_on.loss(others | up, batch, drawn, UNSHARDED)[0].sum()))(chosen)

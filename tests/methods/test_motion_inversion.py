@@ -177,7 +177,7 @@ def test_each_clip_has_its_own_tokens(dit):
     """A sample's loss depends on the tokens of its clip and no others."""
     trained, batch = method.objective(CONFIG, clips=3), sample(2)
     batch = batch._replace(clip=jnp.array([2, 0], jnp.int32))
-    base = {f"dit.{path}": x for path, x in flat_params(dit).items()}
+    base = flat_params(dit, "dit.")
     drawn = Drawn(jnp.array([0.9, 0.7]), normal(7, *batch.latents.shape))
 
     def second(tokens):
@@ -202,10 +202,9 @@ def test_what_trains_and_what_is_read(config):
 
 
 def sharded() -> dict:
-    """The transformer as frozen parameters, so that the step draws values for it."""
+    """A step of the tokens: each device holds a part of the transformer and of the clips."""
     config = replace(CONFIG, inversion=replace(CONFIG.inversion, branch="both"), train=replace(CONFIG.train, batch_size=4))
     trained = method.objective(config, clips=4)
-    trained = replace(trained, params={**trained.params, **trained.base}, base={})
     return differences(trained, config, jax.tree.map(np.asarray, sample(4)), {"2x2": (2, 2, 1)})
 
 

@@ -199,10 +199,10 @@ def test_the_released_motion_loss_and_weight():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of the temporal stage on the oracle's transformer: its workdir, and all its parameters."""
+    """A run of the temporal stage on the oracle's transformer: its workdir, and all parameters."""
     workdir, base, added = tmp_path_factory.mktemp("run"), ported(oracle()), adapters()
     trainable = {path: x for path, x in added.items() if ".lora_temporal." in path and not path.endswith("mask")}
-    frozen = base | {path: x for path, x in added.items() if path not in trainable}
+    frozen = {path: x for path, x in added.items() if path not in trainable}
     state = TrainState(jnp.int32(7), trainable, frozen, {"mu": jnp.zeros(1)}, {}, jnp.int32(0))
     with run_folder.open_checkpoints(workdir, CONFIG.checkpoint) as checkpoints:
         run_folder.save(checkpoints, 7, state, in_memory.batches(np.zeros((1, 1)), 1, seed=0))
