@@ -32,13 +32,13 @@ from data_pipelines import clips, motion_training
 from data_pipelines.encoders import Encoders, place_references
 from data_pipelines.motion_inversion import load_tokens
 from launch import command
-from launch.sampling import animation
+from launch.sampling import animation, guidance
 from launch.sampling.stages import StepBar, stage
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import outputs, run_folder, saved_guidance
 from omnitransfer_jax.mesh import make_mesh, replicated
 from omnitransfer_jax.methods import ditflow, motion_inversion
-from omnitransfer_jax.methods.ditflow import Guided, Source
+from omnitransfer_jax.methods.ditflow import Source
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.models.omnitransfer import Conditions
 from omnitransfer_jax.models.wan_dit import WanDiT
@@ -141,7 +141,7 @@ def read_request(config: Config) -> Request:
     require_out(config)
     guided = isinstance(config, DiTFlow)
     if guided:
-        require_one_motion(config)
+        guidance.require_one_motion(config, TASK.value, REFERENCE.value)
     require(
         guided or len(TASK.value) == len(REFERENCE.value),
         f"{len(TASK.value)} --task and {len(REFERENCE.value)} --reference: each reference needs its task, in the same order",
@@ -185,18 +185,6 @@ def read_request(config: Config) -> Request:
         saved = saved_guidance.read(config.ditflow.inject, config, video) if config.ditflow.inject else None
         return Request(prompt, frame, (), video, read[0] if read else None, saved)
     return Request(prompt, frame, tuple(zip(chosen, read, strict=True)), video)
-
-
-def require_one_motion(config: DiTFlow) -> None:
-    """A `RequestError` unless there is one reference, or none where DiTFlow reads none."""
-    inject, count = config.ditflow.inject, len(REFERENCE.value)
-    ditflow.guided_steps(config.sampler, config.ditflow)
-    require(not TASK.value, f"--task={','.join(TASK.value)}: DiTFlow takes the motion of its reference and nothing else; leave --task out")
-    if inject and not config.ditflow.kv_injection:
-        require(not count, f"--reference={REFERENCE.value}: with --ditflow.inject and no injection of keys none is read; leave it out")
-        return
-    why = f"--ditflow.inject={inject} with injection of the reference's keys: give it, or --ditflow.kv_injection=False"
-    require(count == 1, f"{count} --reference: {why if inject else 'DiTFlow takes the motion of one clip; give --reference=CLIP once'}")
 
 
 def require_for_tokens(config: MotionInversion) -> None:
@@ -252,20 +240,8 @@ def encode(encoders: Encoders, request: Request) -> tuple[Conditions, Source | N
             condition = jnp.asarray(encoders.no_condition if frame is None else encoders.condition(frame))
             latents = [(np.array([task], np.int32), encoders.latents(clips.to_unit(clip)[None])) for task, clip in request.references]
             references = place_references(config, video, latents)
-    source = None if request.motion is None else encode_source(encoders, request.motion, context[1:])
+    source = None if request.motion is None else guidance.encode_source(encoders, request.motion, context[1:])
     return Conditions(context[:1], negative[:1], image, condition, references), source
-
-
-def encode_source(encoders: Encoders, clip: np.ndarray, empty_context: jax.Array) -> Source:
-    """What the network reads of DiTFlow's reference: with image-to-video, its own first frame."""
-    motion, image, condition = clips.to_unit(clip)[None], None, None
-    if encoders.config.dit.image_dim is not None:
-        with stage("image encoder of the reference", encoders):
-            image = jnp.asarray(encoders.image(motion[:, 0]))
-    with stage("video encoder of the reference", encoders):
-        if encoders.config.dit.image_to_video:
-            condition = jnp.asarray(encoders.condition(motion[:, 0]))
-        return Source(jnp.asarray(encoders.latents(motion)), empty_context, image, condition)
 
 
 def encode_context(encoders: Encoders, request: Request) -> tuple[jax.Array, jax.Array]:
@@ -321,22 +297,9 @@ def generate(
         jax.block_until_ready(found)
         jax.effects_barrier()
     if isinstance(config, DiTFlow):
-        finish_guidance(config, request.video, found)
+        guidance.finish(config, request.video, found)
         return found.latents
     return found
-
-
-def finish_guidance(config: DiTFlow, video: VideoConfig, guided: Guided) -> None:
-    """Prints the losses of the guided steps, and writes what was optimised if that is asked for."""
-    losses = np.asarray(guided.losses[0])
-    if losses.size and not config.ditflow.inject and config.ditflow.guide != "none":
-        for step, first, last in zip(ditflow.guided_steps(config.sampler, config.ditflow), losses[:, 0], losses[:, -1], strict=True):
-            print(f"step {step + 1}: {config.ditflow.guide} loss {first:.4f} before the first update, {last:.4f} before the last")
-        if not losses.any():
-            print("the reference does not move from patch to patch: nothing guided this video")
-    if config.ditflow.save:
-        saved_guidance.write(config.ditflow.save, config, video, np.asarray(guided.saved[0]))
-        print(f"wrote {config.ditflow.save}: {config.ditflow.variable} of {len(losses)} guided steps")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ pixel format, matrix, range, transfer, orientation, aspect of a pixel, times of 
 
 import random
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -258,6 +259,12 @@ def _packed(case: Case, number: int) -> av.VideoFrame:
 
 
 def write(path: Path, case: Case) -> None:
+    """In a thread of its own: SVT-AV1 gives the thread that encodes a real-time priority, if it may, and what it starts inherits it."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(_encode, path, case).result()
+
+
+def _encode(path: Path, case: Case) -> None:
     rate, places = TIMINGS[case.timing]
     with av.open(str(path), "w", format="mpeg" if case.container == "mpg" else None) as container:
         stream = container.add_stream(case.codec.name, rate=rate, options=dict(case.codec.options))

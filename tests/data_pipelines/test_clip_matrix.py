@@ -74,6 +74,11 @@ def test_every_clip_is_right_or_refused(written):
     assert len(found) >= ENOUGH.get(EACH, 0)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="needs Linux")
+def test_writing_leaves_the_priority_of_this_process(written):
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs Debian's ffmpeg")
 def test_colours_are_those_of_ffmpeg(written):
     """The first frame of what is right. ffmpeg itself shows HDR flat, and grey of the limited range as if it were full."""
