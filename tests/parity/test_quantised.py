@@ -110,7 +110,7 @@ def velocity(model, latents, timestep, text):
 def test_same_velocity_as_the_dequantised_weights(tmp_path, monkeypatch, capfd, form):
     if form == "gguf":
         pytest.importorskip("gguf")
-    monkeypatch.setitem(wan.VARIANTS, "narrow", replace(wan.VARIANTS["smoke"], dit=NARROW))
+    monkeypatch.setitem(import_weights.PRESETS, "narrow", replace(wan.VARIANTS["smoke"], dit=NARROW))
     theirs, values = weights()
     path, meant = source(form, tmp_path, values)
     out = tmp_path / "ours"
@@ -140,7 +140,7 @@ def test_same_velocity_as_the_dequantised_weights(tmp_path, monkeypatch, capfd, 
 
 def test_float8_is_kept_as_bfloat16(tmp_path, monkeypatch):
     """The numbers of float32, rounded once, as PyTorch rounds them."""
-    monkeypatch.setitem(wan.VARIANTS, "narrow", replace(wan.VARIANTS["smoke"], dit=NARROW))
+    monkeypatch.setitem(import_weights.PRESETS, "narrow", replace(wan.VARIANTS["smoke"], dit=NARROW))
     path, meant = source("comfyui_scaled", tmp_path, weights()[1])
     assert command.execute(import_weights.main, import_weights.FLAGS, [f"--source={path}", f"--out={tmp_path / 'ours'}"]) == 0
     kernel = dict(model_folder.read_part(tmp_path / "ours", "dit"))["blocks.ffn.up.kernel"]
