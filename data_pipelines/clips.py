@@ -20,6 +20,7 @@ from data_pipelines.frame_times import EARLIER, FrameTimes
 from omnitransfer_jax.folders.atomic import write_whole
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+H264 = {"crf": "15", "x264-params": "mbtree=0"}  # x264 with its macroblock tree reads memory that is not set: other bytes every time
 MOST_FRAMES = 100_000  # of a clip that is read whole: over an hour at 24 fps
 
 
@@ -128,9 +129,8 @@ def write_clip(path: str | Path, video: np.ndarray, fps: float, sound_of: str | 
     It has the sound of the clip `sound_of`, if that has any, up to its own end.
     """
     content = io.BytesIO()
-    options = {"crf": "15", "x264-params": "mbtree=0"}  # x264's macroblock tree reads memory that is not set: other bytes from run to run
     with av.open(content, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=H264)
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
         sound = None if sound_of is None or not has_sound(sound_of) else container.add_stream("aac", rate=48_000)
         for picture in video:

@@ -100,7 +100,7 @@ def sampling() -> dict[str, float]:
 
 def on_eight_devices(module: str) -> dict[str, Any]:
     """What `python -m module` prints in its last line, where there are eight devices."""
-    env = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(8)}
     done = subprocess.run([sys.executable, "-m", module], env=env, cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -39,6 +39,8 @@ from omnitransfer_jax.train.objective import Metrics, Objective, Params
 from world import pixels, results, scenes
 from world.pairs import Example, Split, draw_pair
 
+PADDED = 32  # tokens: each length of a lesson is a program of its own
+
 
 class Lesson(NamedTuple):
     """A batch of pairs: the inputs of the language model, and the answers it should give."""
@@ -98,17 +100,17 @@ def tokens_of(config: Config, vocabulary: PreTrainedTokenizerFast, pair: Example
 
 
 def lesson(config: MLLMTraining, vocabulary: PreTrainedTokenizerFast, split: Split, number: int, part: int = 0, parts: int = 1) -> Lesson:
-    """Batch `number` of the world, or one of `parts` equal parts of it, padded to the longest pair of the batch."""
+    """Batch `number` of the world, or one of `parts` equal parts of it, padded to a multiple of `PADDED` tokens."""
     first, size = number * config.train.batch_size, config.train.batch_size // parts
     pairs = [draw_pair(config.seed, i, split) for i in range(first, first + config.train.batch_size)]
     texts = [tokens_of(config.model, vocabulary, pair) for pair in pairs]
-    longest = max(len(text["tokens"]) for text in texts)
+    length = -(-max(len(text["tokens"]) for text in texts) // PADDED) * PADDED
     own = slice(part * size, (part + 1) * size)
     pairs, texts = pairs[own], texts[own]
 
     def together(name: str) -> np.ndarray:
         fill = -1 if name == "source" else 0
-        room = [longest - text[name].shape[-1] for text in texts]
+        room = [length - text[name].shape[-1] for text in texts]
         return np.stack(
             [np.pad(t[name], [(0, 0)] * (t[name].ndim - 1) + [(0, r)], constant_values=fill) for t, r in zip(texts, room, strict=True)]
         )

@@ -51,8 +51,7 @@ def train(
     """All parameters but `base` after `config.train.steps`; None if a signal stopped the run before.
 
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
-    `evaluate` measures them every `train.evaluate_every` steps on held-out data, for the log. `base` are the arrays of `objective.base`,
-    placed on `mesh`; the caller loads them whenever the run starts or goes on.
+    `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -90,11 +89,10 @@ def train(
                 if pending:
                     settle(n - 1, pending)
                 pending, stop = metrics, stopping(n)
-                saves = stop or n == steps or n % config.checkpoint.every == 0
-                if saves or evaluates(config, n):
+                if stop or n == steps or n % config.checkpoint.every == 0 or evaluates(config, n):
                     settle(n, metrics)  # before it is saved, for a resumed run does not log it again
                     pending = {}
-                if saves:
+                if stop or n == steps or n % config.checkpoint.every == 0:
                     run_folder.save(checkpoints, n, state, data)
                 if stop and n < steps:
                     print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)

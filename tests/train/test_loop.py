@@ -30,21 +30,6 @@ from tests.train.tiny_run import EMPTY_TEXT, TINY, batches, sample, train
 HERE = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled(tmp_path_factory):
-    """Every run of this file has the same step, in this process and in others: it is compiled once."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    yield values
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The workdir of a run of 8 steps, not interrupted."""
@@ -91,12 +76,10 @@ def assert_same(workdir, other, config=TINY):
     assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
 
 
-def start_process(workdir, compiled, *options, devices=1):
-    env = os.environ | {name.upper(): str(value) for name, value in compiled.items()} | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    if devices > 1:  # the default number must not change the flags: they are part of what a compiled program is found by
-        env["XLA_FLAGS"] = xla_flags(devices)
+def start_process(workdir, *options, devices=1):
+    flags = {"XLA_FLAGS": xla_flags(devices)} if devices > 1 else {}  # they are part of what a compiled program is found by
     command = [sys.executable, "-m", "tests.train.tiny_run", str(workdir), *options]
-    return subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=HERE, env=os.environ | flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(process, workdir, step):
@@ -129,8 +112,8 @@ def test_muon_resumed_equals_uninterrupted(tmp_path):
     assert_same(tmp_path / "again", tmp_path / "whole", muon)
 
 
-def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
-    killed = start_process(tmp_path, compiled, "milliseconds=100")
+def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path):
+    killed = start_process(tmp_path, "milliseconds=100")
     wait_for_step(killed, tmp_path, 3)
     with pytest.raises(RequestError, match=rf"{tmp_path}: a training runs there, process {killed.pid} on host .*, since \d+-.*; wait"):
         train(TINY, tmp_path)
@@ -139,7 +122,7 @@ def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
     saved = [name for name in saved_steps(tmp_path) if name.isdecimal()]  # beside them may lie what the kill cut off
     assert lines(tmp_path)[-1]["step"] < 8
 
-    stopped = start_process(tmp_path, compiled, "milliseconds=100")
+    stopped = start_process(tmp_path, "milliseconds=100")
     out = []
     with stopped:
         for line in stopped.stdout:
@@ -158,13 +141,13 @@ def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path, compiled):
     assert saved_steps(tmp_path) == ["6", "8"]  # a save that was cut off left no files
 
 
-def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path, compiled):
+def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path):
     """Two processes of two devices each; which of them receives the signal does not matter."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     options = [f"port={port}", "processes=2", "data=2", "context=2", "milliseconds=300"]
-    both = [start_process(tmp_path, compiled, *options, f"process={i}", devices=2) for i in range(2)]
+    both = [start_process(tmp_path, *options, f"process={i}", devices=2) for i in range(2)]
     wait_for_step(both[0], tmp_path, 2)
     both[1].send_signal(signal.SIGTERM)
     last_lines = [process.communicate()[0].splitlines()[-1] for process in both]
