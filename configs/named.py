@@ -39,7 +39,7 @@ def fitting(parts: Mapping[str, Any], of: Collection[Kind]) -> str:
     Those of methods on the same models are named only if no other fits.
     """
 
-    def fits(config: Config) -> bool:
+    def fits(config: RunConfig) -> bool:
         return not any(any(differences(part, getattr(config, name), of)) for name, part in parts.items())
 
     return fit({name: config for name, config in variants(Config).items() if fits(config)})

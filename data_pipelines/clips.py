@@ -132,11 +132,11 @@ def write_clip(path: str | Path, video: np.ndarray, fps: float, sound_of: str | 
     with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=H264)
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
-        sound = None if sound_of is None or not has_sound(sound_of) else container.add_stream("aac", rate=48_000)
+        sound = container.add_stream("aac", rate=48_000) if sound_of is not None and has_sound(sound_of) else None
         for picture in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
-        if sound is not None:
+        if sound is not None and sound_of is not None:
             _copy_sound(sound_of, sound, container, round(len(video) / fps * sound.rate))
     write_whole(path, content.getvalue())
 
@@ -153,7 +153,7 @@ def _copy_sound(path: str | Path, stream: av.AudioStream, output: OutputContaine
     with streams.open_clip(path) as source:
         pieces = (piece.to_ndarray() for frame in source.decode(audio=0) for piece in resampler.resample(frame))
         while done < samples and (piece := next(pieces, None)) is not None:
-            piece = np.ascontiguousarray(piece[:, : samples - done])
+            piece = np.ascontiguousarray(piece[:, : samples - done], np.float32)
             frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="stereo")
             frame.sample_rate, frame.pts = stream.rate, done
             output.mux(stream.encode(frame))

@@ -237,7 +237,7 @@ ABOUT = {
     "camera": "The camera of the reference, for the scene of the first frame. Held out: directions.",
     "effect": "The effect that sweeps over the reference, for the scene of the first frame. Held out: combinations of colour, kind, side.",
 }
-SCORES = {
+SCORE_NAMES = {
     "retrieval": "true one of 8", "psnr": "PSNR", "psnr gain": "above no reference", "path": "path error", "camera": "camera error",
     "colour": "colour error", "texture": "texture error", "leak": "nearer to the reference",
 }  # fmt: skip
@@ -258,9 +258,9 @@ def section(task: str, results: Results, video: VideoConfig) -> Section:
         made = [Picture("generated", clips["transfer"][i], "generated"), Picture("swapped reference", clips["swapped"][i], "control")]
         value = " ".join(getattr(pair.target, SHARES[task]))
         rows.append(Row(value, (*given, Picture("truth", truth, "truth"), *made), pair.prompt))
-    known = [name for name in SCORES if name in results.scores[task]["transfer"]]
+    known = [name for name in SCORE_NAMES if name in results.scores[task]["transfer"]]
     table = Table(
-        ("", *(SCORES[name] for name in known)),
+        ("", *(SCORE_NAMES[name] for name in known)),
         tuple(
             (NAMES[control], *(score_text(name, results.scores[task][control][name]) for name in known)) for control in transfer.CONTROLS
         ),

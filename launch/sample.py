@@ -291,15 +291,15 @@ def generate(
             conditions, load = finish(dit, jax.device_put(conditions, replicated(mesh))), lambda part: dit
         if isinstance(config, DiTFlow):
             saved = None if request.saved is None else jnp.asarray(request.saved)[None]
-            found = ditflow.sample_on(mesh, config, bar.reach)(load("dit"), conditions, noise, source, saved)
+            guided = ditflow.sample_on(mesh, config, bar.reach)(load("dit"), conditions, noise, source, saved)
+            latents = guided.latents
         else:
-            found = omnitransfer.denoise_on(mesh, config, bar.reach)(load, conditions, noise)
-        jax.block_until_ready(found)
+            guided, latents = None, omnitransfer.denoise_on(mesh, config, bar.reach)(load, conditions, noise)
+        jax.block_until_ready(latents)
         jax.effects_barrier()
-    if isinstance(config, DiTFlow):
-        guidance.finish(config, request.video, found)
-        return found.latents
-    return found
+    if isinstance(config, DiTFlow) and guided is not None:
+        guidance.finish(config, request.video, guided)
+    return latents
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How the code is laid out: packages depend downwards only, no modules import in a circle, files and functions stay short."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -79,6 +80,19 @@ def oracle_imports(path: str, tree: ast.Module) -> list[str]:
     return found
 
 
+def bound_twice(path: str, tree: ast.Module) -> list[str]:
+    """The names that a module binds again at its top level, to what does not begin with their value: its functions read the last one."""
+    names = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            bound = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
+            read = {each.id for each in bound if isinstance(each.ctx, ast.Load)}
+            names += [each.id for each in bound if isinstance(each.ctx, ast.Store) and each.id not in read]
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+    return [f"{path}: {name}" for name, count in Counter(names).items() if count > 1]
+
+
 def lengths() -> Iterator[tuple[str, int, int]]:
     """Name, lines and limit of every file and function."""
     for path, tree in FILES.items():
@@ -99,6 +113,11 @@ def test_packages_depend_downwards_only():
 
 def test_no_modules_import_in_a_circle():
     assert cycle(GRAPH) == []
+
+
+def test_no_name_of_a_module_is_bound_twice():
+    assert [name for path, tree in FILES.items() for name in bound_twice(path, tree)] == []
+    assert bound_twice("a", ast.parse("A, B = 1, 2\ndef f(): A = 3\nA: int = 4")) == ["a: A"]
 
 
 def test_files_and_functions_are_short():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.errors import require
+from configs.errors import RequestError, require
 from configs.run import VideoConfig
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips
@@ -50,7 +50,8 @@ class Known(NamedTuple):
 def read_request(config: WanAnimate2, references: list[str], first_frame: str | None) -> Request:
     """The picture and the driving clip, read before any weights are touched."""
     require(len(references) == 1, f"{len(references)} --reference: Wan-Animate-2 takes one, the driving clip")
-    require(first_frame is not None, "no --first_frame: Wan-Animate-2 needs a picture of the person; give --first_frame=IMAGE")
+    if first_frame is None:
+        raise RequestError("no --first_frame: Wan-Animate-2 needs a picture of the person; give --first_frame=IMAGE")
     picture, size = clips.read_image(first_frame), config.video
     height, width = letterbox_size(picture.shape[:2], size.height * size.width, config.vae.space_stride * config.dit.patch[1])
     frames = clips.read_clip(references[0], frames=config.frames or None, fps=size.fps, height=height, width=width, letterbox=True)

@@ -6,8 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 from etils import epath
@@ -74,4 +75,4 @@ def read_json(path: epath.PathLike, remedy: str, *keys: str) -> dict[str, Any]:
 def sha256(path: epath.PathLike) -> str:
     """The SHA-256 digest of a file, in hexadecimal."""
     with epath.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()

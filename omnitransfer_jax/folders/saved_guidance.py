@@ -44,10 +44,8 @@ def read(path: str | Path, config: DiTFlow, video: VideoConfig) -> Float[np.ndar
         given = f"--{name}={value!r}" if "." in name else f"{name} {value}"
         require(made.get(name) == value, f"{given}: {path} was made with {made.get(name)!r}; give that, or make it again")
     values = arrays.get(config.ditflow.variable)
-    require(
-        values is not None and len(values) == len(wanted["guided steps"]) and bool(np.isfinite(values).all()),
-        f"{path}: its {config.ditflow.variable} are incomplete or not finite; make it again",
-    )
+    if values is None or len(values) != len(wanted["guided steps"]) or not np.isfinite(values).all():
+        raise RequestError(f"{path}: its {config.ditflow.variable} are incomplete or not finite; make it again")
     return values
 
 

@@ -36,6 +36,7 @@ from omnitransfer_jax import samplers
 from omnitransfer_jax.flow import interpolate, time_grid
 from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.methods.motion_guides import MOFT, SMM, Grid, Guide
+from omnitransfer_jax.models.cross_attention import Context
 from omnitransfer_jax.models.omnitransfer import Conditions, on_mesh, velocity_of
 from omnitransfer_jax.models.wan_dit import Injection, WanDiT
 
@@ -150,8 +151,8 @@ def queries_keys(dit: WanDiT, block: int, *inputs: Any, **hooks: Any) -> tuple[A
 
 FLOW = Guide(
     queries_keys,
-    lambda features, grid, config: hard_flow(*features, grid),
-    lambda features, flow, grid, config: flow_loss(*features, flow, grid, config.temperature),
+    lambda features, grid, config: hard_flow(features[0], features[1], grid),
+    lambda features, flow, grid, config: flow_loss(features[0], features[1], flow, grid, config.temperature),
 )
 GUIDES = {"flow": FLOW, "smm": SMM, "moft": MOFT, "none": None}
 
@@ -225,6 +226,7 @@ def steering(
     timesteps = jnp.asarray(samplers.SOLVERS[sampler.solver](time_grid(sampler.steps, sampler.shift))[1], jnp.float32)
     rates = jnp.linspace(guidance.rate, guidance.last_rate, len(steps) + 1)
     guide = GUIDES[guidance.guide] if saved is None else None
+    assert not isinstance(conditions.text_context, Context)
     network = Network(dit, conditions.text_context, conditions.image, conditions.latents, shard)
     theirs = None if source is None else Network(dit, source.text_context, source.image, source.condition, shard)
     if guide is not None:
@@ -246,6 +248,7 @@ def steering(
             return (variable, injection) if injection.rotations is None else (x, injection._replace(rotations=variable))
 
         def loss(variable: Array) -> tuple[Array, Array]:
+            assert guide is not None
             latents, moved = put(variable)
             each = guide.loss(network.read(guide.read, guidance.block, latents, timestep, moved), target, grid, guidance)
             return each.sum(), each
@@ -279,7 +282,7 @@ def optimise(
         (_, each), gradient = jax.value_and_grad(loss, has_aux=True)(variable)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
             changes, moments = optimizer.update(gradient, moments)
-        return (variable + changes, moments), each
+        return (jax.tree.map(jnp.add, variable, changes), moments), each
 
     (variable, _), losses = jax.lax.scan(update, (variable, optimizer.init(variable)), length=updates)
     return variable, losses.T

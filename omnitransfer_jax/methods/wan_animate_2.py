@@ -8,7 +8,7 @@ The VAE is causal, so each clip is encoded by itself. Everything here follows di
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,8 @@ from omnitransfer_jax.models.wan_dit import Reference
 from omnitransfer_jax.models.wan_vae import WanVAE
 
 
-class Clips(NamedTuple):
+@dataclass(frozen=True)
+class Clips:
     """The driving frames in the form of clips."""
 
     frames: np.ndarray

@@ -20,7 +20,7 @@ softmax attention, whose memory grows with the sequence and not with its square:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
@@ -196,8 +196,8 @@ def merge(parts: Sequence[tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]]
     """The attention over all keys from the answers over disjoint sets of them, each with the log-sum-exp of its scores."""
     highest = jax.lax.stop_gradient(jnp.max(jnp.stack([lse for _, lse in parts]), axis=0))
     weights = [jnp.exp(lse - highest)[..., None] for _, lse in parts]
-    total = sum(weight * out.astype(jnp.float32) for weight, (out, _) in zip(weights, parts, strict=True))
-    return (total / sum(weights)).astype(parts[0][0].dtype)
+    outs = [weight * out.astype(jnp.float32) for weight, (out, _) in zip(weights, parts, strict=True)]
+    return (reduce(jnp.add, outs) / reduce(jnp.add, weights)).astype(parts[0][0].dtype)
 
 
 def injecting(attend: Attend, keys_values: KeysValues, active: Bool[Array, ""]) -> Attend:

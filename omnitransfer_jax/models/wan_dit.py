@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from configs.base import DiTConfig
-from configs.errors import require
+from configs.errors import RequestError, require
 from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.models import lora
 from omnitransfer_jax.models.attend import (
@@ -350,7 +350,8 @@ class WanDiT(nnx.Module):
         """What a reference reads in the cross-attention, if it does."""
         if not self.config.reference_context:
             return None
-        require(reference.text is not None, "dit.reference_context: every reference needs a text of its own")
+        if reference.text is None:
+            raise RequestError("dit.reference_context: every reference needs a text of its own")
         return self.embed_context(reference.text, reference.image)
 
     def embed_context(
