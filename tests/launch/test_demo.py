@@ -122,9 +122,9 @@ def test_tables_have_every_control_and_score(page):
     found = results(retrieval=0.5, swapped=0.25)
     for task, section in zip(tasks.NAMES, page(found).sections, strict=False):
         assert section.scores is not None
-        known = [name for name in demo.SCORES if name in found.scores[task]["transfer"]]
+        known = [name for name in demo.SCORE_NAMES if name in found.scores[task]["transfer"]]
         assert set(known) == found.scores[task]["transfer"].keys()
-        assert section.scores.columns == ("", *(demo.SCORES[name] for name in known))
+        assert section.scores.columns == ("", *(demo.SCORE_NAMES[name] for name in known))
         assert [row[0] for row in section.scores.rows] == [demo.NAMES[control] for control in CONTROLS]
         cells = [row[1 + known.index("retrieval")] for row in section.scores.rows]
         assert [cell.split()[0] for cell in cells] == ["50%", "25%", "50%", "50%", "50%"]
