@@ -20,7 +20,7 @@ from data_pipelines.frame_times import EARLIER, FrameTimes
 from omnitransfer_jax.folders.atomic import write_whole
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
-H264 = {"crf": "15", "x264-params": "mbtree=0"}  # x264 with its macroblock tree reads memory that is not set: other bytes every time
+H264 = {"crf": "15", "x264-params": "mbtree=0"}  # the macroblock tree reads memory that is not set: now and then other bytes
 MOST_FRAMES = 100_000  # of a clip that is read whole: over an hour at 24 fps
 
 
