@@ -71,8 +71,9 @@ class DiTConfig:
     """Timestep at which references are modulated, 0 to 1000."""
     reference_context: bool = field(default=False, metadata=METHOD)
     """Whether references read a text and a first frame of their own in the cross-attention."""
-    remat: Literal["none", "attention", "full"] = field(default="attention", metadata=RUN)
-    """What a block stores for the backward pass: everything, the attention outputs, or its input alone."""
+    remat: Literal["none", "qkv", "attention", "full"] = field(default="attention", metadata=RUN)
+    """What a block stores for the backward pass: everything; the self-attention's queries, keys, values and outputs; its outputs; its input
+    alone."""
 
     @property
     def image_to_video(self) -> bool:

@@ -93,8 +93,8 @@ class DiTFlow(Config):
         )
         require(not self.alignment.enabled, "alignment.enabled=True: the method guides plain Wan; take --config=stage2 for the alignment")
         require(
-            self.mesh.context == 1,
-            f"mesh.context={self.mesh.context}: the flow compares all tokens of a frame with all others on one device; give 1",
+            self.mesh.heads * self.mesh.keys == 1,
+            f"mesh.heads={self.mesh.heads}, mesh.keys={self.mesh.keys}: the flow compares all tokens of a frame with all others on one device; give 1",
         )
 
 

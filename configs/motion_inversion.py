@@ -104,10 +104,10 @@ class MotionInversion(Config):
             inversion.branch == "text" or inversion.tokens <= patches + 1,
             f"inversion.tokens={inversion.tokens}: at most {patches + 1}, the CLIP tokens of a frame, from which they start",
         )
-        frames, context = self.video.patches(self.vae, self.dit.patch)[0], self.mesh.context
+        frames, devices = self.video.patches(self.vae, self.dit.patch)[0], self.mesh.heads * self.mesh.keys
         require(
-            frames % context == 0,
-            f"mesh.context={context}: a divisor of the {frames} latent frames, because a device reads the tokens of whole frames",
+            frames % devices == 0,
+            f"mesh.heads * mesh.keys = {devices}: a divisor of the {frames} latent frames, because a device reads the tokens of whole frames",
         )
 
 

@@ -221,14 +221,25 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How devices divide the work; the product of the fields is the number of devices used."""
+    """How devices divide the work; the product of the fields is the number of devices used.
+
+    Parameters and the optimizer's state are spread over all devices of a slice."""
 
     KIND: ClassVar[Kind] = "run"
 
     data: int = 1
-    """Devices that divide the batch; the parameters and the optimizer's state are sharded over them too."""
-    context: int = 1
-    """Devices that divide the tokens of each sample, target and reference in equal parts."""
+    """Devices that divide the batch."""
+    heads: int = 1
+    """Devices that divide the tokens of each sample, target and reference in equal parts, and exchange them for heads in self-attention."""
+    keys: int = 1
+    """Devices that divide the tokens too, and gather all keys and values in self-attention."""
+    slices: int = 1
+    """Groups of data * heads * keys devices with a slow network between them, which divide the batch; each has all parameters."""
+
+    @property
+    def devices(self) -> int:
+        """The devices in use."""
+        return self.slices * self.data * self.heads * self.keys
 
     def validate(self) -> None:
         require_ranges(self, "mesh")
@@ -258,10 +269,10 @@ class RunConfig:
         require_ranges(self, "")
         for part in (self.train, self.optimizer, self.checkpoint, self.mesh):
             part.validate()
-        parts = self.optimizer.accumulate * self.mesh.data
+        parts = self.optimizer.accumulate * self.mesh.slices * self.mesh.data
         require(
             self.train.batch_size % parts == 0,
-            f"train.batch_size={self.train.batch_size}: a multiple of optimizer.accumulate * mesh.data = {parts}",
+            f"train.batch_size={self.train.batch_size}: a multiple of optimizer.accumulate * mesh.slices * mesh.data = {parts}",
         )
         require(
             self.optimizer.schedule == "constant" or self.optimizer.warmup_steps < self.train.steps,
@@ -315,6 +326,11 @@ class Config(RunConfig):
         require(
             dit.out_channels == vae.z_dim,
             f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",
+        )
+        require(
+            dit.num_heads % self.mesh.heads == 0,
+            f"mesh.heads={self.mesh.heads}: a divisor of dit.num_heads={dit.num_heads}, because each device takes as many; divide the tokens "
+            "further with --mesh.keys",
         )
         channels = dit.out_channels + MASK_CHANNELS + vae.z_dim
         require(

@@ -238,7 +238,7 @@ def objective(config: FollowYourMotion, temporal: Bool[np.ndarray, "layers N"] |
         loss=partial(loss, config, model),
         init=lambda: with_heads(adapters(make_model(config, nnx.Rngs(key_init))), heads),
         root_key=lambda: key_steps,
-        stack="dit.blocks.",
+        stacks={"dit.blocks.": config.dit.dtype},
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": "dit"},

@@ -86,7 +86,7 @@ def objective(config: MotionInversion, initial: Tokens | None = None, clips: int
         init=lambda: {f"tokens.{name}": jnp.asarray(rows) for name, rows in (initial or {}).items()},
         root_key=lambda: omnitransfer.keys(config)[1],
         base={path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in flat_params(dit, "dit.").items()},
-        stack="dit.blocks.",
+        stacks={"dit.blocks.": config.dit.dtype},
         models=plain(config),
         imported={"dit.": "dit"},
         # Forward, and backward to the tokens alone: no gradients of weights.

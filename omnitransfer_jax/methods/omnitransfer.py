@@ -47,7 +47,7 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
         loss=partial(loss, config, model, empty),
         init=lambda: flat_params(OmniTransfer(config, rngs=nnx.Rngs(keys(config)[0]))),
         root_key=lambda: keys(config)[1],
-        stack="dit.blocks.",
+        stacks={"dit.blocks.": config.dit.dtype, **({"alignment.mllm.layers.": config.mllm.dtype} if config.alignment.enabled else {})},
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": EXPERTS[config.train.expert or "high_noise"], "alignment.mllm.": "mllm"},
@@ -81,7 +81,7 @@ def loss(
         context, empty = batch.text, jnp.asarray(empty_text)[None]
     else:
         assert batch.mllm_inputs is not None  # records of a configuration with alignment have them
-        context, empty = model.alignment(batch.mllm_inputs, batch.task), jnp.zeros((1, 1, 1))
+        context, empty = model.alignment(batch.mllm_inputs, batch.task, shard), jnp.zeros((1, 1, 1))
     context = jnp.where(drawn.drop_text[:, None, None] > 0, empty, context)
     reference = make_reference(batch.reference, batch.task, model.dit.grid(x), by=config.dit.offsets, flag=config.dit.reference_flag)
     velocity = model.dit(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from configs.run import Config, VideoConfig
 from omnitransfer_jax import tasks
+from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.models import lora, qwen2_5_vl
 from omnitransfer_jax.models.layers import Linear
 from omnitransfer_jax.models.qwen2_5_vision import Grid, fit, grid_of
@@ -90,8 +91,8 @@ class Alignment(nnx.Module):
         out_dim = config.dit.text_dim if config.alignment.into == "text_embedder" else config.dit.dim
         self.connector = Connector(config.mllm.dim, config.alignment.connector_dim, out_dim, rngs=rngs)
 
-    def __call__(self, inputs: MLLMInputs, task: Int[Array, " B"]) -> Float[Array, "B Q E"]:
-        """The context of each sample, by the queries of its task, float32."""
+    def __call__(self, inputs: MLLMInputs, task: Int[Array, " B"], shard: Shard = UNSHARDED) -> Float[Array, "B Q E"]:
+        """The context of each sample, by the queries of its task, float32. The language model's tokens are divided over the devices."""
         x = embed(self.mllm, inputs)
         queries = self.queries.astype(x.dtype)[task]
         count = queries.shape[1]
@@ -100,7 +101,7 @@ class Alignment(nnx.Module):
         following = jnp.broadcast_to((last[:, None] + 1 + jnp.arange(count)[None])[:, None], (x.shape[0], 3, count))
         positions = jnp.concatenate([inputs.positions, following], axis=-1).swapaxes(0, 1)
         mask = jnp.concatenate([inputs.mask, jnp.ones((x.shape[0], count), bool)], axis=1)
-        states = self.mllm(jnp.concatenate([x, queries], axis=1), positions, mask)
+        states = self.mllm(jnp.concatenate([x, queries], axis=1), positions, mask, shard)
         return self.connector(states[:, -count:])
 
 

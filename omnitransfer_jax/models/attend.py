@@ -6,12 +6,12 @@ A strategy takes the queries, keys and values of all streams of a layer:
     split      each reference attends to itself, the target to itself and to all references (Eq. 3 and 4)
     joint      the same function as one call under a one-directional mask
     cached     the target attends to itself and to the keys and values of references that were computed before
-    recording  each reference attends to itself, and the layer returns their keys and values, for `cached`
+    together   every stream attends to all of them: the paper's baseline
 
 One-directional attention needs no mask: it is the two calls of `split`. With a `Reach` the target reads of a reference the frame at its
 own time alone, without a mask too: one call over the target, one over each reference batched over frames, merged by their log-sum-exp.
-`gathered` makes any strategy work on tokens that are divided over devices; `injecting` gives the target other keys and values. Kernels of
-softmax attention, whose memory grows with the sequence and not with its square:
+`on_shard` makes any strategy work on tokens that are divided over devices, and keeps what `cached` reads later; `injecting` gives the
+target other keys and values. Kernels of softmax attention, whose memory grows with the sequence and not with its square:
 
     chunked   any backend: 256 queries of one head at a time against all keys, scores recomputed in the backward pass
     cudnn     GPU: cuDNN's fused kernel, bf16 or f16
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float, Int
@@ -36,8 +37,13 @@ from omnitransfer_jax.mesh import Shard
 Kind = Literal["auto", "chunked", "cudnn", "splash"]
 
 CHUNK = 256  # queries at a time: one head's scores against 2,304 keys fit a 2 MB cache; 64 to 256 were within 10 % of each other
-SPLASH_BLOCK = 512  # rows of one splash tile
+SPLASH_BLOCK, SPLASH_COMPUTE = 1024, 512  # rows of one splash tile, and of what it computes at a time
+TILE = 128  # its lengths are multiples of this
 
+ANSWER, PROJECTED = "attention", "qkv"
+"""Names under which the self-attention's answers, and its queries, keys and values, can be saved for the backward pass."""
+Keep = Literal["keys_values", "activations"]
+"""What is kept of a reference for `cached`."""
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -99,7 +105,7 @@ Attend = Callable[[Streams[QKV], Sequence[KeysValues] | None], tuple[Streams[Arr
 
 def self_attention(qkv: QKV, kernel: Kind) -> Float[Array, "B L N K"]:
     """One stream alone."""
-    return attention(qkv.q, qkv.k, qkv.v, kernel)
+    return attention(qkv.q, qkv.k, qkv.v, kernel, ANSWER)
 
 
 def plain(streams: Streams[QKV], cache: Sequence[KeysValues] | None, kernel: Kind) -> tuple[Streams[Array], None]:
@@ -133,32 +139,53 @@ def cached(
     return Streams(read(streams.target, cache, kernel, reach), ()), None
 
 
-def recording(
-    streams: Streams[QKV], cache: Sequence[KeysValues] | None, kernel: Kind, activations: bool = False
-) -> tuple[Streams[Array], Kept]:
-    """Each reference attends to itself; its keys and values, or the `activations` they come from, are what the target will read."""
-    kept = tuple((qkv.x,) if activations else (qkv.k, qkv.v) for qkv in streams.references)
-    return streams.map(partial(self_attention, kernel=kernel)), kept
+def together(streams: Streams[QKV], cache: Sequence[KeysValues] | None, kernel: Kind) -> tuple[Streams[Array], None]:
+    """Every stream attends to all of them."""
+    assert streams.target is not None
+    queries, keys, values, _ = zip(streams.target, *streams.references, strict=True)
+    q, k, v = (jnp.concatenate(x, axis=1) for x in (queries, keys, values))
+    target, *references = jnp.split(attention(q, k, v, kernel, ANSWER), np.cumsum([q.shape[1] for q in queries])[:-1].tolist(), axis=1)
+    return Streams(target, tuple(references)), None
 
 
-def gathered(attend: Attend, shard: Shard) -> Attend:
-    """`attend` where each device has equal parts of every stream's tokens: it computes its own queries against everyone's keys."""
+def on_shard(attend: Attend, shard: Shard, tokens: Streams[int], cached_tokens: tuple[int, ...] = (), keep: Keep | None = None) -> Attend:
+    """`attend` where each device has equal parts of every stream's `tokens`, and of each cached reference's.
 
-    def attend_to_all(streams: Streams[QKV], cache: Sequence[KeysValues] | None) -> tuple[Streams[Array], Kept | None]:
-        return attend(streams.map(lambda qkv: qkv._replace(k=shard.gather(qkv.k), v=shard.gather(qkv.v))), cache)
+    The devices along `heads` exchange tokens for heads, before and after; those along `keys` gather the keys and values of all tokens. What
+    they `keep` of a reference is divided likewise.
+    """
 
-    return attend_to_all
+    def attend_with_others(streams: Streams[QKV], cache: Sequence[KeysValues] | None) -> tuple[Streams[Array], Kept | None]:
+        def exchanged(qkv: QKV) -> QKV:
+            q, k, v = (checkpoint_name(shard.tokens_for_heads(x), PROJECTED) for x in qkv[:3])
+            return QKV(q, k, v, qkv.x)
+
+        def gathered(k: Array, v: Array, count: int) -> KeysValues:
+            return shard.gather_keys(k, count), shard.gather_keys(v, count)
+
+        def with_all_keys(qkv: QKV, count: int) -> QKV:
+            k, v = gathered(qkv.k, qkv.v, count)
+            return qkv._replace(k=k, v=v)
+
+        streams = streams.map(exchanged)
+        kept = tuple((qkv.x,) if keep == "activations" else (qkv.k, qkv.v) for qkv in streams.references) if keep else None
+        if cache is not None:
+            cache = [gathered(k, v, count) for (k, v), count in zip(cache, cached_tokens, strict=True)]
+        outputs, further = attend(streams.map(with_all_keys, tokens), cache)
+        return outputs.map(shard.heads_for_tokens), further if kept is None else kept
+
+    return attend_with_others
 
 
 def read(target: QKV, references: Sequence[KeysValues], kernel: Kind, reach: Reach | None) -> Float[Array, "B L N K"]:
     """What the target's queries read of its own keys and values and of those of its references."""
     if reach is None:
         k, v = (jnp.concatenate(x, 1) for x in zip((target.k, target.v), *references, strict=True))
-        return attention(target.q, k, v, kernel)
+        return attention(target.q, k, v, kernel, ANSWER)
     parts = [attention_and_lse(target.q, target.k, target.v, kernel)]
     for (k, v), frames in zip(references, reach.references, strict=True):
         parts.append(read_same_frame(target.q, k, v, frames, reach.tokens, reach.start, kernel))
-    return merge(parts)
+    return checkpoint_name(merge(parts), ANSWER)
 
 
 def read_same_frame(
@@ -231,16 +258,20 @@ class OneDirection:
 
 
 def attention(
-    q: Float[Array, "B L N K"], k: Float[Array, "B S N K"], v: Float[Array, "B S N K"], kind: Kind = "auto"
+    q: Float[Array, "B L N K"], k: Float[Array, "B S N K"], v: Float[Array, "B S N K"], kind: Kind = "auto", name: str | None = None
 ) -> Float[Array, "B L N K"]:
-    """softmax(q k^T / sqrt(K)) v with the softmax in float32; the result has the dtype of q."""
+    """softmax(q k^T / sqrt(K)) v with the softmax in float32; the result has the dtype of q.
+
+    What the backward pass needs of the answer can be saved under `name`: with `splash` as the kernel has it, with its log-sum-exp.
+    """
     match _resolve(kind, q):
         case "cudnn":
-            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+            out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         case "splash":
-            return splash_attention(q, k, v)
+            return splash_attention(q, k, v, name=name)
         case _:
-            return chunked_attention(q, k, v)
+            out = chunked_attention(q, k, v)
+    return out if name is None else checkpoint_name(out, name)
 
 
 def attention_and_lse(
@@ -282,8 +313,11 @@ def one_directional_attention(
     """The outputs of the target and of each reference, from one call under a one-directional mask (Eq. 3 and 4 at once)."""
     mask = OneDirection(tuple(q.shape[1] for q in queries), tuple(k.shape[1] for k in keys))
     q, k, v = (jnp.concatenate(x, axis=1) for x in (queries, keys, values))
-    kernel = splash_attention if _resolve(kind, q) == "splash" else chunked_attention
-    return jnp.split(kernel(q, k, v, mask), np.cumsum(mask.queries)[:-1].tolist(), axis=1)
+    if _resolve(kind, q) == "splash":
+        out = splash_attention(q, k, v, mask, name=ANSWER)
+    else:
+        out = checkpoint_name(chunked_attention(q, k, v, mask), ANSWER)
+    return jnp.split(out, np.cumsum(mask.queries)[:-1].tolist(), axis=1)
 
 
 def _resolve(kind: Kind, q: Array) -> Kind:
@@ -350,25 +384,34 @@ def splash_attention(
     v: Float[Array, "B S N K"],
     mask: OneDirection | None = None,
     *,
+    name: str | None = None,
     interpret: bool = False,
     with_lse: bool = False,
 ) -> Any:
-    """The TPU kernel, forward and backward. Lengths are padded to whole tiles; tiles that are masked whole cost nothing.
+    """The TPU kernel, forward and one fused backward. Lengths are padded to whole tiles; tiles that are masked whole cost nothing.
 
     Returns "B L N K", and `with_lse`, which has no backward, also the log-sum-exp of each query's scores "B L N".
     """
-    (_, L, N, K), S, block = q.shape, k.shape[1], SPLASH_BLOCK
+    (_, L, N, K), S = q.shape, k.shape[1]
+    rows, columns = (-(-n // TILE) * TILE if n <= SPLASH_COMPUTE else SPLASH_BLOCK for n in (L, S))
+    compute = min(columns, SPLASH_COMPUTE)
     q, k, v = (x.swapaxes(1, 2) for x in (q * K**-0.5, k, v))
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0))) for x in (q, k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % n), (0, 0))) for x, n in ((q, rows), (k, columns), (v, columns)))
     shape = q.shape[2], k.shape[2]
     if mask is None and k.shape[2] != S:
         mask = OneDirection((L,), (S,))
     kernel: Any = splash.make_splash_mha_single_device(
         mask=splash_mask.MultiHeadMask([splash_mask.FullMask(shape) if mask is None else _SplashMask(shape, mask)] * N),
         block_sizes=splash.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+            block_q=rows,
+            block_kv=columns,
+            block_kv_compute=compute,
+            block_q_dkv=rows,
+            block_kv_dkv=columns,
+            block_kv_dkv_compute=compute,
+            use_fused_bwd_kernel=True,
         ),
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name=name,
         save_residuals=with_lse,
         interpret=interpret,
     )

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from configs.base import DiTConfig
+from configs.errors import require
 from omnitransfer_jax.mesh import Shard
 from omnitransfer_jax.models.attend import attention
 from omnitransfer_jax.models.layers import Linear, RMSNorm
@@ -23,7 +24,14 @@ class Rows(NamedTuple):
 
     def local(self, shard: Shard) -> "Rows":
         """Without the rows of frames whose tokens are on other devices; a device has whole frames."""
-        return self if self.of_frames is None else Rows(self.shared, shard.local(self.of_frames))
+        if self.of_frames is None:
+            return self
+        frames = self.of_frames.shape[1]
+        require(
+            frames % shard.devices == 0,
+            f"{frames} latent frames over mesh.heads * mesh.keys = {shard.devices} devices: each must have whole frames",
+        )
+        return Rows(self.shared, shard.local(self.of_frames))
 
 
 class Context(NamedTuple):
@@ -40,7 +48,7 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         dim = config.dim
-        self.num_heads = config.num_heads
+        self.num_heads, self.kernel = config.num_heads, config.attention
         self.query, self.key, self.value, self.out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
         has_image = config.image_dim is not None
@@ -67,7 +75,7 @@ class CrossAttention(nnx.Module):
 
         queries, shared = heads(q), keys_values(rows.shared)
         if rows.of_frames is None:
-            return rearrange(attention(queries, *shared), "B L N K -> B L (N K)")
+            return rearrange(attention(queries, *shared, self.kernel), "B L N K -> B L (N K)")
         # As if each latent frame was a sample: its queries, and its own keys and values in front of the shared ones.
         F = rows.of_frames.shape[1]
         own = keys_values(rearrange(rows.of_frames, "B F S D -> B (F S) D"))
@@ -75,5 +83,5 @@ class CrossAttention(nnx.Module):
             jnp.concatenate([rearrange(a, "B (F S) N K -> (B F) S N K", F=F), repeat(b, "B S N K -> (B F) S N K", F=F)], 1)
             for a, b in zip(own, shared, strict=True)
         )
-        read = attention(rearrange(queries, "B (F L) N K -> (B F) L N K", F=F), k, v)
+        read = attention(rearrange(queries, "B (F L) N K -> (B F) L N K", F=F), k, v, self.kernel)
         return rearrange(read, "(B F) L N K -> B (F L) (N K)", F=F)

@@ -33,7 +33,7 @@ class CachedArray(NamedTuple):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kept", "rotations", "frames"], meta_fields=["grid"])
+@partial(jax.tree_util.register_dataclass, data_fields=["kept", "rotations", "frames"], meta_fields=["grid", "tokens"])
 @dataclass(frozen=True)
 class KVCache:
     """What is kept of each reference, ready for any step and either guidance pass."""
@@ -46,6 +46,8 @@ class KVCache:
     """Of each reference: which of its tokens are at which time."""
     grid: tuple[int, int, int]
     """The target's patches (time, rows, columns): the offsets, and so the keys, hold for this target alone."""
+    tokens: tuple[int, ...]
+    """Of each reference: how many tokens it has, of which a device may have a part."""
 
 
 def quantize(kv_cache: KVCache, storage: ReferenceCache) -> KVCache:

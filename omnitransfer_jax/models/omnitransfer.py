@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from configs.base import MASK_CHANNELS
 from configs.run import Config, SamplerConfig
 from omnitransfer_jax import samplers, tasks
-from omnitransfer_jax.mesh import UNSHARDED, Shard, per_device, replicated, specs
+from omnitransfer_jax.mesh import UNSHARDED, Shard, per_device, placed, replicated, specs
 from omnitransfer_jax.models import alignment, wan_dit
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision, preprocess
@@ -190,12 +190,7 @@ def denoise_on(
     Every device calls `on_step`, so it must not mind being called again for the same step. What is returned takes `load(part)`, which
     gives the network that `samplers.Expert.part` names; of two experts the first is let go before the second is loaded.
     """
-    embed_text = embeds_text(config)
-
-    def local(dit: WanDiT, conditions: Conditions, state: State, shard: Shard, expert: Expert) -> State:
-        return denoise(dit, conditions, state, config.sampler, expert, on_step, embed_text, shard)
-
-    run = on_mesh(mesh, config, local)
+    run = on_mesh(mesh, config, partial(denoise_part, config, on_step))
 
     def denoise_all(load: Callable[[str], WanDiT], conditions: Conditions, noise: Array) -> Array:
         conditions, state = jax.device_put((conditions, samplers.start(noise)), replicated(mesh))
@@ -207,24 +202,58 @@ def denoise_on(
     return denoise_all
 
 
+def denoise_part(
+    config: Config, on_step: Callable[[int], None] | None, dit: WanDiT, conditions: Conditions, state: State, shard: Shard, expert: Expert
+) -> State:
+    """`denoise` as `on_mesh` calls it."""
+    return denoise(dit, conditions, state, config.sampler, expert, on_step, embeds_text(config), shard)
+
+
 def on_mesh(mesh: Mesh, config: Config, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(dit, *trees, shard, *static)`, compiled, by all devices of `mesh` as in `denoise_on`; arrays have the batch first.
 
     Returns a function of (dit, *trees, static=()), compiled once for each `static`, a tuple of hashable values.
     """
+    run, params = program_on(mesh, config, function)
+    shardings = {path: leaf.sharding for path, leaf in params.items()}
+
+    def run_all(dit: WanDiT, *trees: Any, static: tuple[Any, ...] = ()) -> Any:
+        trees, size = jax.device_put(trees, replicated(mesh)), len(jax.tree.leaves(trees)[0])
+        batched = size % (config.mesh.slices * config.mesh.data) == 0
+        return run(jax.device_put(flat_params(dit), shardings), trees, batched=batched, static=static)
+
+    return run_all
+
+
+def program_on(mesh: Mesh, config: Config, function: Callable[..., Any]) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """(run, params): run(params, trees, batched=, static=) of `on_mesh`, not yet compiled, and the parameters it takes, not yet loaded."""
     blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
-    spec = specs(flat_params(blank), wan_dit.SHARDING, config.mesh)
-    shardings = {path: NamedSharding(mesh, each) for path, each in spec.items()}
+    leaves = flat_params(blank)
+    spec = specs(leaves, wan_dit.SHARDING, config.mesh)
 
     @partial(jax.jit, static_argnames=("batched", "static"))
     def run(params: dict[str, Array], trees: tuple[Any, ...], batched: bool, static: tuple[Any, ...]) -> Any:
         def local(params: dict[str, Array], *trees_and_shard: Any) -> Any:
             return function(with_params(blank, params), *trees_and_shard, *static)
 
-        return per_device(local, mesh, spec, "blocks.", batched)(params, *trees)
+        return per_device(local, mesh, spec, {"blocks.": config.dit.dtype}, batched)(params, *trees)
 
-    def run_all(dit: WanDiT, *trees: Any, static: tuple[Any, ...] = ()) -> Any:
-        trees, size = jax.device_put(trees, replicated(mesh)), len(jax.tree.leaves(trees)[0])
-        return run(jax.device_put(flat_params(dit), shardings), trees, batched=size % config.mesh.data == 0, static=static)
+    stored = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dit.dtype)) for path, leaf in leaves.items()}
+    return run, placed(mesh, stored, spec)
 
-    return run_all
+
+def abstract_conditions(config: Config) -> tuple[Conditions, State]:
+    """Shape and dtype of what `denoise_part` takes for one video and one reference of the configured sizes."""
+
+    def make() -> tuple[Conditions, State]:
+        target, reference = (jnp.zeros((1, *size.latent_shape(config.vae))) for size in (config.video, config.data.reference))
+        rows = config.alignment.queries if config.alignment.enabled else config.dit.text_len
+        text = jnp.zeros((1, rows, config.dit.text_dim))
+        clip, image_to_video = config.image, config.dit.image_to_video
+        image = jnp.zeros((1, (clip.image_size // clip.patch) ** 2 + 1, clip.dim)) if config.dit.image_dim is not None else None
+        latents = jnp.zeros((*target.shape[:-1], MASK_CHANNELS + config.vae.z_dim)) if image_to_video else None
+        grid = config.video.patches(config.vae, config.dit.patch)
+        made = make_reference(reference, jnp.zeros(1, jnp.int32), grid, by=config.dit.offsets, flag=config.dit.reference_flag)
+        return Conditions(text, text, image, latents, (made,)), samplers.start(target)
+
+    return jax.eval_shape(make)

@@ -11,6 +11,7 @@ Learnt queries may be appended to `x`; for `position_ids` they count as text tok
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from configs.base import QwenConfig
 from configs.errors import require
+from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.models.attend import CHUNK
 from omnitransfer_jax.models.layers import Linear, RMSNorm
 from omnitransfer_jax.models.qwen2_5_vision import Grid, QwenVision, SwiGLU, frequencies, rotate
@@ -105,21 +107,25 @@ class Qwen2_5VL(nnx.Module):  # noqa: N801
         return self.token_embedding[tokens].astype(jnp.float32)
 
     def __call__(
-        self, embeddings: Float[Array, "B S D"], positions: Int[Array, "3 B S"], mask: Bool[Array, "B S"]
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        mask: Bool[Array, "B S"],
+        shard: Shard = UNSHARDED,
     ) -> Float32[Array, "B S D"]:
         """The last states, after the final norm. A token attends to itself and to earlier tokens, but not to padding (mask False).
 
-        The states of padding are undefined.
+        The states of padding are undefined. Each device computes its part of the tokens, and all return the states of all.
         """
-        table = rotation(positions, self.config)
+        table = rotation(jax.vmap(shard.local)(positions), self.config)
         graphdef, layers = nnx.split(self.layers)
 
         @jax.checkpoint
         def step(x, layer):
-            return nnx.merge(graphdef, layer)(x, table, mask), None
+            return nnx.merge(graphdef, shard.gather_layer(layer))(x, table, mask, shard), None
 
-        x, _ = jax.lax.scan(step, embeddings.astype(jnp.float32), layers)
-        return self.norm(x)
+        x, _ = jax.lax.scan(step, shard.local(embeddings.astype(jnp.float32)), layers)
+        return shard.gather(self.norm(x), embeddings.shape[1])
 
     def logits(self, states: Float[Array, "*lead D"]) -> Float32[Array, "*lead vocabulary"]:
         """The score of every word of the vocabulary as the next token."""
@@ -138,8 +144,10 @@ class Layer(nnx.Module):
         self.norm2 = RMSNorm(config.dim, config.eps)
         self.mlp = SwiGLU(config.dim, config.ffn_dim, bias=False, rngs=rngs)
 
-    def __call__(self, x: Float32[Array, "B S D"], table: Float32[Array, "2 B S k"], mask: Bool[Array, "B S"]) -> Float32[Array, "B S D"]:
-        x = x + self.attention(self.norm1(x).astype(self.dtype), table, mask).astype(jnp.float32)
+    def __call__(
+        self, x: Float32[Array, "B L D"], table: Float32[Array, "2 B L k"], mask: Bool[Array, "B S"], shard: Shard = UNSHARDED
+    ) -> Float32[Array, "B L D"]:
+        x = x + self.attention(self.norm1(x).astype(self.dtype), table, mask, shard).astype(jnp.float32)
         return x + self.mlp(self.norm2(x).astype(self.dtype)).astype(jnp.float32)
 
 
@@ -152,24 +160,28 @@ class CausalAttention(nnx.Module):
         self.key, self.value = (Linear(config.dim, config.num_kv_heads * self.head_dim, rngs=rngs) for _ in range(2))
         self.out = Linear(config.dim, config.dim, bias=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B S D"], table: Float32[Array, "2 B S k"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], table: Float32[Array, "2 B L k"], mask: Bool[Array, "B S"], shard: Shard = UNSHARDED
+    ) -> Float[Array, "B L D"]:
         q, k, v = (rearrange(project(x), "B S (N K) -> B S N K", K=self.head_dim) for project in (self.query, self.key, self.value))
-        out = causal_attention(rotate(q, table), rotate(k, table), v, mask)
+        k, v = (shard.gather(each, mask.shape[1]) for each in (rotate(k, table), v))
+        out = causal_attention(rotate(q, table), k, v, mask, shard.index * x.shape[1])
         return self.out(rearrange(out, "B S N K -> B S (N K)"))
 
 
 def causal_attention(
-    q: Float[Array, "B S N K"], k: Float[Array, "B S n K"], v: Float[Array, "B S n K"], mask: Bool[Array, "B S"]
-) -> Float[Array, "B S N K"]:
+    q: Float[Array, "B L N K"], k: Float[Array, "B S n K"], v: Float[Array, "B S n K"], mask: Bool[Array, "B S"], start: Any = 0
+) -> Float[Array, "B L N K"]:
     """Exact attention, the softmax in float32, `CHUNK` queries at a time: memory grows with the sequence, not with its square.
 
-    Each of the n heads of keys and values is shared by N / n consecutive heads of queries.
+    Each of the n heads of keys and values is shared by N / n consecutive heads of queries. The queries are those of the tokens from `start`
+    on.
     """
-    (B, S, N, K), n = q.shape, k.shape[2]
-    chunk = min(CHUNK, S)
-    count = -(-S // chunk)
-    q = jnp.pad(q, ((0, 0), (0, count * chunk - S), (0, 0), (0, 0)))
-    rows, columns = jnp.arange(count * chunk).reshape(count, chunk), jnp.arange(S)
+    (B, L, N, K), (_, S, n, _) = q.shape, k.shape
+    chunk = min(CHUNK, L)
+    count = -(-L // chunk)
+    q = jnp.pad(q, ((0, 0), (0, count * chunk - L), (0, 0), (0, 0)))
+    rows, columns = start + jnp.arange(count * chunk).reshape(count, chunk), jnp.arange(S)
 
     @jax.checkpoint
     def queries(block):
@@ -181,7 +193,7 @@ def causal_attention(
         return jnp.einsum("Bngcs,BsnK->BcngK", weights.astype(v.dtype), v)
 
     out = jax.lax.map(queries, (rows, q.reshape(B, count, chunk, n, N // n, K).swapaxes(0, 1)))
-    return out.swapaxes(0, 1).reshape(B, count * chunk, N, K)[:, :S]
+    return out.swapaxes(0, 1).reshape(B, count * chunk, N, K)[:, :L]
 
 
 def rotation(positions: Int[Array, "3 B S"], config: QwenConfig) -> Float32[Array, "2 B S k"]:

@@ -6,8 +6,8 @@ The target and each reference are streams through the same blocks. A reference a
 the cross-attention and the head; the target attends to itself and to the keys and values of all references (models/attend.py). A
 reference never reads the target, so its keys and values are the same at every step and can be cached: `make_kv_cache`, then
 `kv_cache=`. Siblings of this construction differ in a few values of DiTConfig: the references' time, whether they read a context of
-their own, and what of them the target reads. The paper's baseline (`references="bidirectional"`) has one stream, the target's tokens
-and the references', and is Wan unchanged.
+their own, and what of them the target reads. In the paper's baseline (`references="bidirectional"`) all streams attend to all, at the
+target's time and with its context: Wan unchanged, on a longer sequence.
 
 Projections compute in `config.dtype`. Float32 always, as in the original: time embedding, modulation, norms, rotation, softmax,
 the residual stream and the head.
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from configs.base import DiTConfig
@@ -30,20 +29,23 @@ from configs.errors import RequestError, require
 from omnitransfer_jax.mesh import UNSHARDED, Shard
 from omnitransfer_jax.models import lora
 from omnitransfer_jax.models.attend import (
+    ANSWER,
+    PROJECTED,
     QKV,
     Attend,
     Frames,
+    Keep,
     Kept,
     KeysValues,
     Reach,
     Streams,
     cached,
-    gathered,
     injecting,
     joint,
+    on_shard,
     plain,
-    recording,
     split,
+    together,
 )
 from omnitransfer_jax.models.cross_attention import Context, CrossAttention, Rows
 from omnitransfer_jax.models.embedders import MLP, ImageEmbedder, TimeEmbedder
@@ -52,7 +54,8 @@ from omnitransfer_jax.models.layers import LayerNorm, Linear, RMSNorm
 from omnitransfer_jax.models.rope3d import grid, rotate, rotation
 
 REMAT = {  # what the forward pass keeps for the backward pass, by DiTConfig.remat
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names(ANSWER),
+    "qkv": jax.checkpoint_policies.save_only_these_names(ANSWER, PROJECTED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -88,6 +91,8 @@ class Inputs(NamedTuple):
     """The projected timestep, one row a sample or one a token."""
     rotation: Float[Array, "2 B L k"]
     """Cosines and sines of its tokens' positions."""
+    tokens: int
+    """Tokens of the whole stream, of which a device may have a part."""
     key_rotation: Float[Array, "2 B L k"] | None = None
     """Those of its keys, where they are not those of its queries."""
 
@@ -170,23 +175,21 @@ class WanDiT(nnx.Module):
         )
         x, inputs, contexts, time = self.prepare(latents, timestep, text, image, has_image, references, shard, embed_text)
         assert x.target is not None
-        tokens = x.target.shape[1]
         if self.config.references == "bidirectional":
             require(not references or timestep.ndim == 1, "bidirectional references: they are at the target's time, so give one a sample")
-            x, inputs, contexts = one_sequence(x, inputs, contexts)
-            references = ()
+            inputs, contexts = like_target(inputs, contexts)
         frames = kv_cache.frames if kv_cache is not None else self.frames(references)
-        attend = self.strategy(bool(references), kv_cache is not None, self.reach(patches, frames, tokens, shard))
+        attend = self.strategy(bool(references), kv_cache is not None, self.reach(patches, frames, x.target.shape[1], shard))
         x, _ = self.run(x, inputs, contexts, attend, kv_cache, shard, active=active, injection=injection)
         assert x.target is not None
-        return self.project(x.target[:, :tokens], time, patches, shard)
+        return self.project(x.target, time, patches, shard)
 
     def strategy(self, references: bool, with_cache: bool = False, reach: Reach | None = None) -> Attend:
         """Who attends to whom: models/attend.py."""
         if not references and not with_cache:
             return partial(plain, kernel=self.config.attention)
-        if self.config.references == "joint" and not with_cache:
-            return partial(joint, kernel=self.config.attention)
+        if self.config.references != "split" and not with_cache:
+            return partial({"joint": joint, "bidirectional": together}[self.config.references], kernel=self.config.attention)
         return partial(cached if with_cache else split, kernel=self.config.attention, reach=reach)
 
     def reach(self, target: tuple[int, int, int], frames: tuple[Frames, ...], tokens: int, shard: Shard) -> Reach | None:
@@ -205,7 +208,7 @@ class WanDiT(nnx.Module):
     ) -> KVCache:
         """Keys and values of `references` in every layer, for a target of that many patches (time, rows, columns).
 
-        With `activations` it holds what they are projected from, and of them this device's part alone. References that attend to the
+        A device holds a part of it. With `activations` it is what they are projected from. References that attend to the
         target (`bidirectional`) differ at every step, so they can have no cache.
         """
         require(
@@ -213,10 +216,10 @@ class WanDiT(nnx.Module):
             "dit.references='bidirectional': references attend to the target; pass them at each step",
         )
         x, inputs, contexts = self.prepare_references(references, shard)
-        attend = partial(recording, kernel=self.config.attention, activations=activations)
-        _, kept = self.run(x, inputs, contexts, attend, None, shard)
-        rotations = tuple(each.rotation for each in inputs.references)
-        return KVCache(jax.tree.map(CachedArray, kept), rotations, self.frames(references), target)
+        attend, keep = self.strategy(references=False), "activations" if activations else "keys_values"
+        _, kept = self.run(x, inputs, contexts, attend, None, shard, keep=keep)
+        rotations, tokens = zip(*((each.rotation, each.tokens) for each in inputs.references), strict=True)
+        return KVCache(jax.tree.map(CachedArray, kept), rotations, self.frames(references), target, tokens)
 
     def tap(
         self,
@@ -267,16 +270,15 @@ class WanDiT(nnx.Module):
         stop: int | None = None,
         active: Bool[Array, " layers"] | None = None,
         injection: Injection | None = None,
+        keep: Keep | None = None,
     ) -> tuple[Streams[Array], Kept | None]:
-        """The tokens after all blocks, or after the first `stop`, and what `attend` returned for the cache, layers first.
+        """The tokens after all blocks, or after the first `stop`, and what is kept of the references, layers first, or what `attend` returned.
 
         Where `active` is false a block is left out; nothing can be kept of it.
         """
         graphdef, layers = nnx.split(self.blocks)
         inputs = inputs if injection is None else injection.rotate(inputs)
-        if shard.axis is not None:
-            attend = gathered(attend, shard)
-
+        tokens, cached_tokens = inputs.map(lambda each: each.tokens), () if kv_cache is None else kv_cache.tokens
         per_layer = layers, None if kv_cache is None else kv_cache.kept, active
 
         def step(x, per_layer, attend=attend):
@@ -285,7 +287,7 @@ class WanDiT(nnx.Module):
 
             def run(x):
                 cache = None if kv_cache is None else self.read_cache(block, kept, kv_cache.rotations, shard)
-                return block(x, inputs, contexts, attend, cache)
+                return block(x, inputs, contexts, on_shard(attend, shard, tokens, cached_tokens, keep), cache)
 
             return run(x) if runs is None else jax.lax.cond(runs, run, lambda x: (x, None), x)
 
@@ -313,7 +315,7 @@ class WanDiT(nnx.Module):
         for arrays, table in zip(kept, rotations, strict=True):
             read = tuple(array.read(jnp.dtype(self.config.dtype)) for array in arrays)
             if len(read) == 1:
-                read = tuple(map(shard.gather, block.self_attention.keys_values(*read, table)))
+                read = tuple(map(shard.tokens_for_heads, block.self_attention.keys_values(*read, table)))
             found.append(read)
         return tuple(found)
 
@@ -334,7 +336,7 @@ class WanDiT(nnx.Module):
         context = text if isinstance(text, Context) else self.embed_context(text, image, has_image, embed_text)
         context = Context(context.text.local(shard), context.image and context.image.local(shard), context.has_image)
         others, others_inputs, contexts = self.prepare_references(references, shard)
-        inputs = Streams(Inputs(self.project_time(time), rotation), others_inputs.references)
+        inputs = Streams(Inputs(self.project_time(time), rotation, self.tokens(latents)), others_inputs.references)
         return Streams(x, others.references), inputs, Streams(context, contexts.references), time
 
     def prepare_references(
@@ -343,8 +345,9 @@ class WanDiT(nnx.Module):
         """Tokens, inputs and contexts of the references, all at `dit.reference_time`."""
         embedded = [self.embed(r.latents, r.offset, shard) for r in references]
         modulation = self.project_time(self.time_embedder(jnp.full((1, 1), self.config.reference_time)))
-        tokens, inputs = tuple(x for x, _ in embedded), tuple(Inputs(modulation, rotation) for _, rotation in embedded)
-        return Streams(None, tokens), Streams(None, inputs), Streams(None, tuple(map(self.reference_context, references)))
+        inputs = [Inputs(modulation, rotation, self.tokens(r.latents)) for (_, rotation), r in zip(embedded, references, strict=True)]
+        contexts = tuple(map(self.reference_context, references))
+        return Streams(None, tuple(x for x, _ in embedded)), Streams(None, tuple(inputs)), Streams(None, contexts)
 
     def reference_context(self, reference: Reference) -> Context | None:
         """What a reference reads in the cross-attention, if it does."""
@@ -373,6 +376,10 @@ class WanDiT(nnx.Module):
         frames, rows, columns = (n // p for n, p in zip(latents.shape[1:4], self.config.patch, strict=True))
         return frames, rows, columns
 
+    def tokens(self, latents: Float[Array, "B F H W C"]) -> int:
+        """How many tokens `latents` have."""
+        return int(np.prod(self.grid(latents)))
+
     def embed(
         self, latents: Float[Array, "B F H W C"], offset: Int[Array, "b 3"], shard: Shard = UNSHARDED
     ) -> tuple[Float[Array, "B L D"], Float[Array, "2 b L k"]]:
@@ -395,25 +402,20 @@ class WanDiT(nnx.Module):
         """The head, in float32: tokens back to latents; within a token the channels run fastest."""
         (F, H, W), (t, h, w) = patches, self.config.patch
         shift, scale = self.head_modulation[:, None, None].astype(jnp.float32) + time[None]
-        x = shard.gather(self.head(self.head_norm(x) * (1 + scale) + shift))
+        x = shard.gather(self.head(self.head_norm(x) * (1 + scale) + shift), F * H * W)
         return rearrange(x, "B (F H W) (t h w c) -> B (F t) (H h) (W w) c", F=F, H=H, W=W, t=t, h=h, w=w)
 
 
-def one_sequence(
-    x: Streams[Array], inputs: Streams[Inputs], contexts: Streams[Context | None]
-) -> tuple[Streams[Array], Streams[Inputs], Streams[Context | None]]:
-    """The target's tokens followed by those of its references, as one target at the target's time, with the target's context."""
-    assert x.target is not None
-    assert inputs.target is not None
+def like_target(inputs: Streams[Inputs], contexts: Streams[Context | None]) -> tuple[Streams[Inputs], Streams[Context | None]]:
+    """What the blocks need of references that are at the target's time and read the target's context."""
+    target = inputs.target
+    assert target is not None
     require(
-        not x.references or contexts.target is None or contexts.target.text.of_frames is None,
+        not inputs.references or contexts.target is None or contexts.target.text.of_frames is None,
         "dit.references='bidirectional': references are of no latent frame, so none can have rows of its own; take 'split'",
     )
-    rotations = [inputs.target.rotation, *(each.rotation for each in inputs.references)]
-    rows = max(r.shape[1] for r in rotations)
-    rotations = [jnp.broadcast_to(r, (2, rows, *r.shape[2:])) for r in rotations]
-    joined = Inputs(inputs.target.modulation, jnp.concatenate(rotations, 2))
-    return Streams(jnp.concatenate([x.target, *x.references], 1), ()), Streams(joined, ()), Streams(contexts.target, ())
+    references = tuple(each._replace(modulation=target.modulation) for each in inputs.references)
+    return replace(inputs, references=references), Streams(contexts.target, (contexts.target,) * len(references))
 
 
 class Block(nnx.Module):
@@ -491,4 +493,4 @@ class SelfAttention(nnx.Module):
 
     def join(self, heads: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
         """The output projection of one stream's attention."""
-        return self.out(rearrange(checkpoint_name(heads, "attention"), "B L N K -> B L (N K)"))
+        return self.out(rearrange(heads, "B L N K -> B L (N K)"))

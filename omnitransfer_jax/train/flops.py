@@ -38,24 +38,41 @@ def cache_bytes(config: DiTConfig, cache: ReferenceCache, tokens: int) -> int:
     return config.num_layers * tokens * (size + factors)
 
 
+def denoising(config: DiTConfig, sampler: SamplerConfig, tokens: int, reference: int, frame: int) -> int:
+    """All steps and passes of a sampling; arguments as for `reference_note`."""
+    cache, passes = sampler.reference_cache, sampler.steps * (1 if sampler.guidance == 1 else 2)
+    reads = frame if config.reach == "same_frame" else reference
+    step = target_pass(config, tokens, reads) + (read_again(config, reference) if cache == "activations" else 0)
+    once, each = (0, reference_pass(config, reference)) if cache == "none" else (reference_pass(config, reference), 0)
+    return once + passes * (step + each)
+
+
 def reference_note(config: DiTConfig, sampler: SamplerConfig, tokens: int, reference: int, frame: int) -> str:
     """One line for people: what a reference of so many tokens, `frame` a frame, costs a sampling of a target of `tokens`.
 
     The share of work is that of all steps and passes, against a network that reads target and reference as one sequence at each.
     """
-    cache, passes = sampler.reference_cache, sampler.steps * (1 if sampler.guidance == 1 else 2)
-    reads = frame if config.reach == "same_frame" else reference
-    step = target_pass(config, tokens, reads) + (read_again(config, reference) if cache == "activations" else 0)
-    once, each = (0, reference_pass(config, reference)) if cache == "none" else (reference_pass(config, reference), 0)
-    share = (once + passes * (step + each)) / (passes * target_pass(config, tokens + reference))
+    cache = sampler.reference_cache
+    passes = sampler.steps * (1 if sampler.guidance == 1 else 2)
+    share = denoising(config, sampler, tokens, reference, frame) / (passes * target_pass(config, tokens + reference))
     kept = f"{cache_bytes(config, cache, reference) / 1e9:.3g} GB of cache ({cache})" if cache != "none" else "no cache"
     return f"reference: {reference:,} tokens, {kept}, {share:.0%} of the work of one sequence with it"
 
 
 def note_of(config: Config) -> str:
     """`reference_note` of a target and a reference of the configured sizes."""
+    return reference_note(config.dit, config.sampler, *_sizes(config))
+
+
+def sampling(config: Config) -> int:
+    """`denoising` of a target and a reference of the configured sizes."""
+    return denoising(config.dit, config.sampler, *_sizes(config))
+
+
+def _sizes(config: Config) -> tuple[int, int, int]:
+    """Tokens of the target, of the reference, and of one frame of the reference."""
     _, rows, columns = config.data.reference.patches(config.vae, config.dit.patch)
-    return reference_note(config.dit, config.sampler, tokens(config, config.video), tokens(config, config.data.reference), rows * columns)
+    return tokens(config, config.video), tokens(config, config.data.reference), rows * columns
 
 
 def train_step(config: Config) -> int:

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float
 
 from configs.run import Config
-from omnitransfer_jax.mesh import Rules, Shard
+from omnitransfer_jax.mesh import Rules, Shard, Stacks
 from omnitransfer_jax.train.optimizer import dimension_numbers
 
 Params = dict[str, Array]
@@ -43,8 +43,10 @@ class Objective:
     """Further parameters of the loss, of another folder: no step changes them and no checkpoint holds them.
 
     `loop.train` is given their arrays, placed on the mesh, whenever the run starts or goes on."""
-    stack: str | None = None
-    """Where the paths of stacked layers begin; the loss gathers them one at a time with `shard.gather_layer`. Others arrive whole."""
+    stacks: Stacks = field(default_factory=dict)
+    """Where the paths of stacked layers begin, and the dtype in which their matrices are used.
+
+    The loss gathers the layers one at a time with `shard.gather_layer`; other parameters arrive whole."""
     frozen_dtype: str = "float32"
     """What frozen parameters are kept in."""
     models: Config

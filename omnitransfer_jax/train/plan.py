@@ -59,7 +59,7 @@ def memory_table(objective: Objective, config: RunConfig) -> str:
     """`memory` in GiB."""
     sizes = memory(objective, config)
     lines = [f"{name:<32} {size / GIB:>18.3f}" for name, size in {**sizes, "sum": sum(sizes.values())}.items()]
-    title = f"{'GiB per device':<32} {f'mesh {config.mesh.data} x {config.mesh.context}':>18}"
+    title = f"{'GiB per device':<32} {f'on {config.mesh.devices}':>18}"
     return "\n".join([title, *lines, f"{'activations':<32} {'not counted':>18}"])
 
 

@@ -7,6 +7,7 @@ Everything a step needs is in its arguments: state, batch, key. What is trained,
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Int32
 
 from configs.errors import require
 from configs.run import RunConfig
-from omnitransfer_jax.mesh import Specs, per_device, placed, specs_of
+from omnitransfer_jax.mesh import Specs, mean_and_gradients, placed, specs_of
 from omnitransfer_jax.models import lora
 from omnitransfer_jax.train.objective import Objective, Params
 
@@ -86,25 +87,21 @@ def make_train_step(
         losses, metrics = objective.loss(params, batch, drawn, shard)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
 
-    mean_loss = per_device(means, mesh, specs, objective.stack, mean=True)
+    mean_of_devices = mean_and_gradients(means, mesh, specs, objective.stacks)
 
     def gradients(state: TrainState, batch: Any, drawn: Any, base: Params) -> tuple[tuple[Array, dict[str, Array]], Params]:
         """Mean loss, metrics and gradients; `parts` pieces of the batch one after the other."""
-
-        def loss(trainable: Params, batch: Any, drawn: Any) -> tuple[Array, dict[str, Array]]:
-            return mean_loss(trainable | state.frozen | base, batch, drawn)
-
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        value_and_grad = partial(mean_of_devices, state.trainable, state.frozen | base)
         if parts == 1:
-            return value_and_grad(state.trainable, batch, drawn)
+            return value_and_grad(batch, drawn)
 
         def add(total, piece):
-            return jax.tree.map(lambda a, b: a + b / parts, total, value_and_grad(state.trainable, *piece)), None
+            return jax.tree.map(lambda a, b: a + b / parts, total, value_and_grad(*piece)), None
 
         # Every piece takes an equal part of each device's samples.
         pieces = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, drawn))
         first = jax.tree.map(lambda x: x[0], pieces)
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, state.trainable, *first))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, *first))
         return jax.lax.scan(add, zero, pieces)[0]
 
     def train_step(state: TrainState, batch: Any, key: Array, base: Params | None = None) -> tuple[TrainState, dict[str, Array]]:

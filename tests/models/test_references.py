@@ -12,7 +12,7 @@ from configs.errors import RequestError
 from configs.run import SamplerConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.mesh import UNSHARDED
-from omnitransfer_jax.models.attend import Streams, recording
+from omnitransfer_jax.models.attend import Streams, plain
 from omnitransfer_jax.models.flat_params import flat_params, with_params
 from omnitransfer_jax.models.kv_cache import quantize
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, make_reference, reference_latents
@@ -138,7 +138,7 @@ def test_a_reference_is_at_time_zero_without_noise_and_text(model, batch):
         block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], layers))  # noqa: B023
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + block.modulation[:, None, None]
         qkv = block.self_attention.project(block.norm(x) * (1 + scale) + shift, table)
-        outputs, _ = recording(Streams(None, (qkv,)), None, "auto")
+        outputs, _ = plain(Streams(None, (qkv,)), None, "auto")
         x = x + gate * block.self_attention.join(outputs.references[0])
         x = x + ffn_gate * block.ffn(block.norm(x) * (1 + ffn_scale) + ffn_shift)
     assert relative_l2(streams(model, batch, references(3))[1], x) <= 1e-5

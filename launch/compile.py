@@ -1,0 +1,260 @@
+"""Compiles a program for a TPU pod that is not here, and says whether it fits and what it waits for. No weights, no data, no TPU.
+
+    python -m launch.compile --config=stage3 --topology=v5p:4x4x4 --json=stage3.json
+    python -m launch.compile --config=stage1 --topology=v6e:16x16 --meshes="16x8x2 16x16x1 8x8x4"
+    python -m launch.compile --config=stage1 --topology=v6e:2x4 --program=sample
+
+It needs TPU's compiler: pip install -e '.[tpu]'. A topology is a generation and the chips along each axis. The mesh is the configuration's
+(`--mesh.data` and so on), or, where that is one device, the recommended one (configs/chips.py); `--meshes` compiles several, as
+data x heads x keys, and prints a table. FLOPs and seconds are counted and bounded, not measured (docs/pods.md).
+"""
+
+import json
+import os
+import time
+from collections import defaultdict
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, PartitionSpec
+
+from configs.chips import MESHES, Chip, chip_of
+from configs.errors import RequestError, require
+from configs.run import Config, MeshConfig
+from launch import command
+from launch.train import objective
+from omnitransfer_jax import samplers
+from omnitransfer_jax.compiled.collectives import Collective, collectives
+from omnitransfer_jax.compiled.operations import Operations, operations
+from omnitransfer_jax.compiled.roofline import Roofline, roofline, seconds
+from omnitransfer_jax.folders import outputs
+from omnitransfer_jax.mesh import batch_sharding, make_mesh, placed, replicated, specs
+from omnitransfer_jax.models.omnitransfer import abstract_conditions, denoise_part, program_on
+from omnitransfer_jax.train import flops, loop
+from omnitransfer_jax.train.optimizer import make_optimizer
+from omnitransfer_jax.train.step import placed_state
+
+FLAGS = flags.FlagValues()
+TOPOLOGY = flags.DEFINE_string("topology", None, "such as v5p:4x4x4, v6e:16x16, v5e:16x16", required=True, flag_values=FLAGS)
+PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "a training step, or a whole sampling", flag_values=FLAGS)
+JSON = flags.DEFINE_string("json", "", "file for everything that is found", flag_values=FLAGS)
+MESHES_FLAG = flags.DEFINE_string("meshes", "", "several meshes, each as data x heads x keys: '16x4x1 8x8x1'", flag_values=FLAGS)
+GIB = 2**30
+QUIET = {  # the compiler asks the machine what TPU it has; these answer
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at once
+}
+
+
+class Program(NamedTuple):
+    """What is compiled."""
+
+    traced: Any
+    useful: float
+    """Operations that the method needs, of all devices."""
+
+
+class Report(NamedTuple):
+    """What a compilation found."""
+
+    mesh: MeshConfig
+    memory: dict[str, float]
+    """GiB of one device."""
+    useful: float
+    executed: Operations
+    """Of one device."""
+    sent: list[Collective]
+    roofline: Roofline
+    compiled_in: float
+    """Seconds."""
+
+
+def main(config: Config) -> None:
+    if JSON.value:
+        outputs.require_file("--json", JSON.value)
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    chip, devices = chip_of(TOPOLOGY.value), devices_of(TOPOLOGY.value)
+    meshes = [mesh_of(text) for text in MESHES_FLAG.value.split()] or [chosen_mesh(config, TOPOLOGY.value)]
+    reports = []
+    for mesh in meshes:
+        each = replace(config, mesh=mesh, dit=replace(config.dit, attention="splash" if config.dit.attention == "auto" else config.dit.attention))
+        each.validate()
+        require(mesh.devices == len(devices), f"--topology={TOPOLOGY.value}: {len(devices)} devices, but the mesh has {mesh.devices}")
+        try:
+            reports.append(compile_for(each, chip, devices))
+        except jax.errors.JaxRuntimeError as error:
+            require("RESOURCE_EXHAUSTED" in str(error) and len(meshes) > 1, f"{name_of(mesh)}: {refusal(error)}")
+            print(f"{name_of(mesh):<12} {refusal(error)}", flush=True)
+            continue
+        print(row(reports[-1], chip) if len(meshes) > 1 else summary(reports[-1], chip, each), flush=True)
+    if JSON.value:
+        text = json.dumps([as_json(report, chip, config) for report in reports] if len(meshes) > 1 else as_json(reports[0], chip, config), indent=2)
+        Path(JSON.value).write_text(text + "\n")
+
+
+def devices_of(topology: str) -> Any:
+    """The devices of a topology, as the compiler describes them."""
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        missing = "libtpu" in str(error).lower() or "tpu backend" in str(error).lower() or "not found" in str(error).lower()
+        remedy = "install TPU's compiler, pip install -e '.[tpu]'" if missing else "give a generation and the chips along each axis, as v5p:4x4x4"
+        raise RequestError(f"--topology={topology}: {str(error).splitlines()[0][:120]}; {remedy}") from None
+
+
+def mesh_of(text: str) -> MeshConfig:
+    """The mesh that `16x4x1` names."""
+    sizes = text.split("x")
+    require(len(sizes) == 3 and all(size.isdigit() for size in sizes), f"--meshes={text}: expected data x heads x keys, as 16x4x1")
+    data, heads, keys = map(int, sizes)
+    return MeshConfig(data=data, heads=heads, keys=keys)
+
+
+def name_of(mesh: MeshConfig) -> str:
+    """The mesh as `--meshes` has it."""
+    return f"{mesh.data}x{mesh.heads}x{mesh.keys}"
+
+
+def chosen_mesh(config: Config, topology: str) -> MeshConfig:
+    """The configuration's mesh, or the recommended one if that is a single device."""
+    if config.mesh.devices > 1:
+        return config.mesh
+    require(topology in MESHES, f"--topology={topology}: no mesh is recommended for it; give --mesh.data, --mesh.heads and --mesh.keys")
+    return MESHES[topology]
+
+
+def compile_for(config: Config, chip: Chip, devices: Any) -> Report:
+    """Traces, lowers and compiles."""
+    mesh, started = make_mesh(config.mesh, devices), time.perf_counter()
+    program = {"train": train_program, "sample": sample_program}[PROGRAM.value](config, mesh)
+    compiled = program.traced.lower().compile(compiler_options=dict(chip.options))
+    seconds_taken = time.perf_counter() - started
+    used = compiled.memory_analysis()
+    memory = {
+        "arguments": used.argument_size_in_bytes,
+        "temporaries": used.temp_size_in_bytes,
+        "outputs": used.output_size_in_bytes - used.alias_size_in_bytes,
+    }
+    executed, sent = operations(program.traced.jaxpr.jaxpr), collectives(compiled.as_text())
+    found = roofline(chip, program.useful, executed, sent, [device.coords for device in mesh.devices.flat])
+    gib = {name: size / GIB for name, size in memory.items()}
+    return Report(config.mesh, gib, program.useful, executed, sent, found, seconds_taken)
+
+
+def train_program(config: Config, mesh: Mesh) -> Program:
+    """A training step, as the loop compiles it."""
+    trained = objective(config)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, trained.matrices)
+    spec = specs({**trained.params, **trained.base}, trained.sharding, config.mesh)
+    like = placed_state(trained, config, optimizer, mesh, spec)
+    base = placed(mesh, dict(trained.base), {path: spec[path] for path in trained.base})
+    key = placed(mesh, jax.eval_shape(trained.root_key), PartitionSpec())
+    places = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
+    step = jax.jit(loop.make_step(trained, config, optimizer, mesh, spec), donate_argnums=0, out_shardings=places)
+    traced = step.trace(like, placed(mesh, trained.batch, batch_sharding(mesh).spec), key, base)
+    require(trained.flops is not None, "--config: the operations of this training are not counted")
+    return Program(traced, float(trained.flops or 0))
+
+
+def sample_program(config: Config, mesh: Mesh) -> Program:
+    """A whole sampling of one video from one reference, with the reference's cache and guidance."""
+    expert = samplers.experts(config.sampler)[0]
+    run, params = program_on(mesh, config, partial(denoise_part, config, None))
+    trees = placed(mesh, abstract_conditions(config), PartitionSpec())
+    return Program(run.trace(params, trees, batched=config.mesh.data == 1, static=(expert,)), float(flops.sampling(config)))
+
+
+def summary(report: Report, chip: Chip, config: Config) -> str:
+    """For a person: whether it fits, what takes the memory, and what it waits for."""
+    total, times = sum(report.memory.values()), report.roofline
+    lines = [
+        f"{PROGRAM.value} on {TOPOLOGY.value}, mesh data {report.mesh.data} x heads {report.mesh.heads} x keys {report.mesh.keys}, "
+        f"compiled in {report.compiled_in:.0f} s",
+        f"memory    {total:.1f} of {chip.memory} GiB a device: " + ", ".join(f"{name} {size:.1f}" for name, size in report.memory.items()),
+        f"FLOPs     {report.useful:.4g} useful, {executed_of(report):.4g} executed, {executed_of(report) / report.useful:.3f} times as many",
+        f"seconds   {times.compute:.2f} computing, {times.exposed:.2f} waiting for others, {times.overlapped:.2f} of communication beside it",
+        "MFU       " + ", ".join(f"{share:.1%} {name}" for name, share in times.mfu.items()),
+        f"{'collective':<20} {'group':>6} {'type':>5} {'count':>6} {'GB':>8} {'seconds':>8}  overlaps",
+    ]
+    return "\n".join([*lines, *collective_rows(report, chip)])
+
+
+def collective_rows(report: Report, chip: Chip) -> list[str]:
+    """The collectives, those of one kind together, the slowest first."""
+    coordinates = devices_of(TOPOLOGY.value)
+    mesh = make_mesh(report.mesh, coordinates)
+    places = [device.coords for device in mesh.devices.flat]
+    rows: dict[Any, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for each in report.sent:
+        key = each.kind, len(each.group), each.dtype, each.overlaps
+        for i, value in enumerate((each.count, each.count * each.bytes / 1e9, seconds(each, chip, places))):
+            rows[key][i] += value
+    slowest = sorted(rows.items(), key=lambda item: -item[1][2])
+    return [
+        f"{kind:<20} {group:>6} {dtype:>5} {count:>6.0f} {size:>8.2f} {time:>8.3f}  {'yes' if overlaps else 'no'}"
+        for (kind, group, dtype, overlaps), (count, size, time) in slowest
+    ]
+
+
+def executed_of(report: Report) -> float:
+    """Operations that all devices execute."""
+    return sum(report.executed) * report.mesh.devices
+
+
+def row(report: Report, chip: Chip) -> str:
+    """A line of a table of meshes."""
+    shares = " / ".join(f"{share:.1%}" for share in report.roofline.mfu.values())
+    total = sum(report.memory.values())
+    return (
+        f"{name_of(report.mesh):<12} {total:>6.1f} GiB of {chip.memory}  {executed_of(report) / report.useful:.3f} executed/useful"
+        f"  MFU {shares}  compiled in {report.compiled_in:.0f} s"
+    )
+
+
+def refusal(error: Exception) -> str:
+    """What the compiler says when a program does not fit."""
+    text = str(error)
+    start = text.find("Ran out of memory")
+    return (text[start:] if start >= 0 else text).splitlines()[0][:200]
+
+
+def as_json(report: Report, chip: Chip, config: Config) -> dict[str, Any]:
+    """Everything that was found."""
+    kinds: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    for each in report.sent:
+        kinds[each.kind]["count"] += each.count
+        kinds[each.kind]["bytes"] += each.count * each.bytes
+    total = sum(report.memory.values())
+    return {
+        "topology": TOPOLOGY.value,
+        "devices": report.mesh.devices,
+        "mesh": asdict(report.mesh),
+        "program": PROGRAM.value,
+        "params": sum(leaf.size for leaf in objective(config).params.values()),
+        "hbm_gib_per_device": round(total, 2),
+        "hbm_limit_gib": chip.memory,
+        "fits": total <= chip.memory,
+        "memory_gib": {name: round(size, 2) for name, size in report.memory.items()},
+        "model_flops": report.useful,
+        "executed_flops": executed_of(report),
+        "executed_attention_flops": report.executed.attention * report.mesh.devices,
+        "collectives": kinds,
+        "collectives_by_group": [each._replace(group=(len(each.group),))._asdict() for each in report.sent],
+        "roofline_seconds": report.roofline.compute + report.roofline.exposed,
+        "mfu_bound": report.roofline.mfu,
+        "compile_seconds": round(report.compiled_in, 1),
+        "assumptions": f"{chip.peak} TFLOP/s and {chip.link} GB/s an axis; matrix products at 0.8 of the peak, attention at 0.6; no other time",
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tracing needs no accelerator, and one that is here would be taken
+    command.run(main, FLAGS)
