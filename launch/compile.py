@@ -44,6 +44,7 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "such as v5p:4x4x4, v6e:16x16, 
 PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "a training step, or a whole sampling", flag_values=FLAGS)
 JSON = flags.DEFINE_string("json", "", "file for everything that is found", flag_values=FLAGS)
 MESHES_FLAG = flags.DEFINE_string("meshes", "", "several meshes, each as data x heads x keys: '16x4x1 8x8x1'", flag_values=FLAGS)
+HLO = flags.DEFINE_string("hlo", "", "file for the compiled program's text", flag_values=FLAGS)
 GIB = 2**30
 QUIET = {  # the compiler asks the machine what TPU it has; these answer
     "TPU_SKIP_MDS_QUERY": "1",
@@ -80,6 +81,8 @@ class Report(NamedTuple):
 def main(config: Config) -> None:
     if JSON.value:
         outputs.require_file("--json", JSON.value)
+    if HLO.value:
+        outputs.require_file("--hlo", HLO.value)
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     chip, devices = chip_of(TOPOLOGY.value), devices_of(TOPOLOGY.value)
     meshes = [mesh_of(text) for text in MESHES_FLAG.value.split()] or [chosen_mesh(config, TOPOLOGY.value)]
@@ -143,7 +146,10 @@ def compile_for(config: Config, chip: Chip, devices: Any) -> Report:
         "temporaries": used.temp_size_in_bytes,
         "outputs": used.output_size_in_bytes - used.alias_size_in_bytes,
     }
-    executed, sent = operations(program.traced.jaxpr.jaxpr), collectives(compiled.as_text())
+    text = compiled.as_text()
+    if HLO.value:
+        Path(HLO.value).write_text(text)
+    executed, sent = operations(text), collectives(text)
     found = roofline(chip, program.useful, executed, sent, [device.coords for device in mesh.devices.flat])
     gib = {name: size / GIB for name, size in memory.items()}
     return Report(config.mesh, gib, program.useful, executed, sent, found, seconds_taken)

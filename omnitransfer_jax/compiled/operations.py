@@ -1,15 +1,13 @@
-"""The floating-point operations of a traced program on one device: of its matrix products, and of its attention kernels.
+"""The floating-point operations of a compiled program on one device: of its matrix products, and of its attention kernels.
 
-Unlike XLA's own count it multiplies a loop's body by the number of its turns and knows the attention kernels. What XLA computes a second
-time of its own accord, to fit, is not in it.
+XLA's own count takes a loop's body once and the attention kernels for nothing. This one multiplies by the turns and knows the kernels; what
+XLA computes a second time of its own accord, so that the program fits, is in it.
 """
 
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import re
+from typing import NamedTuple
 
-import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from omnitransfer_jax.compiled.hlo import Run, runs, shapes
 
 
 class Operations(NamedTuple):
@@ -18,59 +16,55 @@ class Operations(NamedTuple):
     products: int
     attention: int
 
-    def __add__(self, other: Any) -> "Operations":
-        return Operations(self.products + other.products, self.attention + other.attention)
 
-    def times(self, count: int) -> "Operations":
-        """So many of them."""
-        return Operations(self.products * count, self.attention * count)
-
-
-def operations(jaxpr: Jaxpr) -> Operations:
-    """Of everything in `jaxpr`; of a conditional, the larger branch. What is inside a `shard_map` is one device's."""
-    total = Operations(0, 0)
-    for equation in jaxpr.eqns:
-        match equation.primitive.name:
-            case "dot_general":
-                total += Operations(_dot(equation), 0)
-            case "conv_general_dilated":
-                total += Operations(_convolution(equation), 0)
-            case "pallas_call":
-                total += Operations(0, _kernel(equation))
-            case "scan":
-                total += operations(equation.params["jaxpr"].jaxpr).times(equation.params["length"])
-            case "cond":
-                total += max((operations(branch.jaxpr) for branch in equation.params["branches"]), key=sum)
-            case _:
-                for inner in _inner(equation.params):
-                    total += operations(inner)
-    return total
+def operations(text: str) -> Operations:
+    """Of a program's text. Of a conditional every branch is counted."""
+    products = attention = 0
+    for run in runs(text):
+        match run.instruction.opcode:
+            case "convolution":
+                products += run.count * _convolution(run)
+            case "dot":
+                products += run.count * _dot(run)
+            case "custom-call":
+                attention += run.count * _kernel(run)
+    return Operations(products, attention)
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    for value in params.values():
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
+def _convolution(run: Run) -> int:
+    """A TPU's compiler writes every product as a convolution.
+
+    Its sum is over the features of the left side and over the window, but for a window that slides over padding: that one is a product's
+    other axis, and of its places one counts.
+    """
+    (left, *_), rest = run.operands, run.instruction.rest
+    labels = re.search(r"dim_labels=(\w+)_", rest)
+    assert labels is not None
+    summed = left.sizes[labels[1].index("f")]
+    if window := re.search(r"window=\{([^}]*)\}", rest):
+        fields = dict(field.split("=") for field in window[1].split())
+        sizes = [int(n) for n in fields["size"].split("x")]
+        pads = fields.get("pad", "x".join(["0_0"] * len(sizes))).split("x")
+        spread = fields.get("lhs_dilate", "x".join(["1"] * len(sizes))).split("x")
+        for size, pad, apart in zip(sizes, pads, spread, strict=True):
+            summed *= size if pad == "0_0" and apart == "1" else 1
+    return 2 * shapes(run.instruction.type)[0].elements * summed
 
 
-def _dot(equation: Any) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+def _dot(run: Run) -> int:
+    (left, *_), summed = run.operands, 1
+    if axes := re.search(r"lhs_contracting_dims=\{([\d,]*)\}", run.instruction.rest):
+        for axis in axes[1].split(","):
+            summed *= left.sizes[int(axis)] if axis else 1
+    return 2 * shapes(run.instruction.type)[0].elements * summed
 
 
-def _convolution(equation: Any) -> int:
-    kernel, out_axis = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_axis]
-
-
-def _kernel(equation: Any) -> int:
-    """Of the splash kernels: two products of queries and keys forward, five in the fused backward. Masked tiles count too."""
-    name = str(equation.params["name"])
+def _kernel(run: Run) -> int:
+    """The splash kernels: two products of queries and keys forward, five in the fused backward. Tiles that are masked whole count too."""
+    name = run.instruction.name
     if "splash" not in name:
         return 0
-    arrays = [v.aval.shape for v in equation.invars if v.aval.ndim >= 3 and v.aval.dtype in (jax.numpy.bfloat16, jax.numpy.float32)]
-    (*lead, queries, width), (*_, keys, _) = arrays[0], arrays[1]
-    return 2 * math.prod(lead) * queries * keys * width * (5 if "dkv" in name else 2)
+    constraints = re.search(r"operand_layout_constraints=\{(.*?)\}(?:, \w+=|$)", run.instruction.rest)
+    arrays = [each for each in shapes(constraints[1] if constraints else "") if each.dtype in ("bf16", "f32") and len(each.sizes) >= 3]
+    queries, keys = arrays[0], arrays[1]
+    return 2 * queries.elements * keys.sizes[-2] * (5 if "dkv" in name else 2)

@@ -11,7 +11,8 @@ from configs.errors import RequestError
 from configs.run import Config, OptimizerConfig, record_fields
 
 RUN = {
-    "checkpoint.every", "checkpoint.keep", "data.threads", "dit.attention", "dit.remat", "mesh.context", "mesh.data", "sampler.boundary",
+    "checkpoint.every", "checkpoint.keep", "data.threads", "dit.attention", "dit.remat", "mesh.data", "mesh.heads", "mesh.keys",
+    "mesh.slices", "sampler.boundary",
     "sampler.guidance", "sampler.low_noise_guidance", "sampler.negative_prompt", "sampler.reference_cache", "sampler.shift",
     "sampler.skip_unconditional", "sampler.solver", "sampler.stack_references", "sampler.steps",
     "train.evaluate_every", "train.log_every", "train.steps", "vae.decode_frames", "vae.encode_frames",

@@ -73,7 +73,7 @@ def wrong_files(folder, saved, request, capsys):
         (["--reference={clip}", "--ditflow.save=b.pt"], "--ditflow.save=b.pt: end the name in .safetensors"),
         (["--reference={clip}", "--ditflow.block=2"], "ditflow.block=2: the network has blocks 0 to 1"),
         (["--reference={clip}", "--ditflow.share=0.1"], "ditflow.share=0.1: less than one of 4 steps"),
-        (["--reference={clip}", "--mesh.context=2"], "mesh.context=2"),
+        (["--reference={clip}", "--mesh.heads=2"], "mesh.heads=2"),
         (["--reference={clip}", "--ditflow.guide=none", "--ditflow.kv_injection=False"], "guides nothing"),
         (["--reference={clip}", "--alignment.enabled=True"], "the method guides plain Wan"),
         (["--reference={clip}", "--video.frames=33"], "33 needed"),

@@ -107,7 +107,7 @@ def test_an_export_can_be_read(whole, tmp_path):
         (train, ["--workdir={run}", "--reference={clip}", "--inversion.tokens=3"], "was started with 2"),
         (train, ["--workdir={new}", "--reference={clip}", "--train.trainable", ".*"], "trains tokens/.* alone"),
         (train, ["--workdir={new}", "--reference={clip}", "--inversion.tokens=17"], "at most 16"),
-        (train, ["--workdir={new}", "--reference={clip}", "--mesh.context=3"], "mesh.context=3: a divisor of the 2 latent frames"),
+        (train, ["--workdir={new}", "--reference={clip}", "--mesh.keys=3"], "mesh.heads * mesh.keys = 3: a divisor of the 2 latent frames"),
         (sample, ["--checkpoint={run}"], "no --first_frame: the tokens move a picture"),
         (sample, ["--checkpoint={run}", "--first_frame={image}", "--prompt=a"], "--prompt='a': the tokens stand in its place"),
         (

@@ -12,15 +12,15 @@ def execute(*args):
 
 
 def test_a_dry_run_of_the_full_size(capsys):
-    assert execute("--config=stage1", "--dry_run", "--mesh.data=16", "--mesh.context=4", "--train.ema=0.99") == 0
+    assert execute("--config=stage1", "--dry_run", "--mesh.data=16", "--mesh.heads=4", "--train.ema=0.99") == 0
     out = capsys.readouterr().out
     config, _, rest = out.partition("\n\n")
-    assert json.loads(config)["mesh"] == {"data": 16, "context": 4}
+    assert json.loads(config)["mesh"] == {"data": 16, "heads": 4, "keys": 1, "slices": 1}
     rows = {line.split()[0]: line.split()[1:] for line in rest.splitlines() if line}
     assert rows["total"] == ["16,394,878,784", "0"]
     blocks = sum(int(count[0].replace(",", "")) for name, count in rows.items() if name.startswith("dit/blocks."))
     assert blocks == 16_394_878_784 - 241_340_224  # all but what stands before and after the blocks
-    spread = 16_394_878_784 * 4 / 16 / 2**30
+    spread = 16_394_878_784 * 4 / 64 / 2**30
     sizes = {name: float(rows[name][0]) for name in ("parameters", "gradients", "optimizer", "average", "sum")}
     assert sizes["gradients"] == sizes["average"] == pytest.approx(spread, rel=1e-2)  # a little is on every device
     assert sizes["optimizer"] == pytest.approx(2 * sizes["gradients"], abs=2e-3)
@@ -49,7 +49,7 @@ def test_a_dry_run_of_the_world_s_trainings(config, rows, capsys):
     ("args", "message"),
     [
         (["--data.path=records"], "--workdir: not given"),
-        (["--workdir={}", "--mesh.data=4"], "mesh.data=4 times mesh.context=1 is 4 devices"),
+        (["--workdir={}", "--mesh.data=4"], "mesh.data=4 is 4 devices"),
         (["--workdir={}"], "data.path is empty"),
         (["--workdir={}", "--dry_run", "--train.trainable", "vae/.*"], "'vae/.*' matches no parameter"),
     ],

@@ -14,6 +14,7 @@ from flax import nnx
 
 from configs import follow_your_motion as configs
 from configs.errors import RequestError
+from configs.run import MeshConfig
 from omnitransfer_jax.mesh import UNSHARDED
 from omnitransfer_jax.methods import follow_your_motion as method
 from omnitransfer_jax.methods.follow_your_motion import HeadScores, Sample
@@ -310,4 +311,4 @@ if __name__ == "__main__":
     eight = replace(CONFIG, train=replace(CONFIG.train, batch_size=8))
     trained_on = method.objective(method.stage(eight, "temporal", ""))
     clips = jax.tree.map(lambda x: np.asarray(draw(5, *x.shape)), trained_on.batch)
-    print(json.dumps(differences(trained_on, eight, clips, {"2x4": (2, 4, 1)})))
+    print(json.dumps(differences(trained_on, eight, clips, {"all": (MeshConfig(data=2, heads=2, keys=2), 1)})))

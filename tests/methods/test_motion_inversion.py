@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs import motion_inversion as configs
 from configs.motion_inversion import InversionConfig, MotionInversion
-from configs.run import SamplerConfig, plain
+from configs.run import MeshConfig, SamplerConfig, plain
 from omnitransfer_jax.flow import draw_time
 from omnitransfer_jax.mesh import UNSHARDED, make_mesh
 from omnitransfer_jax.methods import motion_inversion as method
@@ -205,7 +205,7 @@ def sharded() -> dict:
     """A step of the tokens: each device holds a part of the transformer and of the clips."""
     config = replace(CONFIG, inversion=replace(CONFIG.inversion, branch="both"), train=replace(CONFIG.train, batch_size=4))
     trained = method.objective(config, clips=4)
-    return differences(trained, config, jax.tree.map(np.asarray, sample(4)), {"2x2": (2, 2, 1)})
+    return differences(trained, config, jax.tree.map(np.asarray, sample(4)), {"2x2": (MeshConfig(data=2, heads=2), 1)})
 
 
 def test_sharded_equals_single():

@@ -146,7 +146,7 @@ def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    options = [f"port={port}", "processes=2", "data=2", "context=2", "milliseconds=300"]
+    options = [f"port={port}", "processes=2", "data=2", "heads=2", "milliseconds=300"]
     both = [start_process(tmp_path, *options, f"process={i}", devices=2) for i in range(2)]
     wait_for_step(both[0], tmp_path, 2)
     both[1].send_signal(signal.SIGTERM)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from orbax.checkpoint import v1 as ocp
 
 from configs.base import LoRAConfig
-from configs.run import CheckpointConfig, Config, OptimizerConfig, TransferTrainConfig
+from configs.run import CheckpointConfig, Config, MeshConfig, OptimizerConfig, TransferTrainConfig
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example
 from omnitransfer_jax.folders import run_folder
 from omnitransfer_jax.mesh import UNSHARDED, Shard, make_mesh, specs
@@ -184,4 +184,4 @@ def test_sharded_equals_single():
 
 
 if __name__ == "__main__":
-    print(json.dumps(differences(clip_adapter(CONFIG), CONFIG, np.stack([sample(i)["target"] for i in range(8)]), {"2x4": (2, 4, 1)})))
+    print(json.dumps(differences(clip_adapter(CONFIG), CONFIG, np.stack([sample(i)["target"] for i in range(8)]), {"all": (MeshConfig(data=2, heads=2, keys=2), 1)})))

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs.run import MeshConfig, OptimizerConfig
-from omnitransfer_jax.mesh import specs
+from omnitransfer_jax.mesh import axes_of, specs
 from omnitransfer_jax.methods.omnitransfer import objective
 from omnitransfer_jax.train.optimizer import make_optimizer
 from omnitransfer_jax.train.plan import describe, memory
@@ -37,7 +37,7 @@ def test_memory_is_that_of_the_real_state(kind):
 def test_devices_divide_what_is_sharded():
     config = replace(PARTLY, mesh=MeshConfig(data=2), optimizer=OptimizerConfig(kind="muon"))
     spec = specs(objective(config).params, objective(config).sharding, config.mesh)
-    whole = {path for path, axes in spec.items() if "data" not in tuple(axes)}
+    whole = {path for path, axes in spec.items() if not axes_of(axes)}
     one, each = memory(objective(PARTLY), PARTLY), memory(objective(config), config)
     rest = sum(4 * leaf.size for path, leaf in objective(config).params.items() if path in whole)
     assert 2 * each["parameters"] == one["parameters"] + rest

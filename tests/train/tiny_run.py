@@ -87,6 +87,6 @@ if __name__ == "__main__":
         time.sleep(given.get("milliseconds", 0) / 1000)
         return sample(i)
 
-    mesh = MeshConfig(data=given.get("data", 1), context=given.get("context", 1))
+    mesh = MeshConfig(**{axis: given.get(axis, 1) for axis in ("slices", "data", "heads", "keys")})
     config = replace(TINY, train=replace(TINY.train, batch_size=given.get("batch_size", 2)), mesh=mesh)
     train(config, Path(folder), slowly)
