@@ -1,6 +1,6 @@
 """The accelerators that programs are compiled for: what one device has, and how XLA is told to compile for it.
 
-Peaks and the network's rates are the vendor's (Google Cloud's TPU pages): dense bf16, and both directions of one axis of the torus together.
+Peaks and the network's rates are the vendor's (Google Cloud's TPU pages): dense bf16, and both directions of one axis of a torus together.
 Memory is what the compiler lets a program use: its own limit, read off its refusals.
 """
 

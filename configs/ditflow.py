@@ -94,7 +94,7 @@ class DiTFlow(Config):
         require(not self.alignment.enabled, "alignment.enabled=True: the method guides plain Wan; take --config=stage2 for the alignment")
         require(
             self.mesh.heads * self.mesh.keys == 1,
-            f"mesh.heads={self.mesh.heads}, mesh.keys={self.mesh.keys}: the flow compares all tokens of a frame with all others on one device; give 1",
+            f"mesh.heads={self.mesh.heads}, mesh.keys={self.mesh.keys}: the flow compares all tokens on one device; give 1 for both",
         )
 
 

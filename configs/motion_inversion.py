@@ -107,7 +107,7 @@ class MotionInversion(Config):
         frames, devices = self.video.patches(self.vae, self.dit.patch)[0], self.mesh.heads * self.mesh.keys
         require(
             frames % devices == 0,
-            f"mesh.heads * mesh.keys = {devices}: a divisor of the {frames} latent frames, because a device reads the tokens of whole frames",
+            f"mesh.heads * mesh.keys = {devices}: a divisor of the {frames} latent frames, for a device reads the tokens of whole frames",
         )
 
 

@@ -329,7 +329,7 @@ class Config(RunConfig):
         )
         require(
             dit.num_heads % self.mesh.heads == 0,
-            f"mesh.heads={self.mesh.heads}: a divisor of dit.num_heads={dit.num_heads}, because each device takes as many; divide the tokens "
+            f"mesh.heads={self.mesh.heads}: a divisor of dit.num_heads={dit.num_heads}, because all take equal shares; divide the tokens "
             "further with --mesh.keys",
         )
         channels = dit.out_channels + MASK_CHANNELS + vae.z_dim

@@ -31,7 +31,7 @@ from launch.train import objective
 from omnitransfer_jax import samplers
 from omnitransfer_jax.compiled.collectives import Collective, collectives
 from omnitransfer_jax.compiled.operations import Operations, operations
-from omnitransfer_jax.compiled.roofline import Roofline, roofline, seconds
+from omnitransfer_jax.compiled.roofline import ATTENTION, PRODUCTS, Roofline, roofline, seconds
 from omnitransfer_jax.folders import outputs
 from omnitransfer_jax.mesh import batch_sharding, make_mesh, placed, replicated, specs
 from omnitransfer_jax.models.omnitransfer import abstract_conditions, denoise_part, program_on
@@ -88,7 +88,9 @@ def main(config: Config) -> None:
     meshes = [mesh_of(text) for text in MESHES_FLAG.value.split()] or [chosen_mesh(config, TOPOLOGY.value)]
     reports = []
     for mesh in meshes:
-        each = replace(config, mesh=mesh, dit=replace(config.dit, attention="splash" if config.dit.attention == "auto" else config.dit.attention))
+        each = replace(
+            config, mesh=mesh, dit=replace(config.dit, attention="splash" if config.dit.attention == "auto" else config.dit.attention)
+        )
         each.validate()
         require(mesh.devices == len(devices), f"--topology={TOPOLOGY.value}: {len(devices)} devices, but the mesh has {mesh.devices}")
         try:
@@ -99,7 +101,9 @@ def main(config: Config) -> None:
             continue
         print(row(reports[-1], chip) if len(meshes) > 1 else summary(reports[-1], chip, each), flush=True)
     if JSON.value:
-        text = json.dumps([as_json(report, chip, config) for report in reports] if len(meshes) > 1 else as_json(reports[0], chip, config), indent=2)
+        text = json.dumps(
+            [as_json(report, chip, config) for report in reports] if len(meshes) > 1 else as_json(reports[0], chip, config), indent=2
+        )
         Path(JSON.value).write_text(text + "\n")
 
 
@@ -109,7 +113,11 @@ def devices_of(topology: str) -> Any:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         missing = "libtpu" in str(error).lower() or "tpu backend" in str(error).lower() or "not found" in str(error).lower()
-        remedy = "install TPU's compiler, pip install -e '.[tpu]'" if missing else "give a generation and the chips along each axis, as v5p:4x4x4"
+        remedy = (
+            "install TPU's compiler, pip install -e '.[tpu]'"
+            if missing
+            else "give a generation and the chips along each axis, as v5p:4x4x4"
+        )
         raise RequestError(f"--topology={topology}: {str(error).splitlines()[0][:120]}; {remedy}") from None
 
 
@@ -138,7 +146,7 @@ def compile_for(config: Config, chip: Chip, devices: Any) -> Report:
     """Traces, lowers and compiles."""
     mesh, started = make_mesh(config.mesh, devices), time.perf_counter()
     program = {"train": train_program, "sample": sample_program}[PROGRAM.value](config, mesh)
-    compiled = program.traced.lower().compile(compiler_options=dict(chip.options))
+    compiled = program.traced.lower().compile(dict(chip.options))
     seconds_taken = time.perf_counter() - started
     used = compiled.memory_analysis()
     memory = {
@@ -257,7 +265,7 @@ def as_json(report: Report, chip: Chip, config: Config) -> dict[str, Any]:
         "roofline_seconds": report.roofline.compute + report.roofline.exposed,
         "mfu_bound": report.roofline.mfu,
         "compile_seconds": round(report.compiled_in, 1),
-        "assumptions": f"{chip.peak} TFLOP/s and {chip.link} GB/s an axis; matrix products at 0.8 of the peak, attention at 0.6; no other time",
+        "assumptions": f"{chip.peak} TFLOP/s, {chip.link} GB/s an axis; products at {PRODUCTS} of the peak, attention at {ATTENTION}; no other time",
     }
 
 

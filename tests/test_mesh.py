@@ -69,8 +69,10 @@ def samples(config: Config, count: int) -> Batch:
         draw, name, shape = np.random.default_rng(index), path[-1].name, (count, *leaf.shape[1:])
         if name == "mask":
             return np.ones(shape, bool)
-        if np.issubdtype(leaf.dtype, np.integer):  # ids of tasks and tokens; no token is replaced by a feature, but for the first
-            return np.broadcast_to(np.arange(shape[-1]), shape) if name == "positions" else draw.integers(0, 5, shape, leaf.dtype) - (name == "source")
+        if name == "positions":
+            return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+        if np.issubdtype(leaf.dtype, np.integer):  # tasks, tokens, and the features that replace some tokens: -1 for none
+            return draw.integers(0, 5, shape, leaf.dtype) - (name == "source")
         return draw.integers(0, 2, shape).astype(leaf.dtype) if name == "has_image" else draw.standard_normal(shape).astype(leaf.dtype)
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(batch_spec(config))

@@ -1,4 +1,4 @@
-"""How long a compiled program takes at best on devices that are not here: its operations at assumed rates, and what it sends at the links' rate.
+"""How long a compiled program takes at best on devices that are not here: its operations and what it sends, at assumed rates.
 
 A bound, not a measurement. Memory traffic, the host and everything that is no product of matrices take no time here.
 """

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from configs.base import MASK_CHANNELS
+from configs.chips import compiler_options
 from configs.run import Config, SamplerConfig
 from omnitransfer_jax import samplers, tasks
 from omnitransfer_jax.mesh import UNSHARDED, Shard, per_device, placed, replicated, specs
@@ -231,7 +232,9 @@ def program_on(mesh: Mesh, config: Config, function: Callable[..., Any]) -> tupl
     leaves = flat_params(blank)
     spec = specs(leaves, wan_dit.SHARDING, config.mesh)
 
-    @partial(jax.jit, static_argnames=("batched", "static"))
+    options = compiler_options(mesh.devices.flat[0].device_kind)
+
+    @partial(jax.jit, static_argnames=("batched", "static"), compiler_options=options or None)
     def run(params: dict[str, Array], trees: tuple[Any, ...], batched: bool, static: tuple[Any, ...]) -> Any:
         def local(params: dict[str, Array], *trees_and_shard: Any) -> Any:
             return function(with_params(blank, params), *trees_and_shard, *static)

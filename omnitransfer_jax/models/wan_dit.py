@@ -272,7 +272,7 @@ class WanDiT(nnx.Module):
         injection: Injection | None = None,
         keep: Keep | None = None,
     ) -> tuple[Streams[Array], Kept | None]:
-        """The tokens after all blocks, or after the first `stop`, and what is kept of the references, layers first, or what `attend` returned.
+        """The tokens after all blocks, or after the first `stop`, and what is kept of references, layers first, or what `attend` returned.
 
         Where `active` is false a block is left out; nothing can be kept of it.
         """

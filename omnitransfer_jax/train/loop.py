@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from configs.chips import compiler_options
 from configs.run import Config, RunConfig
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, run_folder
@@ -226,6 +227,7 @@ class Program:
         places = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
         self.step, self.like, self.base = jax.jit(step, donate_argnums=0, out_shardings=places), like, base
         self.compiled: dict[Any, Any] = {}
+        self.options: dict[str, str] = compiler_options(mesh.devices.flat[0].device_kind)
         self.compile(placed(mesh, batch, batch_sharding(mesh).spec), key)
 
     def compile(self, batch: Any, key: Array) -> None:
@@ -233,7 +235,7 @@ class Program:
         form = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if form not in self.compiled:
             started = time.perf_counter()
-            self.compiled[form] = self.step.lower(self.like, batch, key, self.base).compile()
+            self.compiled[form] = self.step.lower(self.like, batch, key, self.base).compile(self.options)
             print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
         self.chosen = self.compiled[form]
 

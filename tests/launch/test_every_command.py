@@ -3,7 +3,7 @@
 Each ends in exit code 2, `--help` in 0, with at most two lines on stderr, before anything is computed or changed. All of them run in this
 process, and one of each command as a process of its own. All as processes, two at a time, with their figures:
 
-    OMNITRANSFER_ALL_PROCESSES=2 python -m pytest -n 0 -s tests/launch/test_every_command.py -k all_as_processes
+    OMNITRANSFER_ALL_PROCESSES=2 python -m pytest -n 0 -s -o faulthandler_timeout=0 tests/launch/test_every_command.py -k all_as_processes
 """
 
 import ast
@@ -76,6 +76,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "launch.embed": (
         Command((TINY, "--base={}/base", "--vae={}/vae", "--mllm={}/mllm", "--out={}/new"), ("--base", "--vae", "--mllm"), "--out"),
     ),
+    "launch.compile": (Command((STAGE1, "--topology=v5p:2x2x1", "--json={}/new.json"), (), "--json", ".json"),),
     "launch.demo": (Command(("--out={}/new",), (), "--out"),),
     "benchmarks.ablation": (Command(("--out={}/new",), (), "--out"), Command(("--docs={}/new", "--out={}/empty"), (), "--docs")),
     "benchmarks.import_memory": (Command(("--folder={}/new",), (), "--folder"),),

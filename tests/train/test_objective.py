@@ -184,4 +184,13 @@ def test_sharded_equals_single():
 
 
 if __name__ == "__main__":
-    print(json.dumps(differences(clip_adapter(CONFIG), CONFIG, np.stack([sample(i)["target"] for i in range(8)]), {"all": (MeshConfig(data=2, heads=2, keys=2), 1)})))
+    print(
+        json.dumps(
+            differences(
+                clip_adapter(CONFIG),
+                CONFIG,
+                np.stack([sample(i)["target"] for i in range(8)]),
+                {"all": (MeshConfig(data=2, heads=2, keys=2), 1)},
+            )
+        )
+    )
