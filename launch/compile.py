@@ -192,9 +192,9 @@ def summary(report: Report, chip: Chip, config: Config) -> str:
     lines = [
         f"{PROGRAM.value} on {TOPOLOGY.value}, mesh data {report.mesh.data} x heads {report.mesh.heads} x keys {report.mesh.keys}, "
         f"compiled in {report.compiled_in:.0f} s",
-        f"memory    {total:.1f} of {chip.memory} GiB a device: " + ", ".join(f"{name} {size:.1f}" for name, size in report.memory.items()),
-        f"FLOPs     {report.useful:.4g} useful, {executed_of(report):.4g} executed, {executed_of(report) / report.useful:.3f} times as many",
-        f"seconds   {times.compute:.2f} computing, {times.exposed:.2f} waiting for others, {times.overlapped:.2f} of communication beside it",
+        f"memory    {total:.1f} of {chip.memory} GiB: " + ", ".join(f"{name} {size:.1f}" for name, size in report.memory.items()),
+        f"FLOPs     {report.useful:.4g} useful, {executed_of(report):.4g} executed, {executed_of(report) / report.useful:.3f} times",
+        f"seconds   {times.compute:.2f} computing, {times.exposed:.2f} waiting for others, {times.overlapped:.2f} sending beside it",
         "MFU       " + ", ".join(f"{share:.1%} {name}" for name, share in times.mfu.items()),
         f"{'collective':<20} {'group':>6} {'type':>5} {'count':>6} {'GB':>8} {'seconds':>8}  overlaps",
     ]
@@ -265,7 +265,7 @@ def as_json(report: Report, chip: Chip, config: Config) -> dict[str, Any]:
         "roofline_seconds": report.roofline.compute + report.roofline.exposed,
         "mfu_bound": report.roofline.mfu,
         "compile_seconds": round(report.compiled_in, 1),
-        "assumptions": f"{chip.peak} TFLOP/s, {chip.link} GB/s an axis; products at {PRODUCTS} of the peak, attention at {ATTENTION}; no other time",
+        "assumptions": f"{chip.peak} TFLOP/s, {chip.link} GB/s an axis; products at {PRODUCTS} of the peak, attention at {ATTENTION}",
     }
 
 

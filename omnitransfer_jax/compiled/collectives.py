@@ -30,7 +30,8 @@ class Collective(NamedTuple):
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of a program's text, those over one device left out."""
-    found = [_collective(kind, run) for run in runs(text) for kind in KINDS if run.instruction.opcode in (kind, f"{kind}-start")]
+    begun = (run for run in runs(text) if not run.goes_on)
+    found = [_collective(kind, run) for run in begun for kind in KINDS if run.instruction.opcode in (kind, f"{kind}-start")]
     return [each for each in found if len(each.group) > 1]
 
 

@@ -16,7 +16,8 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(?:%?([\w.\-]+)|\{([^}]*)\})")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 COMBINES = ("reduce", "reduce-window", "scatter", "sort", "select-and-scatter")  # what they call says how two numbers are combined
-SHOWS_ASYNC = ("async_collective", "AsyncCollective", "async-collective")
+STARTED, STEP, DONE = "AsyncCollectiveStart", "async_collective_fusion", "AsyncCollectiveDone"
+"""How the TPU's compiler marks a gather that it lets others run beside: where it starts, where it goes on inside another fusion, its end."""
 
 Computations = Mapping[str, list["Instruction"]]
 
@@ -60,6 +61,8 @@ class Run(NamedTuple):
     count: int
     overlaps: bool
     """Whether it is part of something that the compiler starts and lets the device compute beside."""
+    goes_on: bool
+    """Whether it was started elsewhere and is written here once more: one collective is in several fusions then."""
     operands: list[Shape]
     """The types of its operands."""
 
@@ -69,15 +72,17 @@ def runs(text: str) -> Iterator[Run]:
     computations, entry = _computations(text)
 
     def walk(name: str, count: int, overlaps: bool) -> Iterator[Run]:
-        types = {line.name: line.type for line in computations.get(name, ())}
-        for line in computations.get(name, ()):
+        lines = computations.get(name, ())
+        types = {line.name: line.type for line in lines}
+        overlaps = overlaps or any(STARTED in line.rest for line in lines)
+        goes_on = name.startswith(STEP) or any(DONE in line.rest for line in lines)
+        for line in lines:
             starts = line.opcode.endswith("-start")
             operands = [shape for operand in line.operands for shape in shapes(types.get(operand, ""))]
-            yield Run(line, count, overlaps or starts, operands)
-            inside = overlaps or starts or any(word in line.name + line.rest for word in SHOWS_ASYNC)
+            yield Run(line, count, overlaps or starts, goes_on, operands)
             turns = _turns(computations, line) if line.opcode == "while" else 1
             for called in _called(line):
-                yield from walk(called, count * turns, inside)
+                yield from walk(called, count * turns, overlaps or starts)
 
     return walk(entry, 1, False)
 

@@ -16,6 +16,23 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %convolution.1 = bf16[64,16]{1,0:T(8,128)(2,1)} convolution(%p0, %p1), dim_labels=bf_io->bf, metadata={op_name="dot_general"}
 }
 
+%gather_starts (s0: bf16[8,32]) -> (bf16[8,32], bf16[32,32]) {
+  %s0 = bf16[8,32]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,32]{1,0} all-gather(%s0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %custom-call.1 = (bf16[8,32]{1,0}, bf16[32,32]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (q0: bf16[8,32]) -> bf16[32,32] {
+  %q0 = bf16[8,32]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[32,32]{1,0} all-gather(%q0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+
+%gather_ends (e0: bf16[8,32]) -> bf16[32,32] {
+  %e0 = bf16[8,32]{1,0} parameter(0)
+  %all-gather.3 = bf16[32,32]{1,0} all-gather(%e0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %custom-call.2 = bf16[32,32]{1,0} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
 %condition (c: (s32[], bf16[64,32])) -> pred[] {
   %seven = s32[]{:T(128)} constant(7)
   %c = (s32[]{:T(128)}, bf16[64,32]{1,0}) parameter(0)
@@ -28,6 +45,10 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %x = bf16[64,32]{1,0} get-tuple-element(%b), index=1
   %w = bf16[32,16]{1,0} constant({...})
   %v = bf16[4,8,32]{2,1,0} constant({...})
+  %s = bf16[8,32]{1,0} constant({...})
+  %start = (bf16[8,32]{1,0}, bf16[32,32]{1,0}) fusion(%s), kind=kCustom, calls=%gather_starts
+  %step = bf16[32,32]{1,0} fusion(%s), kind=kCustom, calls=%async_collective_fusion.1
+  %end = bf16[32,32]{1,0} fusion(%s), kind=kCustom, calls=%gather_ends
   %fusion.1 = bf16[64,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%inside
   %heads = bf16[64,4,8]{2,1,0} convolution(%x, %v), window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf_0oi->b0f
   %a2a = ((bf16[64,32]{1,0}), bf16[64,32]{1,0}, u32[]{:S(2)}) all-to-all-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
@@ -52,6 +73,7 @@ def test_a_tpu_s_text():
     attention = 7 * 2 * (2 * 64 * 128 * 8 * 2)
     assert operations(TEXT) == Operations(products, attention)
     assert collectives(TEXT) == [
+        Collective("all-gather", "bf16", 32 * 32 * 2, (0, 1, 2, 3), 7, True, ""),  # once, though it is written in three fusions
         Collective("all-to-all", "bf16", 64 * 32 * 2, (0, 1, 2, 3), 7, True, ""),
         Collective("reduce-scatter", "f32", 4 * 8 * 4, (0, 2, 4, 6), 1, False, "end"),
     ]
