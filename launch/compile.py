@@ -99,7 +99,7 @@ def main(config: Config) -> None:
             require("RESOURCE_EXHAUSTED" in str(error) and len(meshes) > 1, f"{name_of(mesh)}: {refusal(error)}")
             print(f"{name_of(mesh):<12} {refusal(error)}", flush=True)
             continue
-        print(row(reports[-1], chip) if len(meshes) > 1 else summary(reports[-1], chip, each), flush=True)
+        print(row(reports[-1], chip) if len(meshes) > 1 else summary(reports[-1], chip), flush=True)
     if JSON.value:
         text = json.dumps(
             [as_json(report, chip, config) for report in reports] if len(meshes) > 1 else as_json(reports[0], chip, config), indent=2
@@ -158,7 +158,7 @@ def compile_for(config: Config, chip: Chip, devices: Any) -> Report:
     if HLO.value:
         Path(HLO.value).write_text(text)
     executed, sent = operations(text), collectives(text)
-    found = roofline(chip, program.useful, executed, sent, [device.coords for device in mesh.devices.flat])
+    found = roofline(chip, program.useful, executed, sent, coordinates(config.mesh))
     gib = {name: size / GIB for name, size in memory.items()}
     return Report(config.mesh, gib, program.useful, executed, sent, found, seconds_taken)
 
@@ -186,7 +186,7 @@ def sample_program(config: Config, mesh: Mesh) -> Program:
     return Program(run.trace(params, trees, batched=config.mesh.data == 1, static=(expert,)), float(flops.sampling(config)))
 
 
-def summary(report: Report, chip: Chip, config: Config) -> str:
+def summary(report: Report, chip: Chip) -> str:
     """For a person: whether it fits, what takes the memory, and what it waits for."""
     total, times = sum(report.memory.values()), report.roofline
     lines = [
@@ -198,24 +198,42 @@ def summary(report: Report, chip: Chip, config: Config) -> str:
         "MFU       " + ", ".join(f"{share:.1%} {name}" for name, share in times.mfu.items()),
         f"{'collective':<20} {'group':>6} {'type':>5} {'count':>6} {'GB':>8} {'seconds':>8}  overlaps",
     ]
-    return "\n".join([*lines, *collective_rows(report, chip)])
+    return "\n".join([*lines, *map(collective_row, sent_by_kind(report, chip))])
 
 
-def collective_rows(report: Report, chip: Chip) -> list[str]:
+class Sent(NamedTuple):
+    """Collectives of one kind together."""
+
+    kind: str
+    group: int
+    dtype: str
+    overlaps: bool
+    count: int
+    gigabytes: float
+    seconds: float
+
+
+def sent_by_kind(report: Report, chip: Chip) -> list[Sent]:
     """The collectives, those of one kind together, the slowest first."""
-    coordinates = devices_of(TOPOLOGY.value)
-    mesh = make_mesh(report.mesh, coordinates)
-    places = [device.coords for device in mesh.devices.flat]
-    rows: dict[Any, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    places = coordinates(report.mesh)
+    found: dict[Any, Sent] = {}
     for each in report.sent:
         key = each.kind, len(each.group), each.dtype, each.overlaps
-        for i, value in enumerate((each.count, each.count * each.bytes / 1e9, seconds(each, chip, places))):
-            rows[key][i] += value
-    slowest = sorted(rows.items(), key=lambda item: -item[1][2])
-    return [
-        f"{kind:<20} {group:>6} {dtype:>5} {count:>6.0f} {size:>8.2f} {time:>8.3f}  {'yes' if overlaps else 'no'}"
-        for (kind, group, dtype, overlaps), (count, size, time) in slowest
-    ]
+        before = found.get(key, Sent(*key, 0, 0.0, 0.0))
+        size, time = each.count * each.bytes / 1e9, seconds(each, chip, places)
+        found[key] = Sent(*key, before.count + each.count, before.gigabytes + size, before.seconds + time)
+    return sorted(found.values(), key=lambda sent: -sent.seconds)
+
+
+def collective_row(sent: Sent) -> str:
+    """A line of the table of collectives."""
+    overlaps = "yes" if sent.overlaps else "no"
+    return f"{sent.kind:<20} {sent.group:>6} {sent.dtype:>5} {sent.count:>6} {sent.gigabytes:>8.2f} {sent.seconds:>8.3f}  {overlaps}"
+
+
+def coordinates(mesh: MeshConfig) -> list[Any]:
+    """The place of every device of the mesh in the torus, in the mesh's order."""
+    return [device.coords for device in make_mesh(mesh, devices_of(TOPOLOGY.value)).devices.flat]
 
 
 def executed_of(report: Report) -> float:
@@ -261,7 +279,7 @@ def as_json(report: Report, chip: Chip, config: Config) -> dict[str, Any]:
         "executed_flops": executed_of(report),
         "executed_attention_flops": report.executed.attention * report.mesh.devices,
         "collectives": kinds,
-        "collectives_by_group": [each._replace(group=(len(each.group),))._asdict() for each in report.sent],
+        "collectives_by_group": [each._asdict() for each in sent_by_kind(report, chip)],
         "roofline_seconds": report.roofline.compute + report.roofline.exposed,
         "mfu_bound": report.roofline.mfu,
         "compile_seconds": round(report.compiled_in, 1),

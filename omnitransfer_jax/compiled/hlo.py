@@ -17,7 +17,7 @@ CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|calle
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 COMBINES = ("reduce", "reduce-window", "scatter", "sort", "select-and-scatter")  # what they call says how two numbers are combined
 STARTED, STEP, DONE = "AsyncCollectiveStart", "async_collective_fusion", "AsyncCollectiveDone"
-"""How the TPU's compiler marks a gather that it lets others run beside: where it starts, where it goes on inside another fusion, its end."""
+"""How the TPU's compiler marks a gather beside which others run: where it starts, where it goes on inside another fusion, its end."""
 
 Computations = Mapping[str, list["Instruction"]]
 
