@@ -34,6 +34,7 @@ from configs.run import Config, SamplerConfig
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines.motion_inversion import load_tokens
 from launch import command
+from launch.exporting import transfer
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.methods import follow_your_motion
@@ -41,7 +42,7 @@ from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl, wan_dit
 from omnitransfer_jax.weights.files import SHARD_BYTES
-from omnitransfer_jax.weights.parts import EXPERT_FOLDERS, LOW_NOISE, PARTS, TOKENIZERS, Part
+from omnitransfer_jax.weights.parts import EXPERT_FOLDERS, LOW_NOISE, MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS, Part
 
 FLAGS = flags.FlagValues()
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of the checkpoint to read", required=True, flag_values=FLAGS)
@@ -122,7 +123,8 @@ def main(config: Config) -> None:
     stored = {*(model_folder.read_model(imported) if imported else ()), *(["dit"] if run else [])}
     if run:
         stored -= {LOW_NOISE.name}  # a training has one network, whichever expert it started from
-    parts = [part for part in (*PARTS, LOW_NOISE) if part.name in stored and (layout != "comfyui" or part.table is wan_dit)]
+    aligned = [MLLM] if config.alignment.enabled and runs_in_pytorch(config) else []
+    parts = [part for part in (*PARTS, LOW_NOISE, *aligned) if part.name in stored and (layout != "comfyui" or part.table is wan_dit)]
     require(
         bool(parts) or layout != "comfyui",
         f"{checkpoint}: this checkpoint has no dit, which is what ComfyUI's layout holds; take --layout=diffusers",
@@ -138,13 +140,16 @@ def export_rest(config: Config, parts: Sequence[str], imported: str, run: epath.
     """Writes what stands beside the `parts`: the alignment, the vocabulary, and what a diffusers pipeline needs."""
     if run and config.alignment.enabled:
         export_alignment(config, run, out / "alignment")
-    has_vocabulary = bool(imported) and (epath.Path(imported) / TOKENIZERS["diffusers"]).exists()
-    if has_vocabulary:
-        place = TOKENIZERS["original" if LAYOUT.value == "original" else "diffusers"]
-        model_folder.require_whole(imported, TOKENIZERS["diffusers"])
-        copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / place)
-    if LAYOUT.value == "diffusers":
-        write_pipeline(config, parts, has_vocabulary, out)
+    vocabularies = {TOKENIZERS["diffusers"]: TOKENIZERS["original" if LAYOUT.value == "original" else "diffusers"]}
+    vocabularies |= {MLLM_TOKENIZER: MLLM_TOKENIZER} if MLLM.name in parts else {}
+    for source, place in vocabularies.items():
+        if imported and (epath.Path(imported) / source).exists():
+            model_folder.require_whole(imported, source)
+            copy_folder(epath.Path(imported) / source, out / place)
+    if runs_in_pytorch(config):
+        write_transfer(config, parts, out)
+    elif LAYOUT.value == "diffusers":
+        write_pipeline(config, parts, (out / TOKENIZERS["diffusers"]).is_dir(), out)
 
 
 def export_tokens(config: MotionInversion, tokens: Mapping[str, np.ndarray], out: Path) -> None:
@@ -245,6 +250,20 @@ def export_adapters(config: Config, loaded: Mapping[str, np.ndarray], out: Path)
     save_file({name: np.ascontiguousarray(x) for name, x in pieces.items()}, out / "adapter_model.safetensors", {"format": "pt"})
     write_json(out / "adapter_config.json", dict(lora.adapter_config(config.lora, table)))
     return len(table)
+
+
+def runs_in_pytorch(config: Config) -> bool:
+    """Whether what is written is a folder for omnitransfer_torch."""
+    return LAYOUT.value == "diffusers" and transfer.is_transfer(config, str(FLAGS["config"].value))
+
+
+def write_transfer(config: Config, parts: Sequence[str], out: Path) -> None:
+    """Writes what omnitransfer_torch needs beside the parts; omnitransfer.json comes last."""
+    sampler = config.sampler
+    scheduler = transfer.euler_json(sampler, DIFFUSERS_VERSION) if sampler.solver == "euler" else scheduler_json(sampler)
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(out / "model_index.json", transfer.index(parts, out, DIFFUSERS_VERSION))
+    transfer.write(config, str(FLAGS["config"].value), out)
 
 
 def write_pipeline(config: Config, parts: Sequence[str], has_vocabulary: bool, out: Path) -> None:
