@@ -51,6 +51,7 @@ LAYOUT = flags.DEFINE_enum(
 )
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
 
+GROUP_BYTES = 2**28  # of leaves that are read at once
 DIFFUSERS_VERSION = "0.42.1"  # the version whose classes read what is written here
 COMPONENTS = {  # the name of each part in model_index.json, its library and its class
     "dit": ("transformer", "diffusers", "WanTransformer3DModel"),
@@ -190,10 +191,23 @@ def export_part(part: Part, config: Config, imported: str, run: epath.Path | Non
 
 
 def trained_leaves(run: epath.Path, part: str, shapes: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves of a part in the run's latest checkpoint, one at a time."""
+    """The leaves of a part in the run's latest checkpoint, read in groups of at most `GROUP_BYTES`, or one alone that is larger."""
     params = {f"{part}.{path}": leaf for path, leaf in shapes.items()}
-    for path, name in zip(shapes, params, strict=True):
-        yield path, np.asarray(run_folder.load_params(run, params, only={name})[name])
+    group, size = [], 0
+    for path, leaf in shapes.items():
+        if group and size + leaf.size * leaf.dtype.itemsize > GROUP_BYTES:
+            yield from read_leaves(run, part, params, group)
+            group, size = [], 0
+        group.append(path)
+        size += leaf.size * leaf.dtype.itemsize
+    yield from read_leaves(run, part, params, group)
+
+
+def read_leaves(run: epath.Path, part: str, params: Mapping[str, Any], group: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves of a group, read at once."""
+    found = run_folder.load_params(run, params, only={f"{part}.{path}" for path in group})
+    for path in group:
+        yield path, np.asarray(found.pop(f"{part}.{path}"))
 
 
 def export_alignment(config: Config, run: epath.Path, out: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -45,13 +47,14 @@ class Connector(nn.Module):
         return self.third(x)
 
 
-class Alignment(nn.Module):
-    """The MetaQueries of every task "T Q D", and the connector."""
+class Alignment(ModelMixin, ConfigMixin):
+    """The MetaQueries of every task "T Q D", and the connector; a model of diffusers, so that its memory tools know it."""
 
-    def __init__(self, queries: tuple[int, int, int], hidden_dim: int, out_dim: int):
+    @register_to_config
+    def __init__(self, shape: tuple[int, int, int], hidden_dim: int, out_dim: int):
         super().__init__()
-        self.queries = nn.Parameter(torch.zeros(queries))
-        self.connector = Connector(queries[-1], hidden_dim, out_dim)
+        self.queries = nn.Parameter(torch.zeros(shape))
+        self.connector = Connector(shape[-1], hidden_dim, out_dim)
 
     def forward(self, states: Tensor) -> Tensor:
         """The context "B Q E" from the last states of the queries, float32."""
@@ -73,8 +76,8 @@ def read_alignment(folder: Path) -> Alignment:
     require(path.is_file(), f"{path}: absent; {AGAIN}")
     tensors = load_file(path)
     hidden, _ = tensors["connector.first.weight"].shape
-    queries: Any = tuple(tensors["queries"].shape)
-    model = Alignment(queries, hidden, tensors["connector.third.weight"].shape[0])
+    shape: Any = tuple(tensors["queries"].shape)
+    model = Alignment(shape, hidden, tensors["connector.third.weight"].shape[0])
     model.load_state_dict(tensors)
     return model.requires_grad_(False)
 

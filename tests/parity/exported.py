@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +14,18 @@ import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from configs import stage1, stage3
-from configs.run import Config, DataConfig, SamplerConfig, VideoConfig
+from configs.run import CheckpointConfig, Config, DataConfig, SamplerConfig, VideoConfig
 from data_pipelines.encoders import Encoders
 from launch import command, export, import_weights, sample
 from launch.sample import Request
 from omnitransfer_jax import load_models, samplers, tasks
+from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import make_mesh
-from omnitransfer_jax.models.omnitransfer import Conditions, embeds_text, velocity_of
+from omnitransfer_jax.models.flat_params import abstract, flat_params
+from omnitransfer_jax.models.omnitransfer import Conditions, OmniTransfer, embeds_text, velocity_of
 from omnitransfer_jax.models.wan_dit import WanDiT
 from omnitransfer_jax.tokenizer import byte_tokenizer
+from omnitransfer_jax.train.step import TrainState
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS
 from tests.parity.bridge import randomise
 
@@ -78,6 +82,23 @@ def import_random(folder: Path, config: Config, mllm: bool = False) -> Path:
         assert command.execute(import_weights.main, import_weights.FLAGS, args) == 0
     assert not mllm or (folder / "ours" / MLLM_TOKENIZER).is_dir()
     return folder / "ours"
+
+
+def write_run(folder: Path, config: Config, origin: Path) -> Path:
+    """A run of stage 3 with one checkpoint: the imported weights, and random adapters, queries and connector."""
+    run_folder.write_config(folder, replace(config, train=replace(config.train, init_from=str(origin))))
+    draw, params = np.random.default_rng(11), {}
+    imported = {f"dit.{path}": x for path, x in model_folder.read_part(origin, "dit")}
+    imported |= {f"alignment.mllm.{path}": x for path, x in model_folder.read_part(origin, "mllm")}
+    for path, leaf in flat_params(abstract(lambda rngs: OmniTransfer(config, rngs=rngs))).items():
+        spread = 1.0 if path.endswith("queries") else leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.2
+        drawn = spread * draw.standard_normal(leaf.shape).astype(np.float32)
+        params[path] = jnp.asarray(imported.get(path, drawn))
+    zero = jnp.zeros((), jnp.int32)
+    with run_folder.open_checkpoints(folder, CheckpointConfig()) as checkpoints:
+        data = iter(grain.MapDataset.range(3).to_iter_dataset())
+        run_folder.save(checkpoints, 8, TrainState(zero + 8, params, {}, {}, {}, zero), data)
+    return folder
 
 
 def exported(checkpoint: Path, out: Path, name: str, *more: str) -> Path:
