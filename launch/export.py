@@ -16,6 +16,7 @@ python -m launch.export --config=follow_your_motion --checkpoint=W --layout=comf
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -34,7 +35,7 @@ from configs.run import Config, SamplerConfig
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines.motion_inversion import load_tokens
 from launch import command
-from launch.exporting import transfer
+from launch.exporting import card, transfer, verify
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.methods import follow_your_motion
@@ -50,6 +51,8 @@ LAYOUT = flags.DEFINE_enum(
     "layout", "diffusers", ["diffusers", "original", "comfyui"], "whose names and folders to write", flag_values=FLAGS
 )
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
+VERIFY = flags.DEFINE_bool("verify", False, "of a transfer model: compare a velocity in PyTorch with ours", flag_values=FLAGS)
+SCORES = flags.DEFINE_string("scores", None, "scores.json of launch.demo, for the table of the model card", flag_values=FLAGS)
 
 GROUP_BYTES = 2**28  # of leaves that are read at once
 DIFFUSERS_VERSION = "0.42.1"  # the version whose classes read what is written here
@@ -109,6 +112,11 @@ def main(config: Config) -> None:
     require(bool(checkpoint), "--checkpoint='': empty; give the folder of a checkpoint")
     inputs.require_checkpoint("--checkpoint", checkpoint, type(config))
     outputs.require_new_folder("--out", OUT.value, [checkpoint])
+    scores = None if SCORES.value is None else card.read_scores(SCORES.value)
+    if VERIFY.value:
+        name = FLAGS["config"].value
+        require(runs_in_pytorch(config), f"--verify with --config={name} --layout={layout}: no transfer model for PyTorch; leave it out")
+        verify.require_pytorch()
     if isinstance(config, MotionInversion):
         tokens = load_tokens(checkpoint, config)
         with atomic.new_folder(Path(OUT.value)) as out:
@@ -118,6 +126,8 @@ def main(config: Config) -> None:
     run_folder.require_same_function(checkpoint, config)
     if run:
         inputs.require_trained("--checkpoint", run)
+        if config.alignment.enabled:
+            require_learnt(config, run)
     if isinstance(config, FollowYourMotion):
         return export_motion(config)
     imported = run_folder.imported_weights(checkpoint)
@@ -135,6 +145,12 @@ def main(config: Config) -> None:
             export_part(part, config, imported, run if part.name == "dit" else None, out)
         if layout != "comfyui":
             export_rest(config, [part.name for part in parts], imported, run, out)
+        if runs_in_pytorch(config):
+            trained = run_folder.about(run) if run else None
+            card.write(config, str(FLAGS["config"].value), Path(OUT.value), trained, scores, out)
+            transfer.write(config, str(FLAGS["config"].value), out)
+    if VERIFY.value:
+        print(f"verified: a velocity in PyTorch differs by {verify.verify(config, checkpoint, Path(OUT.value)):.1e} from ours")
 
 
 def export_rest(config: Config, parts: Sequence[str], imported: str, run: epath.Path | None, out: Path) -> None:
@@ -228,6 +244,18 @@ def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
     print(f"alignment: {adapters} adapter tensors, {len(rest)} of queries and connector", flush=True)
 
 
+def require_learnt(config: Config, run: epath.Path) -> None:
+    """A `RequestError` if adapters that were to learn have learnt nothing: what they add is zero, as before the first step."""
+    model = flat_params(abstract(lambda rngs: Alignment(config, rngs=rngs)))
+    params = {f"alignment.{path}": leaf for path, leaf in model.items()}
+    names = {path: path.replace(".", "/", 1) for path in params if ".lora." in path and path.endswith(".up")}
+    trained = {path for path, name in names.items() if any(re.fullmatch(pattern, name) for pattern in config.train.trainable)}
+    require(
+        not trained or any(np.asarray(x).any() for x in run_folder.load_params(run, params, only=trained).values()),
+        f"{run}: all {len(trained)} adapters of the language model are zero, so they have learnt nothing; train for a step or more",
+    )
+
+
 def export_motion(config: FollowYourMotion) -> None:
     """Writes the adapters of a run of Follow-Your-Motion as one LoRA of twice their rank, head masks and alpha / rank in `lora_B`."""
     checkpoint, layout = CHECKPOINT.value, LAYOUT.value
@@ -272,12 +300,11 @@ def runs_in_pytorch(config: Config) -> bool:
 
 
 def write_transfer(config: Config, parts: Sequence[str], out: Path) -> None:
-    """Writes what omnitransfer_torch needs beside the parts; omnitransfer.json comes last."""
+    """Writes model_index.json and the scheduler of omnitransfer_torch's pipeline."""
     sampler = config.sampler
     scheduler = transfer.euler_json(sampler, DIFFUSERS_VERSION) if sampler.solver == "euler" else scheduler_json(sampler)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     write_json(out / "model_index.json", transfer.index(parts, out, DIFFUSERS_VERSION))
-    transfer.write(config, str(FLAGS["config"].value), out)
 
 
 def write_pipeline(config: Config, parts: Sequence[str], has_vocabulary: bool, out: Path) -> None:

@@ -6,7 +6,6 @@ each reference -> transformer once -> keys and values of every layer      (refer
 noise -> transformer at every step, in both passes of guidance on these -> VAE -> video
 """
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,7 +143,7 @@ class OmniTransferPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         texts = [context] if guidance == 1 else [context, negative]
         self.scheduler.set_timesteps(sigmas=np.linspace(FIRST_TIME, 0, steps + 1)[:-1], device=self._execution_device)
         for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            v = [self._velocity(x, condition, timestep, text, image, caches) for text in texts]
+            v = [self.velocity(x, condition, timestep, text, image, caches) for text in texts]
             velocity = v[0] if guidance == 1 else v[1] + guidance * (v[0] - v[1])
             x = self.scheduler.step(velocity, timestep, x).prev_sample
             if callback_on_step_end is not None:
@@ -284,15 +283,20 @@ class OmniTransferPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _caches(self, tasks: Sequence[int], references: Sequence[Pixels], shape: Sequence[int], storage: Storage) -> list[ReferenceCache]:
         """The keys and values of every reference, for a target whose latents have this shape."""
-        found, dtype, device = [], self.transformer.dtype, self._execution_device
-        time = torch.full((1,), self.transfer.references.time, device=device)
-        ignored = torch.zeros(1, 1, self.transformer.config.text_dim, dtype=dtype, device=device)
+        found = []
         for task, offset, clip in zip(tasks, self.offsets(tasks, shape), references, strict=True):
             latents = self._encode(torch.from_numpy(clips.to_unit(clip)).permute(3, 0, 1, 2)[None])
-            with self.streams.recording(offset, storage) as cache:
-                self.transformer(self._reference_latents(latents, task).to(dtype), time, ignored, return_dict=False)
-            found.append(cache)
+            found.append(self.cache_of(latents, task, offset, storage))
         return found
+
+    def cache_of(self, latents: Tensor, task: int, offset: Offset, storage: Storage) -> ReferenceCache:
+        """The keys and values of a reference's latents "1 C F H W" whose first token stands at `offset`."""
+        dtype, device = self.transformer.dtype, latents.device
+        time = torch.full((1,), self.transfer.references.time, device=device)
+        ignored = torch.zeros(1, 1, self.transformer.config.text_dim, dtype=dtype, device=device)
+        with self.streams.recording(offset, storage) as cache:
+            self.transformer(self._reference_latents(latents, task).to(dtype), time, ignored, return_dict=False)
+        return cache
 
     def _reference_latents(self, latents: Tensor, task: int) -> Tensor:
         """The reference's channels: its latents without noise, the task's flag in those of the mask, its latents again."""
@@ -310,7 +314,7 @@ class OmniTransferPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             for rank, family in zip(ranks, families, strict=True)
         ]
 
-    def _velocity(
+    def velocity(
         self, x: Tensor, condition: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None, caches: Sequence[ReferenceCache]
     ) -> Tensor:
         """The velocity of noisy latents "1 C F H W", float32."""
@@ -323,13 +327,6 @@ class OmniTransferPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 None if image is None else image.to(dtype),
                 return_dict=False,
             )[0].float()
-
-
-def cache_bytes(pipe: OmniTransferPipeline, clip: tuple[int, int, int]) -> int:
-    """Bytes of the keys and values of a reference of so many frames, rows and columns, kept as they are."""
-    config, tokens = pipe.transformer.config, math.prod(pipe._latent_size(Size(*clip))) // math.prod(pipe.transformer.config.patch_size)
-    width = config.num_attention_heads * config.attention_head_dim
-    return 2 * config.num_layers * tokens * width * pipe.transformer.dtype.itemsize
 
 
 def _resized(picture: Pixels, height: int, width: int) -> Tensor:

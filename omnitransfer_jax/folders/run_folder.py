@@ -259,6 +259,11 @@ def digests(workdir: epath.PathLike) -> dict[str, str]:
     return {name: content.get(name, "") for name in (DATA_DIGEST, ORIGIN_DIGEST)}
 
 
+def about(workdir: epath.PathLike) -> dict[str, Any]:
+    """config.json of a run, digests included, and as `steps` how many are in its newest whole checkpoint."""
+    return _content(workdir) | {"steps": steps_done(workdir)}
+
+
 def origin_digest(folder: str, parts: Collection[str], recorded: str = "") -> str:
     """What the weights that a run starts from are known by, wherever `folder` lies: `parts` of a model folder, or a run's checkpoint.
 

@@ -84,14 +84,22 @@ def import_random(folder: Path, config: Config, mllm: bool = False) -> Path:
     return folder / "ours"
 
 
-def write_run(folder: Path, config: Config, origin: Path) -> Path:
-    """A run of stage 3 with one checkpoint: the imported weights, and random adapters, queries and connector."""
+def write_run(folder: Path, config: Config, origin: Path, learnt: bool = True) -> Path:
+    """A run of stage 3 with one checkpoint: the imported weights, and random queries, connector and adapters, or fresh adapters."""
     run_folder.write_config(folder, replace(config, train=replace(config.train, init_from=str(origin))))
     draw, params = np.random.default_rng(11), {}
     imported = {f"dit.{path}": x for path, x in model_folder.read_part(origin, "dit")}
     imported |= {f"alignment.mllm.{path}": x for path, x in model_folder.read_part(origin, "mllm")}
     for path, leaf in flat_params(abstract(lambda rngs: OmniTransfer(config, rngs=rngs))).items():
-        spread = 1.0 if path.endswith("queries") else leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.2
+        spread = (
+            0.0
+            if path.endswith(".up") and not learnt
+            else 1.0
+            if path.endswith("queries")
+            else leaf.shape[-2] ** -0.5
+            if leaf.ndim > 1
+            else 0.2
+        )
         drawn = spread * draw.standard_normal(leaf.shape).astype(np.float32)
         params[path] = jnp.asarray(imported.get(path, drawn))
     zero = jnp.zeros((), jnp.int32)

@@ -1,12 +1,14 @@
-"""Stage 3 in PyTorch (omnitransfer_torch) against ours: the context from Qwen2.5-VL, its adapters, queries and connector; then the video."""
+"""Stage 3 in PyTorch (omnitransfer_torch) against ours: the context from Qwen2.5-VL, and the video."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch.nn.functional as F  # noqa: N812
-from configs.run import SamplerConfig
 
+from configs.run import SamplerConfig
+from launch import command, export
 from omnitransfer_torch import OmniTransferPipeline, alignment
 from tests.compare import LOG, relative_l2
 from tests.parity import exported
@@ -31,7 +33,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage3")
     origin = exported.import_random(folder, STAGE3, mllm=True)
     run = exported.write_run(folder / "run", STAGE3, origin)
-    out = exported.exported(run, folder / "export", "stage3:smoke")
+    out = exported.exported(run, folder / "export", "stage3:smoke", "--verify")
     side, results = exported.Ours(STAGE3, run), {}
 
     def both(pipe, name):
@@ -94,3 +96,19 @@ def test_a_break_is_seen(made, pipe, monkeypatch, broken):
     ours, theirs = made[1](pipe, "motion")
     pipe.mllm.enable_adapters()
     assert relative_l2(theirs.latents[-1], ours.latents[-1]) > LATENTS
+
+
+def test_the_card_names_the_training(made):
+    card, training = (made[0] / "README.md").read_text(), json.loads((made[0] / "training.json").read_text())
+    assert "`stage3:smoke` (`training.json`), 8 steps of 4 samples" in card
+    assert "MetaQueries" in card
+    assert (training["alignment"]["queries"], training["train"]["init_from"]) == (8, "")
+
+
+def test_adapters_that_learnt_nothing_are_refused(made, tmp_path, capfd):
+    origin = made[0].parent / "ours"
+    run = exported.write_run(tmp_path / "run", STAGE3, origin, learnt=False)
+    flags = ["--config=stage3:smoke", *exported.FIELDS, f"--checkpoint={run}", f"--out={tmp_path / 'out'}"]
+    assert command.execute(export.main, export.FLAGS, flags) == 2
+    assert "all 7 adapters of the language model are zero" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
