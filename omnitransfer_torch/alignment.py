@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLModel
+from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from configs.errors import require
@@ -82,7 +82,7 @@ def read_alignment(folder: Path) -> Alignment:
     return model.requires_grad_(False)
 
 
-def add_adapters(mllm: Qwen2_5_VLModel, folder: Path, merge: bool) -> None:
+def add_adapters(mllm: Any, folder: Path, merge: bool) -> None:
     """Gives the language model the adapters of an export through PEFT, or adds them to its weights with `merge`."""
     place = folder / "alignment" / "mllm_lora"
     config = json.loads((place / "adapter_config.json").read_text())
@@ -100,7 +100,7 @@ def add_adapters(mllm: Qwen2_5_VLModel, folder: Path, merge: bool) -> None:
 
 @torch.no_grad()
 def context(
-    mllm: Qwen2_5_VLModel,
+    mllm: Any,
     alignment: Alignment,
     prompt: Prompt,
     transfer: Transfer,
@@ -130,7 +130,7 @@ def context(
 
 
 def make_prompt(
-    mllm: Qwen2_5_VLModel,
+    mllm: Any,
     vocabulary: PreTrainedTokenizerFast,
     transfer: Transfer,
     task: int,
@@ -162,14 +162,14 @@ def _instruction(vocabulary: PreTrainedTokenizerFast, transfer: Transfer, task: 
     return _text(vocabulary, f"{template} {text}" if text else template)[: transfer.alignment.prompt_tokens]
 
 
-def _fit(mllm: Qwen2_5_VLModel, video: Video, inputs: Inputs) -> tuple[int, int]:
+def _fit(mllm: Any, video: Video, inputs: Inputs) -> tuple[int, int]:
     """Height and width at which the vision tower reads clips of this size."""
     vision = mllm.config.vision_config
     unit = vision.patch_size * vision.spatial_merge_size
     return smart_resize(video.height, video.width, unit, unit**2, inputs.frame_pixels)
 
 
-def _patchify(mllm: Qwen2_5_VLModel, clip: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int]]:
+def _patchify(mllm: Any, clip: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int]]:
     """Patches "P X" of a clip, square by square, and their number in time, height and width; the last frame fills up the last patch."""
     vision = mllm.config.vision_config
     p, m, f = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
@@ -181,7 +181,7 @@ def _patchify(mllm: Qwen2_5_VLModel, clip: Tensor, size: tuple[int, int]) -> tup
     return x.reshape(t * h * w, -1), (t, h, w)
 
 
-def _seconds_per_step(mllm: Qwen2_5_VLModel, transfer: Transfer) -> float:
+def _seconds_per_step(mllm: Any, transfer: Transfer) -> float:
     """Seconds of the reference from one temporal step of its features to the next; as Qwen counts: duration / encoded frames."""
     assert transfer.alignment is not None
     video = transfer.reference

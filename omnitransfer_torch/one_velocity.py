@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from omnitransfer_torch import exported
 from omnitransfer_torch.pipeline import OmniTransferPipeline
@@ -19,7 +20,7 @@ def velocity(
     pipe = OmniTransferPipeline(transformer, vae=None, scheduler=FlowMatchEulerDiscreteScheduler())  # pyright: ignore[reportArgumentType]
     pipe.prepare(exported.read(folder))
     x, latents = (torch.from_numpy(each).permute(0, 4, 1, 2, 3) for each in (target, reference))
-    channels, index = transformer.config.out_channels, pipe.transfer.task_index(task)
+    channels, index = pipe.transformer.config.out_channels, pipe.transfer.task_index(task)
     cache = pipe.cache_of(latents, index, pipe.offsets([index], x.shape)[0], "full")
     features = None if image is None else torch.from_numpy(image)
     time = torch.tensor(timestep)

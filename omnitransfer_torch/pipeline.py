@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
-from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerFast, Qwen2_5_VLModel, UMT5EncoderModel
@@ -52,6 +55,17 @@ class Size(NamedTuple):
 
 class OmniTransferPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Transfers what each task takes from its reference to a new video."""
+
+    # diffusers' and transformers' types do not know the fields of their configurations.
+    transformer: Any
+    vae: Any
+    scheduler: Any
+    text_encoder: Any
+    tokenizer: Any
+    image_encoder: Any
+    mllm: Any
+    mllm_tokenizer: Any
+    alignment: Any
 
     model_cpu_offload_seq = "mllm->alignment->text_encoder->image_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer", "image_encoder", "mllm", "mllm_tokenizer", "alignment"]
@@ -137,12 +151,13 @@ class OmniTransferPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         image = self._image(frame)
         condition, shape = self._condition(frame, size), (1, self.vae.config.z_dim, *self._latent_size(size))
         caches = self._caches(tasks, references, shape, reference_cache)
-        x = randn_tensor(shape, generator, self._execution_device, torch.float32) if latents is None else latents.float()
+        x: Any = randn_tensor(shape, generator, self._execution_device, torch.float32) if latents is None else latents.float()
         require(tuple(x.shape) == shape, f"latents of shape {tuple(x.shape)}: this video has {shape}")
         x = x.to(self._execution_device)
         texts = [context] if guidance == 1 else [context, negative]
         self.scheduler.set_timesteps(sigmas=np.linspace(FIRST_TIME, 0, steps + 1)[:-1], device=self._execution_device)
-        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        bar: Any = self.progress_bar  # its type has no arguments
+        for i, timestep in enumerate(bar(self.scheduler.timesteps)):
             v = [self.velocity(x, condition, timestep, text, image, caches) for text in texts]
             velocity = v[0] if guidance == 1 else v[1] + guidance * (v[0] - v[1])
             x = self.scheduler.step(velocity, timestep, x).prev_sample

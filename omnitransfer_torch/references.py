@@ -12,11 +12,11 @@ backends and LoRA loading work as before.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
 
 from configs.errors import require
@@ -102,7 +102,7 @@ class SelfAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -132,7 +132,7 @@ class CrossAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -157,6 +157,9 @@ class CrossAttention:
 
 class Rotary(nn.Module):
     """Wan's rotary embedding with an offset of the first token, and with frequencies `top * base ** (-2i / width)`."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, head_dim: int, patch: Sequence[int], base: float, top: float, streams: Streams):
         super().__init__()
@@ -193,15 +196,16 @@ def rotate(x: Tensor, table: Rotation) -> Tensor:
 
 def install(transformer: WanTransformer3DModel, rope_base: float, rope_top: float) -> Streams:
     """Makes `transformer` read references; its weights do not change."""
-    streams, config = Streams(), transformer.config
-    transformer.rope = Rotary(config.attention_head_dim, config.patch_size, rope_base, rope_top, streams).to(transformer.device)
-    for layer, block in enumerate(transformer.blocks):
+    streams, network = Streams(), cast(Any, transformer)  # diffusers' types do not know its modules
+    head_dim, patch = network.config.attention_head_dim, network.config.patch_size
+    network.rope = Rotary(head_dim, patch, rope_base, rope_top, streams).to(network.device)
+    for layer, block in enumerate(network.blocks):
         block.attn1.set_processor(SelfAttention(layer, streams))
         block.attn2.set_processor(CrossAttention(streams))
     return streams
 
 
-def _projected(attn: nn.Module, x: Tensor) -> Tensor:
+def _projected(attn: Any, x: Tensor) -> Tensor:
     for layer in attn.to_out:
         x = layer(x)
     return x
