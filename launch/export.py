@@ -9,9 +9,11 @@ python -m launch.export --config=wan --checkpoint=checkpoints/wan_i2v --layout=d
 A run of Follow-Your-Motion becomes one LoRA file, both adapters in it:
 
     diffusers   pytorch_lora_weights.safetensors, for WanPipeline.load_lora_weights
-    comfyui     loras/NAME.safetensors, for ComfyUI's LoRA loader
+    comfyui     loras/NAME.safetensors, for ComfyUI's LoRA loader; diffusers reads it too
 
 python -m launch.export --config=follow_your_motion --checkpoint=W --layout=comfyui --out=motion_lora
+
+So do the adapters of stage1:lora, and `diffusers` has them in PEFT's form as well.
 """
 
 import json
@@ -32,13 +34,13 @@ from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.motion_inversion import MotionInversion
 from configs.run import Config, SamplerConfig
+from configs.stage1 import TransferLoRA
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines.motion_inversion import load_tokens
 from launch import command
-from launch.exporting import card, transfer, verify
-from omnitransfer_jax import load_models, tasks
+from launch.exporting import adapters, card, transfer, verify
+from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
-from omnitransfer_jax.methods import follow_your_motion
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl, wan_dit
@@ -63,12 +65,6 @@ COMPONENTS = {  # the name of each part in model_index.json, its library and its
     "text": ("text_encoder", "transformers", "UMT5EncoderModel"),
     "image": ("image_encoder", "transformers", "CLIPVisionModel"),
 }
-
-LORA_FILES = {
-    "diffusers": ("pytorch_lora_weights.safetensors", "transformer."),
-    "comfyui": ("loras/{name}.safetensors", "diffusion_model."),
-}
-BASE_NAMES = {"text-to-video": "Wan2.1 text-to-video, width {dim}", "image-to-video": "Wan2.1 image-to-video, width {dim}"}
 
 ALIGNMENT_README = """# What OmniTransfer adds to Wan2.1 from stage 2 on
 
@@ -128,8 +124,8 @@ def main(config: Config) -> None:
         inputs.require_trained("--checkpoint", run)
         if config.alignment.enabled:
             require_learnt(config, run)
-    if isinstance(config, FollowYourMotion):
-        return export_motion(config)
+    if isinstance(config, FollowYourMotion | TransferLoRA):
+        return adapters.write(config, checkpoint, layout, Path(OUT.value), str(FLAGS["config"].value))
     imported = run_folder.imported_weights(checkpoint)
     stored = {*(model_folder.read_model(imported) if imported else ()), *(["dit"] if run else [])}
     if run:
@@ -232,7 +228,7 @@ def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
     params = {f"alignment.{path}": leaf for path, leaf in model.items()}
     added = {f"alignment.{path}" for path in model if not path.startswith("mllm.") or ".lora." in path}
     loaded = {path.removeprefix("alignment."): np.asarray(x) for path, x in run_folder.load_params(run, params, only=added).items()}
-    adapters = export_adapters(config, {path: x for path, x in loaded.items() if ".lora." in path}, out / "mllm_lora")
+    written = export_adapters(config, {path: x for path, x in loaded.items() if ".lora." in path}, out / "mllm_lora")
     rest = {
         path.replace(".kernel", ".weight"): np.ascontiguousarray(x.T if path.endswith(".kernel") else x)
         for path, x in sorted(loaded.items())
@@ -241,7 +237,7 @@ def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
     save_file(rest, out / "alignment.safetensors", {"format": "pt"})
     shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, x.shape))} |" for name, x in rest.items())
     (out / "README.md").write_text(ALIGNMENT_README.format(shapes=shapes, tasks=", ".join(tasks.NAMES), into=config.alignment.into))
-    print(f"alignment: {adapters} adapter tensors, {len(rest)} of queries and connector", flush=True)
+    print(f"alignment: {written} adapter tensors, {len(rest)} of queries and connector", flush=True)
 
 
 def require_learnt(config: Config, run: epath.Path) -> None:
@@ -256,38 +252,11 @@ def require_learnt(config: Config, run: epath.Path) -> None:
     )
 
 
-def export_motion(config: FollowYourMotion) -> None:
-    """Writes the adapters of a run of Follow-Your-Motion as one LoRA of twice their rank, head masks and alpha / rank in `lora_B`."""
-    checkpoint, layout = CHECKPOINT.value, LAYOUT.value
-    require(run_folder.is_run(checkpoint), f"--checkpoint={checkpoint}: no run of follow_your_motion, whose adapters are written; give one")
-    require(layout != "original", f"--layout={layout}: a LoRA has none of that; take diffusers or comfyui")
-    file, prefix = LORA_FILES[layout]
-    params = follow_your_motion.one_adapter(load_models.load_adapters(checkpoint, config), config)
-    table = lora.entries(wan_dit.entries(config.dit, "diffusers" if layout == "diffusers" else "original"), params, prefix)
-    leaves = {path: np.asarray(x) for path, x in params.items()}
-    pieces = {entry.theirs: np.ascontiguousarray(entry.layout.to_theirs(leaves[entry.ours][entry.layer])) for entry in table}
-    about = {
-        "format": "pt",
-        "method": "Follow-Your-Motion",
-        "base_model": BASE_NAMES["image-to-video" if config.dit.image_to_video else "text-to-video"].format(dim=config.dit.dim),
-        "rank": str(2 * config.motion.lora.rank),
-        "steps": str(run_folder.steps_done(checkpoint)),
-    }
-    with atomic.new_folder(Path(OUT.value)) as out:
-        path = out / file.format(name=str(FLAGS["config"].value).replace(":", "_"))
-        path.parent.mkdir(exist_ok=True)
-        save_file(pieces, path, about)
-    print(f"wrote {Path(OUT.value) / path.relative_to(out)}: {len(pieces)} tensors of rank {about['rank']}")
-
-
 def export_adapters(config: Config, loaded: Mapping[str, np.ndarray], out: Path) -> int:
     """Writes the language model's adapters as a PEFT folder; returns the number of tensors."""
     leaves = {path.removeprefix("mllm."): x for path, x in loaded.items()}
     table = lora.entries(qwen2_5_vl.entries(config.mllm, "original"), leaves, lora.PEFT_PREFIX)
-    pieces = {
-        entry.theirs: entry.layout.to_theirs(leaves[entry.ours] if entry.layer is None else leaves[entry.ours][entry.layer])
-        for entry in table
-    }
+    pieces = {entry.theirs: entry.layout.to_theirs(lora.leaf_of(entry, leaves)) for entry in table}
     out.mkdir(parents=True)
     save_file({name: np.ascontiguousarray(x) for name, x in pieces.items()}, out / "adapter_model.safetensors", {"format": "pt"})
     write_json(out / "adapter_config.json", dict(lora.adapter_config(config.lora, table)))

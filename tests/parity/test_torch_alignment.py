@@ -14,6 +14,7 @@ from tests.compare import LOG, relative_l2
 from tests.parity import exported
 from tests.parity.exported import REFERENCE, STAGE3, VIDEO, Wish, clip, picture
 
+pytestmark = pytest.mark.slow  # about a minute: python -m pytest -n 0 -m slow FILE
 LATENTS, PIXELS = 1e-4, 2e-3
 FRAME = picture(7, 40, 56)
 PLAIN, GUIDED = SamplerConfig(steps=3, guidance=1.0), SamplerConfig(steps=3, guidance=5.0)

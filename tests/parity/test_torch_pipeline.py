@@ -1,4 +1,7 @@
-"""Stage 1 in PyTorch (omnitransfer_torch) against ours: every step's latents and the pixels, from an export of random weights."""
+"""Stage 1 in PyTorch (omnitransfer_torch) against ours: every step's latents and the pixels, from an export of random weights.
+
+All requests: python -m pytest -n 0 -m "slow or not slow" FILE
+"""
 
 from dataclasses import replace
 
@@ -45,7 +48,10 @@ def made(tmp_path_factory):
     return pipe, both
 
 
-@pytest.mark.parametrize("name", WISHES)
+QUICK = ("motion", "style + motion")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WISHES])
 def test_latents_and_pixels(made, name):
     ours, theirs = made[1](name)
     assert len(ours.latents) == len(theirs.latents) == 3
@@ -91,9 +97,10 @@ def at_the_targets_time(monkeypatch, pipe):
     ("broken", "name"),
     [
         (without_offset, "motion"),
-        (without_offset, "id"),
-        (without_flag, "style"),
-        (without_stacking, "motion + camera, stacked"),
+        (without_flag, "motion"),
+        pytest.param(without_offset, "id", marks=pytest.mark.slow),
+        pytest.param(without_flag, "style", marks=pytest.mark.slow),
+        pytest.param(without_stacking, "motion + camera, stacked", marks=pytest.mark.slow),
         (with_text, "motion"),
         (at_the_targets_time, "motion"),
     ],
