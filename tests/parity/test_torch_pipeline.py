@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from configs.run import SamplerConfig
 from omnitransfer_torch import OmniTransferPipeline, references
@@ -111,3 +112,44 @@ def test_a_break_is_seen(made, monkeypatch, broken, name):
     broken(monkeypatch, pipe)
     ours, theirs = both(name)
     assert relative_l2(theirs.latents[-1], ours.latents[-1]) > 3 * LATENTS
+
+
+@pytest.mark.parametrize(("cache", "tolerance"), [("cpu", 0.0), ("int8", 5e-3)])
+def test_other_caches(made, cache, tolerance):
+    """In CPU memory it is the same cache; int8 costs a known difference of the last latents."""
+    _, whole = made[1]("motion")
+    _, other = made[1]("motion", cache)
+    difference = relative_l2(other.latents[-1], whole.latents[-1])
+    assert difference <= tolerance
+    assert (difference > 0) == (cache == "int8")
+
+
+def test_a_cache_in_int8_is_a_quarter(made):
+    """One byte a number and a factor for each token and head, against float32."""
+    pipe, latents = made[0], torch.randn(1, 16, 2, 6, 4, generator=torch.Generator().manual_seed(0))
+    full, narrow = (pipe.cache_of(latents, 0, (0, 0, 0), storage).nbytes() for storage in ("full", "int8"))
+    assert narrow == full // 4 + full // (4 * 24) * 4  # heads are 24 wide
+
+
+def test_diffusers_memory_tools(made):
+    """Groups of layers that leave their device between calls, and tiles of the autoencoder, change no number."""
+    pipe, both = made
+    _, whole = both("motion")
+    pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    pipe.vae.enable_tiling()
+    _, other = both("motion")
+    pipe.vae.disable_tiling()
+    assert np.array_equal(other.latents, whole.latents)
+    assert np.array_equal(other.frames, whole.frames)
+
+
+def test_weights_in_bfloat16(made, tmp_path_factory):
+    """As on a GPU: the autoencoder stays in float32, and the result is near that of float32."""
+    pipe, both = made
+    _, whole = both("motion")
+    half = OmniTransferPipeline.from_pretrained(pipe.config._name_or_path, torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert (half.transformer.dtype, half.vae.dtype) == (torch.bfloat16, torch.float32)
+    wish = WISHES["motion"]
+    noise = np.random.default_rng(5).standard_normal(whole.latents.shape[1:]).astype(np.float32)
+    assert relative_l2(exported.theirs(half, wish, noise).latents[-1], whole.latents[-1]) <= 5e-2
