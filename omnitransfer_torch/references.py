@@ -116,7 +116,9 @@ class SelfAttention:
             self.streams.recorded.put(self.layer, k, v)
         elif self.streams.caches:
             others = [cache.get(self.layer, k) for cache in self.streams.caches]
-            k, v = (torch.cat(x, 1) for x in zip((k, v), *others, strict=True))
+            k, v = (
+                torch.cat([own, *(x.expand(len(own), -1, -1, -1) for x in each)], 1) for own, *each in zip((k, v), *others, strict=True)
+            )
         out = dispatch_attention_fn(q, k, v, backend=self._attention_backend)
         return _projected(attn, out.flatten(2, 3).type_as(hidden_states))
 

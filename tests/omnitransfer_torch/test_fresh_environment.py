@@ -1,6 +1,6 @@
 """`pip install '.[torch]'` in an environment of its own, without jax, samples from an export. It downloads PyTorch:
 
-    python -m pytest -n 0 -s -m slow tests/omnitransfer_torch/test_fresh_environment.py
+python -m pytest -n 0 -s -m slow tests/omnitransfer_torch/test_fresh_environment.py
 """
 
 import shutil
