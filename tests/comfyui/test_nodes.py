@@ -153,8 +153,7 @@ def test_the_tasks_are_those_of_the_project(comfy):
 
 def test_adapters_find_their_weights(comfy, networks, tmp_path, monkeypatch):
     """ComfyUI's own key map takes every tensor of a file that was exported, and only such a file is loaded."""
-    from safetensors.torch import save_file
-
+    save_file = pytest.importorskip("safetensors.torch").save_file
     import comfyui_omnitransfer.nodes as nodes
 
     names = [entry.theirs.removesuffix(".weight") for entry in wan_dit.entries(CONFIG, "original") if entry.ours.endswith(".kernel")]
