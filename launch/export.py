@@ -9,13 +9,16 @@ python -m launch.export --config=wan --checkpoint=checkpoints/wan_i2v --layout=d
 A run of Follow-Your-Motion becomes one LoRA file, both adapters in it:
 
     diffusers   pytorch_lora_weights.safetensors, for WanPipeline.load_lora_weights
-    comfyui     loras/NAME.safetensors, for ComfyUI's LoRA loader
+    comfyui     loras/NAME.safetensors, for ComfyUI's LoRA loader; diffusers reads it too
 
 python -m launch.export --config=follow_your_motion --checkpoint=W --layout=comfyui --out=motion_lora
+
+So do the adapters of stage1:lora, and `diffusers` has them in PEFT's form as well.
 """
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -31,17 +34,18 @@ from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.motion_inversion import MotionInversion
 from configs.run import Config, SamplerConfig
+from configs.stage1 import TransferLoRA
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines.motion_inversion import load_tokens
 from launch import command
-from omnitransfer_jax import load_models, tasks
+from launch.exporting import adapters, card, transfer, verify
+from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import atomic, checksums, inputs, model_folder, outputs, run_folder
-from omnitransfer_jax.methods import follow_your_motion
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.weights import convert, lora, qwen2_5_vl, wan_dit
 from omnitransfer_jax.weights.files import SHARD_BYTES
-from omnitransfer_jax.weights.parts import EXPERT_FOLDERS, LOW_NOISE, PARTS, TOKENIZERS, Part
+from omnitransfer_jax.weights.parts import EXPERT_FOLDERS, LOW_NOISE, MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS, Part
 
 FLAGS = flags.FlagValues()
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of the checkpoint to read", required=True, flag_values=FLAGS)
@@ -49,7 +53,10 @@ LAYOUT = flags.DEFINE_enum(
     "layout", "diffusers", ["diffusers", "original", "comfyui"], "whose names and folders to write", flag_values=FLAGS
 )
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
+VERIFY = flags.DEFINE_bool("verify", False, "of a transfer model: compare a velocity in PyTorch with ours", flag_values=FLAGS)
+SCORES = flags.DEFINE_string("scores", None, "scores.json of launch.demo, for the table of the model card", flag_values=FLAGS)
 
+GROUP_BYTES = 2**28  # of leaves that are read at once
 DIFFUSERS_VERSION = "0.42.1"  # the version whose classes read what is written here
 COMPONENTS = {  # the name of each part in model_index.json, its library and its class
     "dit": ("transformer", "diffusers", "WanTransformer3DModel"),
@@ -58,12 +65,6 @@ COMPONENTS = {  # the name of each part in model_index.json, its library and its
     "text": ("text_encoder", "transformers", "UMT5EncoderModel"),
     "image": ("image_encoder", "transformers", "CLIPVisionModel"),
 }
-
-LORA_FILES = {
-    "diffusers": ("pytorch_lora_weights.safetensors", "transformer."),
-    "comfyui": ("loras/{name}.safetensors", "diffusion_model."),
-}
-BASE_NAMES = {"text-to-video": "Wan2.1 text-to-video, width {dim}", "image-to-video": "Wan2.1 image-to-video, width {dim}"}
 
 ALIGNMENT_README = """# What OmniTransfer adds to Wan2.1 from stage 2 on
 
@@ -107,6 +108,11 @@ def main(config: Config) -> None:
     require(bool(checkpoint), "--checkpoint='': empty; give the folder of a checkpoint")
     inputs.require_checkpoint("--checkpoint", checkpoint, type(config))
     outputs.require_new_folder("--out", OUT.value, [checkpoint])
+    scores = None if SCORES.value is None else card.read_scores(SCORES.value)
+    if VERIFY.value:
+        name = FLAGS["config"].value
+        require(runs_in_pytorch(config), f"--verify with --config={name} --layout={layout}: no transfer model for PyTorch; leave it out")
+        verify.require_pytorch()
     if isinstance(config, MotionInversion):
         tokens = load_tokens(checkpoint, config)
         with atomic.new_folder(Path(OUT.value)) as out:
@@ -116,13 +122,16 @@ def main(config: Config) -> None:
     run_folder.require_same_function(checkpoint, config)
     if run:
         inputs.require_trained("--checkpoint", run)
-    if isinstance(config, FollowYourMotion):
-        return export_motion(config)
+        if config.alignment.enabled:
+            require_learnt(config, run)
+    if isinstance(config, FollowYourMotion | TransferLoRA):
+        return adapters.write(config, checkpoint, layout, Path(OUT.value), str(FLAGS["config"].value))
     imported = run_folder.imported_weights(checkpoint)
     stored = {*(model_folder.read_model(imported) if imported else ()), *(["dit"] if run else [])}
     if run:
         stored -= {LOW_NOISE.name}  # a training has one network, whichever expert it started from
-    parts = [part for part in (*PARTS, LOW_NOISE) if part.name in stored and (layout != "comfyui" or part.table is wan_dit)]
+    aligned = [MLLM] if config.alignment.enabled and runs_in_pytorch(config) else []
+    parts = [part for part in (*PARTS, LOW_NOISE, *aligned) if part.name in stored and (layout != "comfyui" or part.table is wan_dit)]
     require(
         bool(parts) or layout != "comfyui",
         f"{checkpoint}: this checkpoint has no dit, which is what ComfyUI's layout holds; take --layout=diffusers",
@@ -132,19 +141,28 @@ def main(config: Config) -> None:
             export_part(part, config, imported, run if part.name == "dit" else None, out)
         if layout != "comfyui":
             export_rest(config, [part.name for part in parts], imported, run, out)
+        if runs_in_pytorch(config):
+            trained = run_folder.about(run) if run else None
+            card.write(config, str(FLAGS["config"].value), Path(OUT.value), trained, scores, out)
+            transfer.write(config, str(FLAGS["config"].value), out)
+    if VERIFY.value:
+        print(f"verified: a velocity in PyTorch differs by {verify.verify(config, checkpoint, Path(OUT.value)):.1e} from ours")
 
 
 def export_rest(config: Config, parts: Sequence[str], imported: str, run: epath.Path | None, out: Path) -> None:
     """Writes what stands beside the `parts`: the alignment, the vocabulary, and what a diffusers pipeline needs."""
     if run and config.alignment.enabled:
         export_alignment(config, run, out / "alignment")
-    has_vocabulary = bool(imported) and (epath.Path(imported) / TOKENIZERS["diffusers"]).exists()
-    if has_vocabulary:
-        place = TOKENIZERS["original" if LAYOUT.value == "original" else "diffusers"]
-        model_folder.require_whole(imported, TOKENIZERS["diffusers"])
-        copy_folder(epath.Path(imported) / TOKENIZERS["diffusers"], out / place)
-    if LAYOUT.value == "diffusers":
-        write_pipeline(config, parts, has_vocabulary, out)
+    vocabularies = {TOKENIZERS["diffusers"]: TOKENIZERS["original" if LAYOUT.value == "original" else "diffusers"]}
+    vocabularies |= {MLLM_TOKENIZER: MLLM_TOKENIZER} if MLLM.name in parts else {}
+    for source, place in vocabularies.items():
+        if imported and (epath.Path(imported) / source).exists():
+            model_folder.require_whole(imported, source)
+            copy_folder(epath.Path(imported) / source, out / place)
+    if runs_in_pytorch(config):
+        write_transfer(config, parts, out)
+    elif LAYOUT.value == "diffusers":
+        write_pipeline(config, parts, (out / TOKENIZERS["diffusers"]).is_dir(), out)
 
 
 def export_tokens(config: MotionInversion, tokens: Mapping[str, np.ndarray], out: Path) -> None:
@@ -185,10 +203,23 @@ def export_part(part: Part, config: Config, imported: str, run: epath.Path | Non
 
 
 def trained_leaves(run: epath.Path, part: str, shapes: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves of a part in the run's latest checkpoint, one at a time."""
+    """The leaves of a part in the run's latest checkpoint, read in groups of at most `GROUP_BYTES`, or one alone that is larger."""
     params = {f"{part}.{path}": leaf for path, leaf in shapes.items()}
-    for path, name in zip(shapes, params, strict=True):
-        yield path, np.asarray(run_folder.load_params(run, params, only={name})[name])
+    group, size = [], 0
+    for path, leaf in shapes.items():
+        if group and size + leaf.size * leaf.dtype.itemsize > GROUP_BYTES:
+            yield from read_leaves(run, part, params, group)
+            group, size = [], 0
+        group.append(path)
+        size += leaf.size * leaf.dtype.itemsize
+    yield from read_leaves(run, part, params, group)
+
+
+def read_leaves(run: epath.Path, part: str, params: Mapping[str, Any], group: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves of a group, read at once."""
+    found = run_folder.load_params(run, params, only={f"{part}.{path}" for path in group})
+    for path in group:
+        yield path, np.asarray(found.pop(f"{part}.{path}"))
 
 
 def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
@@ -197,7 +228,7 @@ def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
     params = {f"alignment.{path}": leaf for path, leaf in model.items()}
     added = {f"alignment.{path}" for path in model if not path.startswith("mllm.") or ".lora." in path}
     loaded = {path.removeprefix("alignment."): np.asarray(x) for path, x in run_folder.load_params(run, params, only=added).items()}
-    adapters = export_adapters(config, {path: x for path, x in loaded.items() if ".lora." in path}, out / "mllm_lora")
+    written = export_adapters(config, {path: x for path, x in loaded.items() if ".lora." in path}, out / "mllm_lora")
     rest = {
         path.replace(".kernel", ".weight"): np.ascontiguousarray(x.T if path.endswith(".kernel") else x)
         for path, x in sorted(loaded.items())
@@ -206,45 +237,43 @@ def export_alignment(config: Config, run: epath.Path, out: Path) -> None:
     save_file(rest, out / "alignment.safetensors", {"format": "pt"})
     shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, x.shape))} |" for name, x in rest.items())
     (out / "README.md").write_text(ALIGNMENT_README.format(shapes=shapes, tasks=", ".join(tasks.NAMES), into=config.alignment.into))
-    print(f"alignment: {adapters} adapter tensors, {len(rest)} of queries and connector", flush=True)
+    print(f"alignment: {written} adapter tensors, {len(rest)} of queries and connector", flush=True)
 
 
-def export_motion(config: FollowYourMotion) -> None:
-    """Writes the adapters of a run of Follow-Your-Motion as one LoRA of twice their rank, head masks and alpha / rank in `lora_B`."""
-    checkpoint, layout = CHECKPOINT.value, LAYOUT.value
-    require(run_folder.is_run(checkpoint), f"--checkpoint={checkpoint}: no run of follow_your_motion, whose adapters are written; give one")
-    require(layout != "original", f"--layout={layout}: a LoRA has none of that; take diffusers or comfyui")
-    file, prefix = LORA_FILES[layout]
-    params = follow_your_motion.one_adapter(load_models.load_adapters(checkpoint, config), config)
-    table = lora.entries(wan_dit.entries(config.dit, "diffusers" if layout == "diffusers" else "original"), params, prefix)
-    leaves = {path: np.asarray(x) for path, x in params.items()}
-    pieces = {entry.theirs: np.ascontiguousarray(entry.layout.to_theirs(leaves[entry.ours][entry.layer])) for entry in table}
-    about = {
-        "format": "pt",
-        "method": "Follow-Your-Motion",
-        "base_model": BASE_NAMES["image-to-video" if config.dit.image_to_video else "text-to-video"].format(dim=config.dit.dim),
-        "rank": str(2 * config.motion.lora.rank),
-        "steps": str(run_folder.steps_done(checkpoint)),
-    }
-    with atomic.new_folder(Path(OUT.value)) as out:
-        path = out / file.format(name=str(FLAGS["config"].value).replace(":", "_"))
-        path.parent.mkdir(exist_ok=True)
-        save_file(pieces, path, about)
-    print(f"wrote {Path(OUT.value) / path.relative_to(out)}: {len(pieces)} tensors of rank {about['rank']}")
+def require_learnt(config: Config, run: epath.Path) -> None:
+    """A `RequestError` if adapters that were to learn have learnt nothing: what they add is zero, as before the first step."""
+    model = flat_params(abstract(lambda rngs: Alignment(config, rngs=rngs)))
+    params = {f"alignment.{path}": leaf for path, leaf in model.items()}
+    names = {path: path.replace(".", "/", 1) for path in params if ".lora." in path and path.endswith(".up")}
+    trained = {path for path, name in names.items() if any(re.fullmatch(pattern, name) for pattern in config.train.trainable)}
+    require(
+        not trained or any(np.asarray(x).any() for x in run_folder.load_params(run, params, only=trained).values()),
+        f"{run}: all {len(trained)} adapters of the language model are zero, so they have learnt nothing; train for a step or more",
+    )
 
 
 def export_adapters(config: Config, loaded: Mapping[str, np.ndarray], out: Path) -> int:
     """Writes the language model's adapters as a PEFT folder; returns the number of tensors."""
     leaves = {path.removeprefix("mllm."): x for path, x in loaded.items()}
     table = lora.entries(qwen2_5_vl.entries(config.mllm, "original"), leaves, lora.PEFT_PREFIX)
-    pieces = {
-        entry.theirs: entry.layout.to_theirs(leaves[entry.ours] if entry.layer is None else leaves[entry.ours][entry.layer])
-        for entry in table
-    }
+    pieces = {entry.theirs: entry.layout.to_theirs(lora.leaf_of(entry, leaves)) for entry in table}
     out.mkdir(parents=True)
     save_file({name: np.ascontiguousarray(x) for name, x in pieces.items()}, out / "adapter_model.safetensors", {"format": "pt"})
     write_json(out / "adapter_config.json", dict(lora.adapter_config(config.lora, table)))
     return len(table)
+
+
+def runs_in_pytorch(config: Config) -> bool:
+    """Whether what is written is a folder for omnitransfer_torch."""
+    return LAYOUT.value == "diffusers" and transfer.is_transfer(config, str(FLAGS["config"].value))
+
+
+def write_transfer(config: Config, parts: Sequence[str], out: Path) -> None:
+    """Writes model_index.json and the scheduler of omnitransfer_torch's pipeline."""
+    sampler = config.sampler
+    scheduler = transfer.euler_json(sampler, DIFFUSERS_VERSION) if sampler.solver == "euler" else scheduler_json(sampler)
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(out / "model_index.json", transfer.index(parts, out, DIFFUSERS_VERSION))
 
 
 def write_pipeline(config: Config, parts: Sequence[str], has_vocabulary: bool, out: Path) -> None:

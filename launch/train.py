@@ -22,6 +22,7 @@ from configs.follow_your_motion import FollowYourMotion
 from configs.mllm import MLLMTraining
 from configs.motion_inversion import MotionInversion
 from configs.run import Config
+from configs.stage1 import TransferLoRA
 from configs.vae import VAETraining
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips, motion_inversion, motion_training
@@ -30,7 +31,7 @@ from launch import command
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.mesh import data_share, make_mesh
-from omnitransfer_jax.methods import follow_your_motion, omnitransfer
+from omnitransfer_jax.methods import follow_your_motion, omnitransfer, transfer_lora
 from omnitransfer_jax.train import flops, loop
 from omnitransfer_jax.train.objective import Objective
 from omnitransfer_jax.train.plan import describe
@@ -84,8 +85,14 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
             load_models.require_expert(config)
             index, count = data_share(mesh)
             data = batches(config, seed=config.seed, process_index=index, process_count=count)
-            trained = omnitransfer.objective(config, empty_text(config))
-            loop.train(trained, config, workdir, mesh, data, data_digest=data_digest(config))
+            base = None
+            if isinstance(config, TransferLoRA):
+                transfer_lora.require_imported(config)
+                trained = transfer_lora.objective(config, empty_text(config))
+                base = transfer_lora.load_base(config, trained, mesh)
+            else:
+                trained = omnitransfer.objective(config, empty_text(config))
+            loop.train(trained, config, workdir, mesh, data, data_digest=data_digest(config), base=base)
 
 
 def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
@@ -102,6 +109,8 @@ def objective(config: Config | VAETraining | MLLMTraining) -> Objective:
             return motion_inversion.objective(config)
         case FollowYourMotion():
             return follow_your_motion.objective(follow_your_motion.stage(config, "temporal", config.train.init_from))
+        case TransferLoRA():
+            return transfer_lora.objective(config)
         case Config():
             return omnitransfer.objective(config)
 

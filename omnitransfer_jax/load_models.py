@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
@@ -17,10 +18,11 @@ from transformers import PreTrainedTokenizerFast
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
 from configs.run import Config
+from configs.stage1 import TransferLoRA
 from omnitransfer_jax.folders import inputs, model_folder, run_folder
 from omnitransfer_jax.mesh import placed, replicated, specs
 from omnitransfer_jax.methods import follow_your_motion
-from omnitransfer_jax.models import lora
+from omnitransfer_jax.models import lora, transfer_adapters
 from omnitransfer_jax.models.alignment import Alignment
 from omnitransfer_jax.models.clip_vision import CLIPVision
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
@@ -30,6 +32,8 @@ from omnitransfer_jax.models.umt5 import UMT5Encoder
 from omnitransfer_jax.models.wan_dit import SHARDING, WanDiT
 from omnitransfer_jax.models.wan_vae import WanVAE
 from omnitransfer_jax.tokenizer import byte_tokenizer, load_tokenizer, require_tokenizer
+from omnitransfer_jax.weights import wan_dit
+from omnitransfer_jax.weights.lora import read_adapters
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS
 
 RANDOM_LIMIT = 200_000_000  # parameters; the random weights of a larger network are of no use, so the absence of others is a mistake
@@ -109,9 +113,30 @@ def load_dit(folder: str, config: Config, mesh: Mesh, part: str = "dit") -> WanD
         base = _load(folder, part, make, config.dit.dtype, sharding)
         adapters = jax.device_put(load_adapters(folder, config), replicated(mesh))
         return with_params(base, lora.merge_lora(flat_params(base) | adapters, config.motion.lora.scale))
+    if isinstance(config, TransferLoRA) and (run_folder.is_run(folder) or config.adapter_from):
+        base, learnt = _load(folder, part, make, config.dit.dtype, sharding), load_transfer_adapters(folder, config)
+        return with_params(base, lora.merge_lora(flat_params(base) | jax.device_put(learnt, replicated(mesh)), config.adapter.scale))
     if run_folder.is_run(folder):
         return _load_trained(folder, config, "dit", config.dit.dtype, sharding)
     return _load(folder, part, make, config.dit.dtype, sharding)
+
+
+def load_transfer_adapters(folder: str, config: TransferLoRA) -> dict[str, Any]:
+    """The transformer's adapters by their paths in it, float32: those that a run trained, or of `adapter_from`."""
+    if not run_folder.is_run(folder):
+        return given_adapters(config)
+    run_folder.require_same_function(folder, config)
+    params = transfer_adapters.adapters(abstract(partial(transfer_adapters.make_model, config)))
+    found = run_folder.load_params(folder, params, dtype="float32")
+    return {path.removeprefix("dit."): leaf for path, leaf in found.items()}
+
+
+def given_adapters(config: TransferLoRA) -> dict[str, np.ndarray]:
+    """The adapters of `adapter_from` by their paths in the transformer."""
+    model = abstract(partial(transfer_adapters.make_model, config))
+    params = {path.removeprefix("dit."): x for path, x in transfer_adapters.adapters(model).items()}
+    tables = [wan_dit.entries(config.dit, "diffusers"), wan_dit.entries(config.dit, "original")]
+    return read_adapters(config.adapter_from, params, config.adapter, tables)
 
 
 def load_adapters(folder: str, config: FollowYourMotion) -> dict[str, jax.Array]:

@@ -13,8 +13,17 @@ from packaging.utils import canonicalize_name
 from tests.test_layers import FILES, LAYERS, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIRED = {canonicalize_name(each.name): each for each in map(Requirement, PROJECT["dependencies"])}
-PACKAGES = tuple(f"{layer}/" for layer in LAYERS if layer not in ("benchmarks", "tests"))
+OF_PYTORCH = "omnitransfer_torch"  # the package that needs no jax
+
+
+def required(*extras: str) -> dict[str, Requirement]:
+    """What is installed with these extras, by name."""
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    return {canonicalize_name(each.name): each for each in map(Requirement, lines)}
+
+
+REQUIRED = required("jax", "torch")
+PACKAGES = tuple(f"{layer}/" for layer in LAYERS if layer not in ("benchmarks", "tests", OF_PYTORCH))
 OPTIONAL = {"cv2", "gguf", "torch"}  # imported where a command needs them, or not at all
 
 
@@ -27,11 +36,12 @@ def imported(tree: ast.Module) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def test_what_is_imported_is_asked_for():
-    names = set().union(*(imported(tree) for path, tree in FILES.items() if path.startswith(PACKAGES)))
-    others = names - set(sys.stdlib_module_names) - set(LAYERS) - OPTIONAL
-    homes = metadata.packages_distributions()
-    undeclared = {name: homes.get(name) for name in others if not {canonicalize_name(home) for home in homes.get(name, [])} & set(REQUIRED)}
+@pytest.mark.parametrize(("packages", "extra", "optional"), [(PACKAGES, "jax", OPTIONAL), ((f"{OF_PYTORCH}/",), "torch", set())])
+def test_what_is_imported_is_asked_for(packages, extra, optional):
+    names = set().union(*(imported(tree) for path, tree in FILES.items() if path.startswith(packages)))
+    others = names - set(sys.stdlib_module_names) - set(LAYERS) - optional
+    homes, asked = metadata.packages_distributions(), set(required(extra))
+    undeclared = {name: homes.get(name) for name in others if not {canonicalize_name(home) for home in homes.get(name, [])} & asked}
     assert undeclared == {}
     assert "numpy" in others
 

@@ -42,12 +42,13 @@ PARAMETERS = ("trainable", "frozen", "ema")
 # The name of a training: what it trains, and the configurations that name it.
 TRAININGS = {
     "transfer": ("transformer", "stage1, stage2 or stage3"),
+    "transfer_lora": ("transformer's adapters", "stage1:lora"),
     "motion_inversion": ("tokens of a motion", "motion_inversion"),
     "follow_your_motion": ("motion adapter", "follow_your_motion"),
     "vae": ("autoencoder", "vae"),
     "mllm": ("language model", "mllm"),
 }
-ON_A_MODEL = ("follow_your_motion",)  # trainings that add to a whole model, whose parts are those that the run started from
+ON_A_MODEL = ("follow_your_motion", "transfer_lora")  # trainings that add to a whole model, whose parts are those that the run started from
 ADDED = re.compile(r".*\.lora_\w+\.\w+")  # parameters of a named adapter
 Run = TypeVar("Run", bound=RunConfig)
 State = TypeVar("State", bound=tuple)  # a NamedTuple like `train.step.TrainState`
@@ -228,7 +229,7 @@ def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: st
     """
     before, moved = read_config(workdir, type(config)), set()
     records = "other records than --data.path has now"
-    if config.training in ON_A_MODEL:
+    if config.training == "follow_your_motion":
         records = "another clip, caption or model than --reference, --prompt and --train.init_from have now"
     for name, what, digest, now in (
         ("data.path", records, digests(workdir)[DATA_DIGEST], data_digest),
@@ -257,6 +258,11 @@ def digests(workdir: epath.PathLike) -> dict[str, str]:
     """The digests that config.json keeps of the data and of the weights that the run started from; empty texts if it keeps none."""
     content = _content(workdir)
     return {name: content.get(name, "") for name in (DATA_DIGEST, ORIGIN_DIGEST)}
+
+
+def about(workdir: epath.PathLike) -> dict[str, Any]:
+    """config.json of a run, digests included, and as `steps` how many are in its newest whole checkpoint."""
+    return _content(workdir) | {"steps": steps_done(workdir)}
 
 
 def origin_digest(folder: str, parts: Collection[str], recorded: str = "") -> str:

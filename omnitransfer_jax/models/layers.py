@@ -10,17 +10,20 @@ from jaxtyping import Array, Float
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias over the last axis, plus the outputs of its adapters, computed in the dtype of x."""
+    """y = x @ kernel * kernel_scale + bias over the last axis, plus the outputs of its adapters, computed in the dtype of x."""
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.lecun_uniform()(rngs.params(), (in_dim, out_dim), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32)) if bias else None
+        self.kernel_scale: nnx.Param | None = None  # one factor for each output of an int8 kernel (models/int8.py)
         self.adapters: tuple[str, ...] = ()  # attributes that hold a `LoRA`; `lora.add_lora` adds them
 
     def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         # Flattened to one matrix: with two leading axes XLA on CPU takes 1.5 times as long for the kernel's gradient.
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ self.kernel.astype(x.dtype)
+        if self.kernel_scale is not None:
+            y = y * self.kernel_scale.astype(x.dtype)[None]
         if self.bias is not None:
             y = y + self.bias.astype(x.dtype)[None]
         for name in self.adapters:

@@ -61,7 +61,7 @@ REMAT = {  # what the forward pass keeps for the backward pass, by DiTConfig.rem
 
 SHARDING = [  # the axes of every parameter; omnitransfer_jax/mesh.py maps their names to devices
     (r"blocks\..*\.kernel", ("layers", "in", "out")),
-    (r"blocks\..*\.(bias|scale)", ("layers", "vector")),
+    (r"blocks\..*\.(bias|scale|kernel_scale)", ("layers", "vector")),
     (r"blocks\.modulation", ("layers", None, "vector")),
     (r"(?!blocks\.).*\.kernel", ("in", "out")),
     (r"(?!blocks\.).*\.(bias|scale)|patch_bias", ("vector",)),

@@ -83,6 +83,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "benchmarks.dit_step": (Command(),),
     "benchmarks.reference_cache": (Command(),),
     "benchmarks.guidance_memory": (Command(),),
+    "benchmarks.cached_step": (Command(),),
     "benchmarks.motion_methods": (Command(("--out={}/new",), (), "--out"),),
     "data_pipelines.example": (Command(("--out={}/new",), (), "--out"),),
 }  # fmt: skip
@@ -182,7 +183,7 @@ def check(request: Request, code: int, stderr: str) -> None:
 
 
 def skip_without_torch(module: str) -> None:
-    if module == "benchmarks.dit_step":
+    if module in ("benchmarks.dit_step", "benchmarks.cached_step"):
         pytest.importorskip("torch")
         pytest.importorskip("diffusers")
 
