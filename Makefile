@@ -30,7 +30,7 @@ test: env
 # Pinned to nothing, so that it finds what a user of today would.
 $(NEWEST)/ready: pyproject.toml
 	"$$($(FIND_NEWEST))" -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check -e '.[jax]' pytest pytest-xdist beartype
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check -e . pytest pytest-xdist beartype
 	touch $@
 
 test-newest:

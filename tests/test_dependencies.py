@@ -22,7 +22,7 @@ def required(*extras: str) -> dict[str, Requirement]:
     return {canonicalize_name(each.name): each for each in map(Requirement, lines)}
 
 
-REQUIRED = required("jax", "torch")
+REQUIRED = required("torch")
 PACKAGES = tuple(f"{layer}/" for layer in LAYERS if layer not in ("benchmarks", "tests", OF_PYTORCH))
 OPTIONAL = {"cv2", "gguf", "torch"}  # imported where a command needs them, or not at all
 
@@ -36,11 +36,11 @@ def imported(tree: ast.Module) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize(("packages", "extra", "optional"), [(PACKAGES, "jax", OPTIONAL), ((f"{OF_PYTORCH}/",), "torch", set())])
-def test_what_is_imported_is_asked_for(packages, extra, optional):
+@pytest.mark.parametrize(("packages", "extras", "optional"), [(PACKAGES, [], OPTIONAL), ((f"{OF_PYTORCH}/",), ["torch"], set())])
+def test_what_is_imported_is_asked_for(packages, extras, optional):
     names = set().union(*(imported(tree) for path, tree in FILES.items() if path.startswith(packages)))
     others = names - set(sys.stdlib_module_names) - set(LAYERS) - optional
-    homes, asked = metadata.packages_distributions(), set(required(extra))
+    homes, asked = metadata.packages_distributions(), set(required(*extras))
     undeclared = {name: homes.get(name) for name in others if not {canonicalize_name(home) for home in homes.get(name, [])} & asked}
     assert undeclared == {}
     assert "numpy" in others

@@ -1,4 +1,4 @@
-"""`pip install '.[torch]'` in an environment of its own, without jax, samples from an export. It downloads PyTorch:
+"""`pip install '.[torch]'` in an environment of its own, from which jax is then removed, samples from an export. It downloads PyTorch:
 
 python -m pytest -n 0 -s -m slow tests/omnitransfer_torch/test_fresh_environment.py
 """
@@ -39,6 +39,7 @@ def test_an_export_is_sampled(tmp_path):
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*LEFT_OUT))
     run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
     run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", f"{source}[torch]", cwd=tmp_path)
+    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "jax", "jaxlib", "flax", "orbax-checkpoint", cwd=tmp_path)
     run(python, "-c", NO_JAX, cwd=tmp_path)
     flags = ["--task=motion", "--reference=ref.mp4", "--first_frame=a.png", "--prompt=a red ball", "--out=out.mp4", "--steps=4"]
     said = run(python, "-m", "omnitransfer_torch", f"--model={model}", *flags, cwd=tmp_path)
