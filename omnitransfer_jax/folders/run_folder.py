@@ -381,12 +381,15 @@ def read_config(workdir: epath.PathLike, of: type[Run] = Config) -> Run:
 
 
 def _content(workdir: epath.PathLike) -> dict[str, Any]:
-    """config.json as it is. Earlier versions wrote no name of the training; it follows from the fields."""
+    """config.json as this version writes it. Earlier ones wrote no name of the training; it follows from the fields."""
     path = epath.Path(workdir) / CONFIG_FILE
     require(path.exists(), f"{workdir}: no training run, {CONFIG_FILE} is absent; give another folder")
     content = atomic.read_json(path, REMEDY)
     for name in ("training", DATA_DIGEST, ORIGIN_DIGEST):
         require_type(content.get(name, ""), str, f"{path}: {name}", f"; {REMEDY}")
+    mesh = content.get("mesh", {})
+    if isinstance(mesh, dict) and "context" in mesh:  # earlier versions divided the tokens along one axis, which gathered keys
+        content["mesh"] = {"keys" if name == "context" else name: size for name, size in mesh.items()}
     return {"training": "transfer" if "dit" in content else "mllm" if "model" in content else "vae"} | content
 
 
