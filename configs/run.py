@@ -141,6 +141,8 @@ class TrainConfig:
     """
     log_every: int = field(default=1, metadata=RUN)
     """Steps between lines of metrics.jsonl and of the console."""
+    hang_seconds: int = field(default=1800, metadata=RUN | FROM_0)
+    """Seconds without progress after which a run says where it stands and ends; 0 for never. Evaluation and sampling take time too."""
     evaluate_every: int = field(default=0, metadata=RUN | FROM_0)
     """Steps between evaluations on held-out data, for trainings that have one; with 0 there is one at the end alone."""
 
