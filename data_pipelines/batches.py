@@ -1,5 +1,6 @@
 """Records to batches: a Grain pipeline of NumPy arrays, the same for any number of threads and processes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
     size = config.train.batch_size
     require(size % process_count == 0, f"train.batch_size={size}: a multiple of the {process_count} processes that share it")
     require_same_weights(config)
-    examples = grain.MapDataset.source(records.Records(_folder(config), config)).seed(seed % 2**32)
-    if config.data.shuffle:
-        examples = examples.shuffle()
+    examples = ordered(records.Records(_folder(config), config), config, seed)
 
     def sample(record: Any) -> Batch:
         found = records.from_record(record, config)
@@ -40,10 +39,23 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
         )
         return found
 
-    samples = examples.repeat().map(sample)
+    samples = examples.map(sample)
     parts = samples.batch(size // process_count, drop_remainder=True)
     threads = config.data.threads
     return iter(parts[process_index::process_count].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+
+
+def ordered(source: Any, config: Config, seed: int) -> grain.MapDataset[Any]:
+    """What `source` holds in the endless order of a training."""
+    examples = grain.MapDataset.source(source).seed(seed % 2**32)
+    return (examples.shuffle() if config.data.shuffle else examples).repeat()
+
+
+def identify(config: Config) -> Callable[[int], list[str]]:
+    """names(step): the ids of the samples of the batch of step 1, 2, ..., of all processes; empty for records of an earlier version."""
+    ids, size = records.Records(_folder(config), config).ids, config.train.batch_size
+    order = ordered(ids, config, config.seed) if ids else None
+    return lambda step: [] if order is None else [order[i] for i in range((step - 1) * size, step * size)]
 
 
 def require_same_weights(config: Config) -> None:

@@ -81,12 +81,13 @@ def process() -> tuple[int, int]:
 
 def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Encoders, bar: tqdm) -> None:
     """Writes one shard, and beside it how many pairs of each task it keeps and which it refuses."""
-    started, kept, rejected = time.monotonic(), Counter(), []
+    started, kept, rejected, ids = time.monotonic(), Counter(), [], []
     with records.shard_writer(path, records.schema(config)) as write:
         for row, pixels in prefetch(partial(read_pixels, config=config), rows, config.data.threads):
             try:
                 write(encode(row, pixels.result(), encoders))
                 kept[row.task] += 1
+                ids.append(row.id)
                 for note in cut_prompts(row, encoders):
                     print_line(f"{row.id}: {note}")
             except RequestError as error:
@@ -94,7 +95,7 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
                 print_line(f"refused {row.id}: {error}")
             bar.update()
             bar.set_postfix(refused=len(rejected))
-        write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected}).encode())
+        write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected, "ids": ids}))
     print_line(f"{path.name}: {kept.total()} kept, {len(rejected)} refused, {time.monotonic() - started:.1f} s")
 
 
@@ -142,7 +143,8 @@ def finish(folder: Path, paths: Sequence[Path], config: Config) -> None:
         print(f"{len(tallies)} of {len(paths)} shards are there; the dataset is made when the other processes have written theirs")
         return
     require(kept.total() > 0, f"{folder}: nothing is kept, all {refused.total()} pairs are refused; {folder / REJECTED_FILE} says why")
-    records.finish(folder, config, [sum(tally["kept"].values()) for tally in tallies])
+    known = all("ids" in tally for tally in tallies)  # earlier versions wrote none
+    records.finish(folder, config, [sum(tally["kept"].values()) for tally in tallies], sum((tally["ids"] for tally in tallies if known), []))
     print(f"Next: python -m launch.train --config={FLAGS['config'].value} --workdir=DIR --data.path={folder}")
 
 

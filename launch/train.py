@@ -25,7 +25,7 @@ from configs.run import Config
 from configs.vae import VAETraining
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips, motion_inversion, motion_training
-from data_pipelines.batches import batches, data_digest, empty_text
+from data_pipelines.batches import batches, data_digest, empty_text, identify
 from launch import command
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
@@ -85,7 +85,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
             index, count = data_share(mesh)
             data = batches(config, seed=config.seed, process_index=index, process_count=count)
             trained = omnitransfer.objective(config, empty_text(config))
-            loop.train(trained, config, workdir, mesh, data, data_digest=data_digest(config))
+            loop.train(trained, config, workdir, mesh, data, data_digest=data_digest(config), identify=identify(config))
 
 
 def objective(config: Config | VAETraining | MLLMTraining) -> Objective:

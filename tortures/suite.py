@@ -1,12 +1,17 @@
 """All tortures, and how many cases of each there are."""
 
-from tortures import kills
+from tortures import damage, disk, kills, not_finite, signals
 from tortures.outcome import Torture
 
 TORTURES: dict[str, Torture] = {
     "random_kills": kills.random_kills,
     "kills_inside_a_save": kills.kills_inside_a_save,
     "every_step": kills.every_step,
+    "damaged_checkpoints": damage.checkpoints,
+    "damaged_records": damage.damaged_records,
+    "signals": signals.signals,
+    "not_finite": not_finite.not_finite,
+    "disk_faults": disk.disk_faults,
 }
-FULL = {"random_kills": 500, "kills_inside_a_save": 95, "every_step": 60}
-SHORT = {"kills_inside_a_save": 1}
+FULL = {"random_kills": 500, "kills_inside_a_save": 95, "every_step": 60, "damaged_checkpoints": 1000, "damaged_records": 500, "signals": 60, "not_finite": 400, "disk_faults": 30}
+SHORT = {"kills_inside_a_save": 1, "damaged_checkpoints": 20, "damaged_records": 40}

@@ -64,7 +64,7 @@ def write_records(folder: Path, lengths: Sequence[int] = (3, 4), stage: str = "s
             for _ in range(length):
                 append(random_record(number, of))
                 number += 1
-    records.finish(folder, of, lengths)
+    records.finish(folder, of, lengths, [f"n{i}" for i in range(number)])
     return folder
 
 
