@@ -55,7 +55,7 @@ def signalled(situation: str, number: int, given: Sequence[str], workdir: Path, 
         last = job.output.strip().splitlines()[-1]
     done = run_folder.steps_done(workdir) if (workdir / run_folder.CHECKPOINTS).exists() else 0
     if situation == "twice":
-        return ("" if code in (-number, 130, 0) and done >= 4 else f"code {code}, step {done} is saved: {last}"), seconds
+        return ("" if code in (-number, 130, 0) and done >= AT - 3 else f"code {code}, step {done} is saved: {last}"), seconds
     said = re.fullmatch(r"stopped (after|before) step (\d+) of 100000; the same command goes on from there", last)
     if code or not said or seconds > GRACE:
         return f"code {code} after {seconds:.1f} s: {last}", seconds

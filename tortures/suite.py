@@ -1,6 +1,6 @@
 """All tortures, and how many cases of each there are."""
 
-from tortures import damage, disk, kills, not_finite, signals
+from tortures import clips, damage, disk, kills, not_finite, signals, texts, topology
 from tortures.outcome import Torture
 
 TORTURES: dict[str, Torture] = {
@@ -12,6 +12,11 @@ TORTURES: dict[str, Torture] = {
     "signals": signals.signals,
     "not_finite": not_finite.not_finite,
     "disk_faults": disk.disk_faults,
+    "topologies": topology.topologies,
+    "bad_clips": clips.bad_clips,
+    "encoder_kills": clips.encoder_kills,
+    "texts": texts.texts,
 }
-FULL = {"random_kills": 500, "kills_inside_a_save": 95, "every_step": 60, "damaged_checkpoints": 1000, "damaged_records": 500, "signals": 60, "not_finite": 400, "disk_faults": 30}
+FULL = {"random_kills": 500, "kills_inside_a_save": 95, "every_step": 60, "damaged_checkpoints": 1000, "damaged_records": 500, "signals": 60, "not_finite": 400, "disk_faults": 30,
+    "topologies": 16, "bad_clips": 1200, "encoder_kills": 20, "texts": 10_000}
 SHORT = {"kills_inside_a_save": 1, "damaged_checkpoints": 20, "damaged_records": 40}
