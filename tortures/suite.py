@@ -1,6 +1,6 @@
 """All tortures, and how many cases of each there are."""
 
-from tortures import clips, damage, disk, kills, not_finite, signals, texts, topology
+from tortures import clips, damage, disk, kills, not_finite, signals, texts, topology, weights
 from tortures.outcome import Torture
 
 TORTURES: dict[str, Torture] = {
@@ -16,7 +16,9 @@ TORTURES: dict[str, Torture] = {
     "bad_clips": clips.bad_clips,
     "encoder_kills": clips.encoder_kills,
     "texts": texts.texts,
+    "hostile_weights": weights.hostile_weights,
 }
 FULL = {"random_kills": 500, "kills_inside_a_save": 95, "every_step": 60, "damaged_checkpoints": 1000, "damaged_records": 500, "signals": 60, "not_finite": 400, "disk_faults": 30,
-    "topologies": 16, "bad_clips": 1200, "encoder_kills": 20, "texts": 10_000}
-SHORT = {"kills_inside_a_save": 1, "damaged_checkpoints": 20, "damaged_records": 40}
+    "topologies": 16, "bad_clips": 1200, "encoder_kills": 20, "texts": 10_000,
+    "hostile_weights": 40}
+SHORT = {"kills_inside_a_save": 1, "damaged_checkpoints": 10, "damaged_records": 40, "bad_clips": 60, "texts": 200}
