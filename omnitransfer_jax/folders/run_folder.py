@@ -203,7 +203,7 @@ def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: st
         ("data.path", records, digests(workdir)[DATA_DIGEST], data_digest),
         ("train.init_from", "other weights than --train.init_from has now", digests(workdir)[ORIGIN_DIGEST], origin),
     ):
-        moved |= {name} if digest and now else set()
+        moved |= {name, name.replace("data.path", "data.more")} if digest and now else set()
         require(name not in moved or digest == now, f"{workdir}: was started with {what}; give those, or another --workdir")
     changed = [each for each in kinds.differences(before, config, kinds.FIXED) if each[0] not in moved]
     if config.optimizer.schedule == "cosine":  # the rate falls to 0 at the last step, so all rates depend on their number

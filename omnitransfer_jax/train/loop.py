@@ -6,7 +6,8 @@ Started again on the same workdir it goes on after its latest checkpoint, as if 
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, run_folder
 from omnitransfer_jax.folders.lock import alone
 from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
+from omnitransfer_jax.train import report
+from omnitransfer_jax.train.control import Control
 from omnitransfer_jax.train.incidents import Identify, Incidents
 from omnitransfer_jax.train.log import RunLog, Work, read_lines
 from omnitransfer_jax.train.objective import Objective, Params
@@ -32,7 +35,10 @@ from omnitransfer_jax.train.saving import Saver
 from omnitransfer_jax.train.step import TrainState, init_state, make_train_step, placed_state, split_trainable
 from omnitransfer_jax.train.stopping import Stopped, Stopping, Watchdog, stop_signals
 
+REPORT_SECONDS = 60.0  # between two writings of the report
+
 Evaluate = Callable[[Params], Mapping[str, float]]
+Sample = Callable[[int, Params], None]
 
 
 def train(
@@ -45,12 +51,14 @@ def train(
     data_digest: str = "",
     base: Params | None = None,
     identify: Identify | None = None,
+    sample: Sample | None = None,
 ) -> Params | None:
     """All parameters but `base` after `config.train.steps`; None if a signal stopped the run before.
 
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
     `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`. `identify`
-    gives the names of the samples of a step, for the log of incidents.
+    gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step, averaged if
+    there is an average, before the first step, every `train.sample_every` steps and when it is asked.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -78,7 +86,10 @@ def train(
             log.compiled = compiled
             incidents = Incidents(workdir, done, int(state.skipped), identify)
             saver = Saver(checkpoints, config.checkpoint.every, stopping, log.flush)
-            run = Run(config, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, evaluate)
+            control = Control(workdir)
+            run = Run(config, workdir, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, control, evaluate, sample)
+            if sample is not None and not done:
+                run.sample_now(0)
             reached = run.to_the_end(done)
             if reached < steps:
                 print(f"stopped after step {reached} of {steps}; the same command goes on from there", flush=True)
@@ -91,6 +102,7 @@ class Run:
     """A run between its start and its end."""
 
     config: RunConfig
+    workdir: Path
     state: TrainState
     data: grain.DatasetIterator[Any]
     mesh: Mesh
@@ -101,7 +113,10 @@ class Run:
     log: RunLog
     incidents: Incidents
     saver: Saver
+    control: Control
     evaluate: Evaluate | None
+    sample: Sample | None
+    next_report: float = 0.0
 
     def to_the_end(self, done: int) -> int:
         """The step after which it ended, saved: the last, or the one after which it was asked to stop."""
@@ -117,17 +132,45 @@ class Run:
             self.state, metrics = self.step(self.state, batch, self.key)
             if pending:
                 self.settle(n - 1, pending)
-            pending, stop = metrics, self.stopping(n)
-            last = stop or n == steps
-            if last or self.saver.is_due(n) or evaluates(self.config, n):
+            asked = self.control.asked()
+            pending, stop = metrics, self.stopping(n) or "STOP" in asked
+            last, samples = stop or n == steps, self.is_to_sample(n, asked)
+            due = last or bool(asked & {"SAVE", "PAUSE"}) or self.saver.is_due(n)
+            if due or samples or evaluates(self.config, n):
                 self.settle(n, metrics)  # before it is saved, for a resumed run does not log it again
                 pending = {}
-            if last or self.saver.is_due(n):
+            if due:
                 self.watchdog.progress(f"step {n}, waiting for its checkpoint")
-                self.saver.save(n, self.state, self.data, last)
+                self.saver.save(n, self.state, self.data, last or "PAUSE" in asked)
+            if samples and not stop:
+                self.sample_now(n)
             if last:
                 return n
+            if "PAUSE" in asked:
+                self.pause(n)
         raise AssertionError("the last step returns")
+
+    def is_to_sample(self, n: int, asked: Collection[str]) -> bool:
+        """Whether step `n` is followed by samples, for those trainings that make some."""
+        every = self.config.train.sample_every
+        return self.sample is not None and ("SAMPLE" in asked or (every > 0 and n % every == 0))
+
+    def sample_now(self, n: int) -> None:
+        """Makes the samples of step `n`; not counted as time of a step. An error of it is told and ends nothing."""
+        assert self.sample is not None
+        self.watchdog.progress(f"step {n}, samples")
+        try:
+            with self.log.paused(), self.stopping.interruptible():
+                self.sample(n, self.state.ema | self.state.frozen if self.state.ema else self.state.params)
+        except Stopped:
+            print(f"step {n}: its samples are left out, for the run was asked to stop", flush=True)
+
+    def pause(self, n: int) -> None:
+        """Waits while the file PAUSE is there; a signal or the file STOP ends it."""
+        print(f"paused after step {n}, which is saved; remove {self.workdir / 'PAUSE'} to go on", flush=True)
+        with self.log.paused(), suppress(Stopped), self.stopping.interruptible():
+            while self.control.is_paused():
+                self.watchdog.progress(f"step {n}, paused")
 
     def next_batch(self) -> Any | None:
         """The next batch on the devices; None if the run was asked to stop while it waited."""
@@ -162,6 +205,16 @@ class Run:
                 print(f"step {n}: its evaluation is left out, for the run was asked to stop", flush=True)
         self.log.write(n, values)
         self.incidents.watch(n, values, self.log.is_logged(n))
+        if jax.process_index() == 0 and (time.monotonic() > self.next_report or n == self.config.train.steps):
+            self.report()
+
+    def report(self) -> None:
+        """Writes the page of the run; what the system refuses is told, for a training does not depend on it."""
+        try:
+            report.write(self.workdir, self.config.train.steps)
+        except OSError as error:
+            print(f"no {report.REPORT_FILE} this time: {error}", flush=True)
+        self.next_report = time.monotonic() + REPORT_SECONDS
 
 
 def checked_origin(objective: Objective, config: RunConfig, workdir: Path, data_digest: str, done: int) -> str:
@@ -312,4 +365,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         return str(epath.Path(path).absolute()) if path not in ("", model_folder.EMBEDDED) else path
 
     config = replace(config, train=replace(config.train, init_from=absolute(config.train.init_from)))
-    return replace(config, data=replace(config.data, path=absolute(config.data.path))) if isinstance(config, Config) else config
+    if not isinstance(config, Config):
+        return config
+    return replace(config, data=replace(config.data, path=absolute(config.data.path), more=tuple(map(absolute, config.data.more))))
