@@ -129,8 +129,8 @@ class DataConfig:
         require_ranges(self, "data")
         require(
             len(self.weights) in (0, len(self.folders)),
-            f"data.weights={self.weights}: {len(self.weights)} for {len(self.folders)} folders of records; give one for data.path and one for "
-            "each of data.more",
+            f"data.weights={self.weights}: {len(self.weights)} for {len(self.folders)} folders of records; give one for each of "
+            "data.path and data.more",
         )
 
 
@@ -156,7 +156,7 @@ class TrainConfig:
     log_every: int = field(default=1, metadata=RUN)
     """Steps between lines of metrics.jsonl and of the console."""
     sample_every: int = field(default=0, metadata=RUN | FROM_0)
-    """Steps between samples, for trainings that make some (`launch.train --prompts`); with 0 they are made before the first step alone."""
+    """Steps between samples, for trainings that make some; with 0 they are made before the first step, and when they are asked for."""
     hang_seconds: int = field(default=1800, metadata=RUN | FROM_0)
     """Seconds without progress after which a run says where it stands and ends; 0 for never. Evaluation and sampling take time too."""
     evaluate_every: int = field(default=0, metadata=RUN | FROM_0)

@@ -1,6 +1,6 @@
 """Records to batches: a Grain pipeline of NumPy arrays, the same for any number of threads and processes.
 
-Several data sets are mixed sample by sample. Of the order a run knows one number, of the batches it has read: the rest follows from the seed.
+Several data sets are mixed sample by sample. A run keeps one number, of the batches it has read: the rest follows from the seed.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,7 +65,11 @@ def identify(config: Config) -> Callable[[int], list[str]]:
     """names(step): the ids of the samples of the batch of step 1, 2, ..., of all processes; empty for records of an earlier version."""
     ids, size = [records.Records(folder, config).ids for folder in _folders(config)], config.train.batch_size
     order = ordered(ids, config, config.seed) if all(ids) else None
-    return lambda step: [] if order is None else [order[i] for i in range((step - 1) * size, step * size)]
+
+    def names(step: int) -> list[str]:
+        return [] if order is None else [str(order[i]) for i in range((step - 1) * size, step * size)]
+
+    return names
 
 
 def require_same_weights(config: Config) -> None:

@@ -1,9 +1,9 @@
 """Reads all clips of a manifest and says what an encoding would keep, what it would leave out and why, and what a person should look at.
 
-    task      pairs  kept  left out
-    effect        9     8         1
-    left out: cup: clips/cup.mp4: 6 frames at 16 fps from 0 s, 81 needed; ...
-    look at: kite: its prompt names the effect ("melts"): what the reference shows need not be told
+task      pairs  kept  left out
+effect        9     8         1
+left out: cup: clips/cup.mp4: 6 frames at 16 fps from 0 s, 81 needed; ...
+look at: kite: its prompt names the effect ("melts"): what the reference shows need not be told
 """
 
 import re

@@ -1,6 +1,6 @@
 """Clips and pictures of strangers, decoded where they can do no harm: in a process of its own with limits, which is replaced if it dies.
 
-    parent -> {"path": ..., "frames": 81, ...}\\n -> child: clips.read_clip -> {"shape": [81, 480, 832, 3]}\\n and the bytes, or {"error": ...}\\n
+    parent -> {"path": ..., "frames": 81} -> child: clips.read_clip -> {"shape": [81, 480, 832, 3]} and the bytes, or {"error": ...}
 
 The child knows neither JAX nor the parent's memory. It may not write files, has so much memory, and so many seconds a clip; decoders
 crash, hang and grow on damaged files, and what is lost then is one clip, with the reason. What comes back is numbers and a line of JSON:

@@ -4,7 +4,8 @@
 
 Optional are "first_frame" (an image, for temporal tasks; else the target's own first frame is taken) and "start" and "end", seconds into
 both clips as a player counts them, or {"reference": seconds, "target": seconds}; and "sha256", the digests of the files that these names
-stand for: {"reference": "9f86...", "target": "60303..."}. Paths are relative to the manifest, and stay in its folder unless that is allowed.
+stand for: {"reference": "9f86...", "target": "60303..."}. Paths are relative to the manifest. launch.encode takes none outside its folder
+unless that is allowed.
 """
 
 import hashlib

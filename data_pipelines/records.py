@@ -194,7 +194,7 @@ def _known_ids(folder: Path) -> list[str]:
     contents = read_json(folder / CONTENTS_FILE, f"remove it and run the command that makes the records again: {ENCODE}", "files")
     for name, digest in contents["files"].items():
         require((folder / name).exists() and sha256(folder / name) == digest, f"{folder / name}: not as it was written; {remedy}")
-    ids = contents.get("ids")
+    ids: Any = contents.get("ids")
     require(isinstance(ids, list), f"{folder / CONTENTS_FILE}: ids is no list; {remedy}")
     return ids
 
@@ -293,7 +293,7 @@ class Records:
             ) from None
         if self.ids and record["id"] != self.ids[index].encode():
             raise RequestError(
-                f"{self.shard(index)}: record {index} of the dataset is {record['id'].decode(errors='replace')!r}, not {self.ids[index]!r}: "
+                f"{self.shard(index)}: record {index} is {record['id'].decode(errors='replace')!r}, not {self.ids[index]!r}: "
                 f"another shard's file, or changed; remove this shard, {AGAIN}"
             )
         return record

@@ -58,9 +58,9 @@ def main(config: Config) -> None:
     if CHECK.value:
         check.check(rows, config)
         return
-    require(OUT.value is not None, "--out (folder of the records): not given, and this command needs it")
-    folder = Path(OUT.value)
-    outputs.require_folder("--out", OUT.value, [MANIFEST.value, config.train.init_from], holds="records", owns=["."])
+    require(bool(OUT.value), "--out (folder of the records): not given, and this command needs it")
+    folder = Path(OUT.value or "")
+    outputs.require_folder("--out", str(folder), [MANIFEST.value, config.train.init_from], holds="records", owns=["."])
     records.require_place(folder)
     index, count = process()
     load_models.require_weights(config.train.init_from, config, encoder_names(config))
@@ -179,7 +179,8 @@ def finish(folder: Path, paths: Sequence[Path], config: Config) -> None:
         return
     require(kept.total() > 0, f"{folder}: nothing is kept, all {refused.total()} pairs are refused; {folder / REJECTED_FILE} says why")
     known = all("ids" in tally for tally in tallies)  # earlier versions wrote none
-    records.finish(folder, config, [sum(tally["kept"].values()) for tally in tallies], sum((tally["ids"] for tally in tallies if known), []))
+    ids = [name for tally in tallies if known for name in tally["ids"]]
+    records.finish(folder, config, [sum(tally["kept"].values()) for tally in tallies], ids)
     print(f"Next: python -m launch.train --config={FLAGS['config'].value} --workdir=DIR --data.path={folder}")
 
 

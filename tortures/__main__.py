@@ -53,7 +53,9 @@ def run(sizes: dict[str, int], out: Path) -> int:
 
 
 def table(rows: Iterable[tuple[object, ...]]) -> str:
-    return "\n".join(f"{name:<24} {cases!s:>7} {failures!s:>9} {seconds!s:>8}  {note}".rstrip() for name, cases, failures, seconds, note in rows)
+    return "\n".join(
+        f"{name:<24} {cases!s:>7} {failures!s:>9} {seconds!s:>8}  {note}".rstrip() for name, cases, failures, seconds, note in rows
+    )
 
 
 def prepare() -> None:

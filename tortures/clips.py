@@ -86,7 +86,8 @@ def other(content: bytes, draw: random.Random) -> bytes:
         b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n",
         b"#EXTM3U\n#EXTINF:5,\nfile:///etc/passwd\n", b'<?xml version="1.0"?><MPD><BaseURL>http://127.0.0.1:9/</BaseURL></MPD>',
         b"PK\x03\x04" + draw.randbytes(300), b"\x80\x04\x95" + draw.randbytes(100), draw.randbytes(5000),
-        b"RIFF\xff\xff\xff\xffAVI LIST" + draw.randbytes(200), b"\x1aE\xdf\xa3" + b"\xff" * 400, b"\0\0\0\x18ftypmp42" + draw.randbytes(500),
+        b"RIFF\xff\xff\xff\xffAVI LIST" + draw.randbytes(200), b"\x1aE\xdf\xa3" + b"\xff" * 400,
+        b"\0\0\0\x18ftypmp42" + draw.randbytes(500),
         b"v=0\r\nm=video 9 RTP/AVP 96\r\nc=IN IP4 127.0.0.1\r\n", b"subfile,,start,0,end,0,,:/etc/passwd",
     ]  # fmt: skip
     return draw.choice(texts)
@@ -125,7 +126,9 @@ def bad_clips(folder: Path, count: int) -> Outcome:
         for path in sources:
             if not np.array_equal(decoder.clip(path, **SIZE), whole[path]):
                 failures.append(f"{path.name}: a good clip is read otherwise after the bad ones")
-    return Outcome(count, failures, f"the longest took {longest:.1f} s; {silent} decode to other pixels, which the digest of a manifest tells")
+    return Outcome(
+        count, failures, f"the longest took {longest:.1f} s; {silent} decode to other pixels, which the digest of a manifest tells"
+    )
 
 
 def encoder_kills(folder: Path, count: int) -> Outcome:
@@ -200,5 +203,3 @@ def compared(found: dict, expected: dict, out: Path, bad: set[str], when: str) -
         np.array_equal(found[name][key], expected[name][key]) for key in expected[name]
     )]  # fmt: skip
     return wrong + ([] if rejected == bad else [f"{when}: {rejected} are refused instead of {bad}"])
-
-

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from tortures import tiny
 from tortures.outcome import Outcome
 from tortures.processes import Job, command
 
-LATEST_KILL = 9.0  # seconds after the start of a process; a run of 60 steps takes longer
+LATEST_KILL = 5.0  # seconds after the start of a process, or after its first step; a run of 60 steps takes longer
+TRAINING = 0.75  # share of the kills that come after the first step
 SHORT_STEPS = 12  # of the runs that are killed inside a save
 train = partial(command, "launch.train")
 
@@ -37,11 +39,17 @@ def random_kills(folder: Path, count: int) -> Outcome:
     workdir = folder / "run0"
     while killed < count or workdir.exists():
         with Job(train, tiny.arguments(workdir, data), log=folder / "run.log") as job:
-            job.process.join(draw.uniform(0.1, LATEST_KILL) if killed < count else 600)
+            if killed < count and draw.random() < TRAINING:
+                job.wait_for(lambda job=job: "\nstep " in job.output)
+                job.process.join(draw.uniform(0, LATEST_KILL))
+            else:
+                job.process.join(draw.uniform(0.1, LATEST_KILL) if killed < count else 600)
             if job.process.is_alive():
                 job.send(signal.SIGKILL)
                 job.wait()
                 killed += 1
+                if killed % 25 == 0:
+                    print(f"{killed} kills, {len(failures)} failures", file=sys.stderr, flush=True)
                 if trouble := against(workdir, expected):
                     failures.append(f"kill {killed}: {trouble}")
                 workdir.mkdir(exist_ok=True)
@@ -140,7 +148,9 @@ def killed_at(point: str, time: int, arguments: Sequence[str]) -> None:
         left[0] -= 1
         return left[0] == 0
 
-    setattr(holder, last, _async_patch(plain, when, reach) if point.endswith("folder") or "its name" in point else _patch(plain, when, reach))
+    setattr(
+        holder, last, _async_patch(plain, when, reach) if point.endswith("folder") or "its name" in point else _patch(plain, when, reach)
+    )
     train(arguments)
 
 
@@ -188,7 +198,7 @@ STAGES = {"stage1": 20, "stage2": 20, "stage3": 20}  # steps of each; together t
 
 
 def every_step(folder: Path, count: int) -> Outcome:
-    """Three stages, each from the one before. From each of their steps a run goes on to the end of its stage, the last into the next stage."""
+    """Three stages, each from the one before. From each of their steps a run goes on to the end of its stage."""
     from launch import command as launch_command
     from launch import train as launch_train
 

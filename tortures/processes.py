@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(MODULES)
 LIMIT = 120.0  # seconds after which a process hangs
 
 
-class Hang(Exception):
+class HangError(Exception):
     """A process that did not end in time; it is killed."""
 
 
@@ -56,7 +56,7 @@ class Job:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-            raise Hang(f"did not end in {limit:g} s: {self.output[-500:]}")
+            raise HangError(f"did not end in {limit:g} s: {self.output[-500:]}")
         return int(self.process.exitcode or 0)
 
     def wait_for(self, seen: Callable[[], bool], limit: float = LIMIT) -> bool:
@@ -66,7 +66,7 @@ class Job:
             if not self.process.is_alive():
                 return seen()
             if time.monotonic() > until:
-                raise Hang(f"nothing happened in {limit:g} s: {self.output[-500:]}")
+                raise HangError(f"nothing happened in {limit:g} s: {self.output[-500:]}")
             time.sleep(0.005)
         return True
 

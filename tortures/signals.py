@@ -1,4 +1,4 @@
-"""Signals in everything that a training does: it saves what it has learnt, ends soon and with code 0, and a second signal ends it at once."""
+"""Signals in everything that a training does: it saves what it has learnt and ends soon with code 0; a second signal ends it at once."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from omnitransfer_jax.folders import run_folder
 from tortures import tiny
 from tortures.kills import train
 from tortures.outcome import Outcome
-from tortures.processes import Hang, Job
+from tortures.processes import HangError, Job
 
 GRACE = 10.0  # seconds; the tiny run needs one or two of a machine that is idle
 MARK = "HERE"
@@ -32,7 +32,7 @@ def signals(folder: Path, count: int) -> Outcome:
         try:
             trouble, seconds = signalled(situation, number, given, workdir, folder / "run.log")
             slowest = max(slowest, seconds)
-        except Hang as error:
+        except HangError as error:
             trouble = str(error)
         if trouble:
             failures.append(f"{situation}, {signal.Signals(number).name}: {trouble}")

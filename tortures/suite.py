@@ -18,7 +18,19 @@ TORTURES: dict[str, Torture] = {
     "texts": texts.texts,
     "hostile_weights": weights.hostile_weights,
 }
-FULL = {"random_kills": 500, "kills_inside_a_save": 95, "every_step": 60, "damaged_checkpoints": 1000, "damaged_records": 500, "signals": 60, "not_finite": 400, "disk_faults": 30,
-    "topologies": 16, "bad_clips": 1200, "encoder_kills": 20, "texts": 10_000,
-    "hostile_weights": 40}
+FULL = {
+    "random_kills": 500,
+    "kills_inside_a_save": 95,
+    "every_step": 60,
+    "damaged_checkpoints": 1000,
+    "damaged_records": 500,
+    "signals": 60,
+    "not_finite": 400,
+    "disk_faults": 30,
+    "topologies": 16,
+    "bad_clips": 1200,
+    "encoder_kills": 20,
+    "texts": 10_000,
+    "hostile_weights": 40,
+}
 SHORT = {"kills_inside_a_save": 1, "damaged_checkpoints": 10, "damaged_records": 40, "bad_clips": 60, "texts": 200}

@@ -69,9 +69,16 @@ def write_records(folder: Path, lengths: Sequence[int] = (3, 4), stage: str = "s
 
 
 def state(workdir: Path, step: int | None = None) -> dict[str, str]:
-    """A digest of every array of a run's newest whole checkpoint, or that after `step`: parameters, average, moments, counters, position."""
+    """A digest of every array of a run's newest whole checkpoint, or of that after `step`, counters and position too; of any mesh."""
     folder = latest(workdir) if step is None else workdir / CHECKPOINTS / str(step)
-    leaves = jax.tree_util.tree_leaves_with_path(ocp.load_checkpointables(folder))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(found: Any) -> Any:
+        return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=here) if hasattr(found, "shape") else found
+
+    items = [path.name for path in Path(folder).iterdir() if path.is_dir()]
+    wanted = {name: jax.tree.map(target, ocp.metadata(folder, checkpointable_name=name).metadata) for name in items}
+    leaves = jax.tree_util.tree_leaves_with_path(ocp.load_checkpointables(folder, wanted))
 
     def of(leaf: Any) -> str:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):

@@ -1,4 +1,4 @@
-"""Weights of strangers: pickles that run code, headers that lie, names that lead elsewhere. None is executed, nothing is written outside."""
+"""Weights of strangers: pickles with code, headers that lie, names that lead elsewhere. None is executed, nothing written outside."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from launch import command as launch_command
 from launch import export
 from tortures.outcome import Outcome
-from tortures.processes import Hang, Job, command
+from tortures.processes import HangError, Job, command
 
 PART = "transformer"
 import_weights = partial(command, "launch.import_weights")
@@ -60,7 +60,7 @@ def headers() -> list[bytes]:
         file({"a": tensor | {"data_offsets": [0, 2**62]}}), file({"a": tensor | {"data_offsets": [-16, 0]}}),
         file({"a": tensor, "b": tensor}), file({"a": tensor | {"shape": [2**40, 2**40]}}), file({"a": tensor | {"shape": [-1, -4]}}),
         file({"a": tensor | {"dtype": "PYTHON"}}), file(b'{"a": ' * 100_000), file(b"[" * 1_000_000), file({"../../../escaped": tensor}),
-        file(b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'),
+        file(b'{"a": %(a)s, "a": %(a)s}' % {b"a": json.dumps(tensor).encode()}),
         file({"__metadata__": {"format": "os.system('x')"}, "a": tensor}), file({"a": tensor | {"shape": [4.5]}}), b"",
     ]  # fmt: skip
 
@@ -80,7 +80,7 @@ def hostile_weights(folder: Path, count: int) -> Outcome:
         with Job(import_weights, [f"--source={source}", f"--out={out}"], log=folder / "log") as job:
             try:
                 code = job.wait(100)
-            except Hang as error:
+            except HangError as error:
                 code = str(error)
             output = job.output
         accepted += code == 0
@@ -137,7 +137,9 @@ def replacements(marker: Path, folder: Path) -> list[tuple[str, Callable[[Path],
                 (place / name).write_text(code)
             for config in place.glob("*config*.json"):
                 content = json.loads(config.read_text())
-                config.write_text(json.dumps(content | {"auto_map": {"AutoTokenizer": ["tokenization.T", None], "AutoModel": "modeling.M"}}))
+                config.write_text(
+                    json.dumps(content | {"auto_map": {"AutoTokenizer": ["tokenization.T", None], "AutoModel": "modeling.M"}})
+                )
 
     def tokenizer(source: Path) -> None:
         for path in source.glob("tokenizer*/*"):

@@ -26,7 +26,6 @@ from omnitransfer_jax.train import flops
 from omnitransfer_jax.train.log import LOSS, SHARE
 from omnitransfer_jax.train.objective import Metrics, Objective, Params
 
-
 BINS = 5  # parts of the time whose losses are logged apart
 
 

@@ -1,12 +1,15 @@
-"""TensorBoard events of a run, written at once and by nobody else: tensorboardX's own thread ends at a full disk, and its queue then blocks."""
+"""TensorBoard events of a run, written at once: tensorboardX's own thread ends at a full disk, and its queue then blocks the run."""
 
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
+
+Proto: Any = event_pb2  # its classes are made when it is imported
 
 
 class Events:
@@ -19,21 +22,21 @@ class Events:
         except OSError as error:
             self._end(error)
             return
-        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._write(Proto.Event(step=step + 1, session_log=Proto.SessionLog(status=Proto.SessionLog.START)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._write(Event(step=step, summary=scalar(name, value)))
+            self._write(Proto.Event(step=step, summary=scalar(name, value)))
         self._call("flush")
 
     def close(self) -> None:
         self._call("close")
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: Any) -> None:
         event.wall_time = time.time()
         self._call("write_event", event)
 
-    def _call(self, name: str, *args: Event) -> None:
+    def _call(self, name: str, *args: Any) -> None:
         if self._writer is None:
             return
         try:

@@ -1,6 +1,6 @@
 """What a run met that a person should look at: updates that were left out, and losses far above the others.
 
-    WORKDIR/incidents.jsonl    {"step": 12, "kind": "skipped", "loss": null, "grad_norm": null, "samples": ["n3", "n5"]}
+WORKDIR/incidents.jsonl    {"step": 12, "kind": "skipped", "loss": null, "grad_norm": null, "samples": ["n3", "n5"]}
 """
 
 import json

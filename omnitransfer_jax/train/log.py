@@ -121,7 +121,9 @@ def console(line: Mapping[str, Any], steps: int, left: float) -> str:
         return "not finite" if line[name] is None else format(line[name], form)
 
     parts = [f"step {line['step']}/{steps}", f"loss {number('loss', '.4f')}"]
-    tasks = [f"{name.removeprefix(LOSS)} {number(name, '.3f')}" for name in line if name.startswith(LOSS) and not name.startswith(f"{LOSS}t0")]
+    tasks = [
+        f"{name.removeprefix(LOSS)} {number(name, '.3f')}" for name in line if name.startswith(LOSS) and not name.startswith(f"{LOSS}t0")
+    ]
     parts += [f"({', '.join(tasks)})"] if tasks else []
     parts += [f"grad {number('grad_norm', '.3g')}"] if "grad_norm" in line else []
     parts.append(f"{line['seconds']:.3g} s/step")

@@ -56,9 +56,9 @@ def train(
     """All parameters but `base` after `config.train.steps`; None if a signal stopped the run before.
 
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
-    `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`. `identify`
-    gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step, averaged if
-    there is an average, before the first step, every `train.sample_every` steps and when it is asked.
+    `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`.
+    `identify` gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step,
+    averaged if there is an average: before the first step, every `train.sample_every` steps and when it is asked.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)

@@ -19,22 +19,7 @@ REPORT_FILE, SAMPLES = "report.html", "samples"
 POINTS, WIDTH, HEIGHT = 600, 560, 180  # of a curve, most; pixels of a plot
 SHOWN = 4  # grids of samples, the newest
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ name }}</title>
-<style>body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222}figure{display:inline-block;margin:0
-1rem 1rem 0}figcaption,td,th{font-size:12px}svg{background:#fafafa;border:1px solid #ddd}table{border-collapse:collapse}td,th{padding:2px 10px
-2px 0;text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:12px}.note{color:#666}</style>
-<h1>{{ name }}</h1><p>{{ summary }}</p>
-{% for plot in plots %}<figure><figcaption>{{ plot.title }}{% for curve in plot.curves %} <b style="color:{{ curve.colour }}">&#9632;</b>
-{{ curve.name }} {{ curve.last }}{% endfor %}</figcaption><svg width="{{ width }}" height="{{ height }}" role="img"
-aria-label="{{ plot.title }}">{% for curve in plot.curves %}<polyline fill="none" stroke="{{ curve.colour }}" stroke-width="1.3"
-points="{{ curve.points }}"/>{% endfor %}<text x="4" y="12" font-size="10">{{ plot.top }}</text><text x="4" y="{{ height - 4 }}"
-font-size="10">{{ plot.bottom }}</text></svg></figure>{% endfor %}
-{% if grids %}<h2>Samples</h2><p class="note">{{ columns }}</p>{% for grid in grids %}<figure><figcaption>{{ grid.name }}</figcaption><img
-alt="samples {{ grid.name }}" src="data:image/webp;base64,{{ grid.content }}"></figure>{% endfor %}{% endif %}
-<h2>Incidents</h2>{% if incidents %}<table><tr><th>step<th>kind<th>loss<th>samples</tr>{% for each in incidents %}<tr><td>{{ each.step }}<td>
-{{ each.kind }}<td>{{ each.loss }}<td>{{ each.samples | join(", ") }}</tr>{% endfor %}</table>{% else %}<p>None: every update was finite, and
-no loss far above those before it.</p>{% endif %}
-<h2>Configuration</h2><pre>{{ config }}</pre></html>"""
+PAGE = Path(__file__).with_name("page.html")
 
 
 def write(workdir: Path, steps: int) -> None:
@@ -46,11 +31,15 @@ def write(workdir: Path, steps: int) -> None:
     tasks = sorted(name for name in names if name.startswith(LOSS) and not name.startswith(f"{LOSS}t0"))
     times = sorted(name for name in names if name.startswith(f"{LOSS}t0"))
     wanted = [("loss", ["loss"]), ("loss of each task", tasks), ("loss by time", times), ("norm of the gradients", ["grad_norm"])]
-    wanted += [("learning rate", ["learning_rate"]), ("seconds a step", ["seconds"]), ("share of a step that waits for data", ["data_wait"])]
+    wanted += [
+        ("learning rate", ["learning_rate"]),
+        ("seconds a step", ["seconds"]),
+        ("share of a step that waits for data", ["data_wait"]),
+    ]
     last = lines[-1]
     parts = [f"step {last['step']} of {steps}", f"{last.get('seconds', 0):.3g} s a step", f"{last.get('skipped', 0)} updates left out"]
     parts += [f"MFU {last['mfu']:.1%}"] if last.get("mfu") else []
-    page = Environment(autoescape=True).from_string(PAGE)
+    page = Environment(autoescape=True).from_string(PAGE.read_text())
     samples = sorted((workdir / SAMPLES).glob("step_*.webp"))[-SHOWN:][::-1] if (workdir / SAMPLES).is_dir() else []
     content = page.render(
         name=workdir.name,

@@ -1,10 +1,10 @@
 """How a run is asked to stop, and how soon it does: signals, and a run that makes no progress.
 
-    in a step, a save          after the step, or when the save is written
-    waiting for data,          at once: Python's handler raises `Stopped` there, and the step before is saved
-    evaluating, sampling
-    compiling                  at once: XLA does not return to Python, so a thread ends the process; nothing new was learnt before
-    a second signal            ends the process
+in a step, a save          after the step, or when the save is written
+waiting for data,          at once: Python's handler raises `Stopped` there, and the step before is saved
+evaluating, sampling
+compiling                  at once: XLA does not return to Python, so a thread ends the process; nothing new was learnt before
+a second signal            ends the process
 """
 
 import faulthandler

@@ -136,7 +136,9 @@ def test_data_sets_are_mixed_by_weight(write_records, tmp_path):
     whole = take(batches.batches(config, seed=0), 12)
     for index in range(2):
         shares = take(batches.batches(reading(first, threads=3, **mixed(config)), seed=0, process_index=index, process_count=2), 12)
-        assert all(equal(share, jax.tree.map(lambda x, i=index: x[2 * i : 2 * i + 2], batch)) for share, batch in zip(shares, whole, strict=True))
+        assert all(
+            equal(share, jax.tree.map(lambda x, i=index: x[2 * i : 2 * i + 2], batch)) for share, batch in zip(shares, whole, strict=True)
+        )
     again = batches.batches(config, seed=0)
     state = [next(again), again.get_state()][1]
     other = batches.batches(config, seed=0)

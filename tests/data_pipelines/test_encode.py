@@ -42,7 +42,9 @@ def run(encoders, monkeypatch):
 
     def run(manifest, out, *args):
         return command.execute(
-            launch_encode.main, launch_encode.FLAGS, ["--config=stage1:smoke", f"--manifest={manifest}", f"--out={out}", "--allow_outside", *args]
+            launch_encode.main,
+            launch_encode.FLAGS,
+            ["--config=stage1:smoke", f"--manifest={manifest}", f"--out={out}", "--allow_outside", *args],
         )
 
     return run

@@ -81,7 +81,8 @@ def test_a_signal_while_it_waits_for_data_saves_the_step_before(tmp_path, number
     run(LONG, tmp_path / "whole", lambda n: None)
     for name in ("loss", "grad_norm"):
         ours, theirs = (
-            [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path, tmp_path / "whole")
+            [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (tmp_path, tmp_path / "whole")
         )
         assert ours == theirs
 
@@ -106,11 +107,16 @@ def test_an_update_that_is_left_out_is_logged_with_its_samples(tmp_path, capsys)
     loop.train(
         omnitransfer.objective(LONG, EMPTY_TEXT), LONG, tmp_path, make_mesh(LONG.mesh), data, identify=lambda step: [f"a{step}", "<b>"]
     )
-    skipped = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if json.loads(line)["loss"] is None]
+    skipped = [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if json.loads(line)["loss"] is None
+    ]
     found = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
     assert skipped
     assert [(each["step"], each["kind"], each["samples"]) for each in found] == [(n, "skipped", [f"a{n}", "<b>"]) for n in skipped]
-    assert f"step {skipped[0]}: its update is left out: loss or gradients are not finite; its samples: a{skipped[0]}, <b>" in capsys.readouterr().out
+    assert (
+        f"step {skipped[0]}: its update is left out: loss or gradients are not finite; its samples: a{skipped[0]}, <b>"
+        in capsys.readouterr().out
+    )
     page = (tmp_path / report.REPORT_FILE).read_text()
     assert "&lt;b&gt;" in page
     assert "<b>," not in page
@@ -121,4 +127,6 @@ def test_an_update_that_is_left_out_is_logged_with_its_samples(tmp_path, capsys)
 def test_the_losses_of_tasks_make_up_the_loss():
     losses, task, times = np.array([1.0, 2.0, 6.0], np.float32), np.array([0, 0, 3], np.int32), np.array([0.1, 1.0, 0.5], np.float32)
     found = {name: float(value.mean()) for name, value in jax.jit(omnitransfer.of_groups)(losses, task, times).items()}
-    assert log.of_groups(found) == pytest.approx({"loss/id": 1.5, "loss/camera": 6.0, "loss/t0.0-0.2": 1.0, "loss/t0.4-0.6": 6.0, "loss/t0.8-1.0": 2.0})
+    assert log.of_groups(found) == pytest.approx(
+        {"loss/id": 1.5, "loss/camera": 6.0, "loss/t0.0-0.2": 1.0, "loss/t0.4-0.6": 6.0, "loss/t0.8-1.0": 2.0}
+    )

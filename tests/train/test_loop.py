@@ -132,7 +132,11 @@ def test_killed_and_stopped_equals_uninterrupted(whole, tmp_path):
         assert "again to stop at once" in stopped.stderr.read()
     assert stopped.returncode == 0
     going_on = [int(line.split()[-1]) for line in out if "going on after step" in line]
-    assert going_on in ([], [int(step) for step in saved[-1:]], [int(step) for step in saved[-2:-1]])  # a save without checksums was cut off
+    assert going_on in (
+        [],
+        [int(step) for step in saved[-1:]],
+        [int(step) for step in saved[-2:-1]],
+    )  # a save without checksums was cut off
     done = going_on[0] if going_on else 0
     reached = int(out[-1].split()[3])
     assert out[-1] == f"stopped after step {reached} of 8; the same command goes on from there\n"
