@@ -10,7 +10,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ("configs", "omnitransfer_jax", "data_pipelines", "world", "evaluation", "launch", "benchmarks", "tortures", "tests")  # from the bottom up
+# From the bottom up.
+LAYERS = ("configs", "omnitransfer_jax", "data_pipelines", "world", "evaluation", "launch", "benchmarks", "tortures", "tests")
 FILE_LINES, FUNCTION_LINES = 500, 60
 ORACLES = ("torch", "torchvision", "diffusers", "peft", "safetensors.torch", "tests.parity")
 LONGER: dict[str, str] = {}  # "path" or "path:function" -> why it is longer

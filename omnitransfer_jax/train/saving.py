@@ -57,6 +57,8 @@ class Saver:
             self._try(n, state, data)
 
     def _try(self, n: int, state: Any, data: grain.DatasetIterator[Any]) -> None:
+        if self.started:
+            self._note(self.checkpoints.wait())  # how the save before ended, before this one begins
         self.started = self.saved = n
         if refusal := self.flush():
             self.checkpoints.wait()
