@@ -58,7 +58,8 @@ def main() -> None:
             "clips": lambda: clips.read_clip(clip, **size),
             "limited": lambda: decoder.clip(clip, **size),
         })  # fmt: skip
-    print(f"{RECORDS.value} records, {gigabytes * 1000 / RECORDS.value:.1f} MB each; a clip of {VIDEO.frames} frames; medians of {ROUNDS.value}")
+    size_of_one = gigabytes * 1000 / RECORDS.value
+    print(f"{RECORDS.value} records of {size_of_one:.1f} MB; a clip of {VIDEO.frames} frames; medians of {ROUNDS.value}")
     for name, against in (("raw", "raw"), ("records", "raw"), ("pyav", "pyav"), ("clips", "pyav"), ("limited", "pyav")):
         ratio = seconds[against] / seconds[name]
         if against == "raw":
