@@ -107,6 +107,10 @@ class DataConfig:
 
     path: str = ""
     """Folder of records that launch.encode wrote."""
+    more: tuple[str, ...] = ()
+    """Further folders of records, mixed with those of `path`: a folder of each task mixes the tasks by weight."""
+    weights: tuple[float, ...] = ()
+    """How often samples of `path` and of each of `more` are drawn; if empty, as often as there are records in them."""
     reference: VideoConfig = field(default_factory=VideoConfig)
     """Size of the reference videos, which may differ from the target's."""
     text_drop: float = field(default=0.1, metadata=BELOW_1)
@@ -116,8 +120,18 @@ class DataConfig:
     threads: int = field(default=4, metadata=RUN)
     """Reader threads."""
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """All folders of records."""
+        return (self.path, *self.more)
+
     def validate(self) -> None:
         require_ranges(self, "data")
+        require(
+            len(self.weights) in (0, len(self.folders)),
+            f"data.weights={self.weights}: {len(self.weights)} for {len(self.folders)} folders of records; give one for each of "
+            "data.path and data.more",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +155,10 @@ class TrainConfig:
     """
     log_every: int = field(default=1, metadata=RUN)
     """Steps between lines of metrics.jsonl and of the console."""
+    sample_every: int = field(default=0, metadata=RUN | FROM_0)
+    """Steps between samples, for trainings that make some; with 0 they are made before the first step, and when they are asked for."""
+    hang_seconds: int = field(default=1800, metadata=RUN | FROM_0)
+    """Seconds without progress after which a run says where it stands and ends; 0 for never. Evaluation and sampling take time too."""
     evaluate_every: int = field(default=0, metadata=RUN | FROM_0)
     """Steps between evaluations on held-out data, for trainings that have one; with 0 there is one at the end alone."""
 

@@ -3,11 +3,15 @@
     {"id": "kite", "task": "motion", "reference": "a.mp4", "target": "b.mp4", "prompt": ""}
 
 Optional are "first_frame" (an image, for temporal tasks; else the target's own first frame is taken) and "start" and "end", seconds into
-both clips as a player counts them, or {"reference": seconds, "target": seconds}. Paths are relative to the manifest.
+both clips as a player counts them, or {"reference": seconds, "target": seconds}; and "sha256", the digests of the files that these names
+stand for: {"reference": "9f86...", "target": "60303..."}. Paths are relative to the manifest. launch.encode takes none outside its folder
+unless that is allowed.
 """
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +19,7 @@ from configs.errors import RequestError, require
 from omnitransfer_jax import tasks
 
 REQUIRED = ("id", "task", "reference", "target", "prompt")
-OPTIONAL = ("first_frame", "start", "end")
+OPTIONAL = ("first_frame", "start", "end", "sha256")
 CLIPS = ("reference", "target")
 LISTED = 8  # problems that a message names; it counts the others
 
@@ -39,6 +43,14 @@ class Row(NamedTuple):
     target: Clip
     prompt: str
     first_frame: Path | None = None
+    sha256: dict[str, str] = {}
+    """Of `reference`, `target` and `first_frame`, the digests that are known."""
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files it reads, by what they are to it."""
+        found = {"reference": self.reference.path, "target": self.target.path}
+        return found | ({"first_frame": self.first_frame} if self.first_frame else {})
 
     @property
     def is_temporal(self) -> bool:
@@ -75,6 +87,19 @@ def read_manifest(path: str | Path) -> list[Row]:
     if not rows:
         raise RequestError(f"{path}: no rows; give one JSON object a line, with {', '.join(REQUIRED)}")
     return rows
+
+
+def require_inside(rows: Sequence[Row], root: Path) -> None:
+    """A `RequestError` for the first row that names a file outside `root`, by its path or by a link."""
+    root, known = root.resolve(), {}
+    for row in rows:
+        for what, path in row.files.items():
+            folder = known.setdefault(path.parent, path.parent.resolve())
+            found = (folder / path.name).resolve()
+            require(
+                found.is_relative_to(root),
+                f"{row.id}: {what} {path} lies outside {root}, the folder of the manifest; move it there, or allow it: --allow_outside",
+            )
 
 
 def refuse_same(row: Row) -> None:
@@ -123,7 +148,15 @@ def _parse(line: str, folder: Path) -> tuple[Row | None, list[str]]:
         if clip.end is not None and clip.end <= clip.start:
             wrong.append(f"end {clip.end:g} of the {name}: not after its start {clip.start:g}")
     frame = content.get("first_frame")
-    row = Row(content["id"], content["task"], clips["reference"], clips["target"], content["prompt"], folder / frame if frame else None)
+    row = Row(
+        content["id"],
+        content["task"],
+        clips["reference"],
+        clips["target"],
+        content["prompt"],
+        folder / frame if frame else None,
+        content.get("sha256", {}),
+    )
     if row.first_frame is not None and not row.is_temporal:
         wrong.append(f"first_frame: {row.task} starts from none; leave it out")
     return (None, wrong) if wrong else (row, [])
@@ -139,6 +172,10 @@ def _wrong_value(key: str, value: Any) -> str:
         each = value.values() if isinstance(value, dict) else [value]
         right = bool(each) and all(_is_seconds(v) for v in each) and (not isinstance(value, dict) or set(value) <= set(CLIPS))
         return "" if right else "seconds from 0 on, or of each clip as {reference: seconds, target: seconds}"
+    if key == "sha256":
+        known = isinstance(value, dict) and set(value) <= {*CLIPS, "first_frame"}
+        right = known and all(isinstance(each, str) and re.fullmatch(r"[0-9a-f]{64}", each) for each in value.values())
+        return "" if right else "not the digests of files, {reference: 64 hexadecimal digits, target: ...}"
     return "" if _is_text(value) and value else "not a name" if key == "id" else "not a path"
 
 

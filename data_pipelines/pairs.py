@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 
 from configs.errors import RequestError
 from configs.run import Config, VideoConfig
-from data_pipelines import clips
+from data_pipelines import clips, decoding
 from data_pipelines.encoders import Encoders
 from data_pipelines.manifest import Clip, Row, refuse_same
 from data_pipelines.records import named, to_record
@@ -70,7 +71,7 @@ def read_pixels(row: Row, config: Config) -> Pixels:
         return Pixels(reference, target, None)
     if row.first_frame is None:
         return Pixels(reference, target, target[0])
-    return Pixels(reference, target, clips.fit(clips.read_image(row.first_frame), config.video.height, config.video.width))
+    return Pixels(reference, target, clips.fit(_read_image(row.first_frame), config.video.height, config.video.width))
 
 
 def encode(row: Row, pixels: Pixels, encoders: Encoders) -> dict[str, Any]:
@@ -87,9 +88,15 @@ def encode(row: Row, pixels: Pixels, encoders: Encoders) -> dict[str, Any]:
 
 
 def _read(clip: Clip, size: VideoConfig) -> np.ndarray:
-    return clips.read_clip(
-        clip.path, frames=size.frames, fps=size.fps, height=size.height, width=size.width, start=clip.start, end=clip.end
-    )
+    with decoding.decoder() as decoder:
+        return decoder.clip(
+            clip.path, frames=size.frames, fps=size.fps, height=size.height, width=size.width, start=clip.start, end=clip.end
+        )
+
+
+def _read_image(path: Path) -> np.ndarray:
+    with decoding.decoder() as decoder:
+        return decoder.image(path)
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[Item, Future[Result]]]:

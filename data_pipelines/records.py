@@ -4,6 +4,7 @@
     DIR/dataset_info.json, features.json            what makes the folder a TFDS dataset, written when all shards are there
     DIR/records.json                                what the records were made of; written first
     DIR/empty_text.npy                              the encoding of the empty prompt
+    DIR/contents.json                               the id of every record in its order, and digests of the small files; written last
 
 Real numbers are stored as bfloat16, half the size of float32 and the precision the network computes in; TFDS has no bfloat16, so its
 bits are stored as uint16. Shards are not compressed: latents would not become smaller, and compressed shards are slower to open.
@@ -30,7 +31,7 @@ from configs.kinds import flat
 from configs.run import Config, record_fields
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
-from omnitransfer_jax.folders.atomic import place, read_json, write_whole
+from omnitransfer_jax.folders.atomic import place, read_json, sha256, write_whole
 from omnitransfer_jax.folders.checksums import print_once
 from omnitransfer_jax.folders.inputs import RECORDS_FILE
 from omnitransfer_jax.folders.model_folder import MODEL_FILE
@@ -40,9 +41,10 @@ FORMAT = 1
 NAME, SPLIT = "records", "train"
 RANDOM = "random"  # what records.json says of weights that were not loaded
 TFDS_FILES = ("dataset_info.json", "features.json")
-MADE_FILE, EMPTY_TEXT_FILE = RECORDS_FILE, "empty_text.npy"
+MADE_FILE, EMPTY_TEXT_FILE, CONTENTS_FILE = RECORDS_FILE, "empty_text.npy", "contents.json"
 SAMPLED = 16  # records that the digest of a data set reads
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read, as random access wants it
+AGAIN = "and run the command that makes the records again, it writes what is not there"
 ENCODE = "python -m launch.encode --config=NAME --manifest=FILE.jsonl --out=DIR"
 
 
@@ -172,11 +174,29 @@ def shard_writer(path: Path, features: tfds.features.FeaturesDict) -> Iterator[C
     place(partial, path)
 
 
-def finish(folder: Path, config: Config, lengths: Sequence[int]) -> None:
-    """Writes the dataset's metadata for shards of `lengths` records; several processes may do it at once."""
+def finish(folder: Path, config: Config, lengths: Sequence[int], ids: Sequence[str] = ()) -> None:
+    """Writes the dataset's metadata for shards of `lengths` records; several processes may do it at once.
+
+    `ids` are those of all records: a record is then known to be the one that belongs in its place, whatever happens to the shards.
+    """
     template = tfds.core.ShardedFileTemplate(data_dir=epath.Path(folder), dataset_name=NAME, split=SPLIT, filetype_suffix="array_record")
     split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(lengths), num_bytes=0, filename_template=template)
     tfds.folder_dataset.write_metadata(data_dir=folder, features=schema(config), split_infos=[split], check_data=False)
+    files = {name: sha256(folder / name) for name in (*TFDS_FILES, EMPTY_TEXT_FILE)}
+    write_whole(folder / CONTENTS_FILE, json.dumps({"files": files, "ids": list(ids)}))
+
+
+def _known_ids(folder: Path) -> list[str]:
+    """The ids of the records in `folder`, none of an earlier version's. A small file that was changed is a `RequestError`."""
+    if not (folder / CONTENTS_FILE).exists():
+        return []
+    remedy = f"restore it from a copy, or remove it and {CONTENTS_FILE} and run the command that makes the records again"
+    contents = read_json(folder / CONTENTS_FILE, f"remove it and run the command that makes the records again: {ENCODE}", "files")
+    for name, digest in contents["files"].items():
+        require((folder / name).exists() and sha256(folder / name) == digest, f"{folder / name}: not as it was written; {remedy}")
+    ids: Any = contents.get("ids")
+    require(isinstance(ids, list), f"{folder / CONTENTS_FILE}: ids is no list; {remedy}")
+    return ids
 
 
 def require_same_encoding(folder: Path, made: Mapping[str, Any], config: Config) -> None:
@@ -230,7 +250,14 @@ class Records:
         made = read_made(folder)
         if not all((folder / name).exists() for name in (*TFDS_FILES, EMPTY_TEXT_FILE)):
             raise RequestError(f"{folder}: unfinished records; run the command that makes them again, it goes on where it stopped")
-        builder: Any = tfds.builder_from_directory(folder)
+        self.ids = _known_ids(folder)
+        """The id of every record; empty if they were written by an earlier version."""
+        try:
+            builder: Any = tfds.builder_from_directory(folder)
+        except OSError:
+            raise
+        except Exception as error:  # of many types
+            raise RequestError(f"{folder}: its metadata cannot be read ({str(error)[:100]}); remove {TFDS_FILES[0]}, {AGAIN}") from None
         features: Any = schema(config)
         found, needs = builder.info.features.shape, features.shape
         require(
@@ -249,20 +276,31 @@ class Records:
         require_same_encoding(folder, made, config)
         self.folder, self.split = folder, builder.info.splits[SPLIT]
         self._source = builder.as_data_source(SPLIT)
+        count = self.split.num_examples
+        require(len(self.ids) in (0, count), f"{folder}: {count} records, {CONTENTS_FILE} names {len(self.ids)}; remove it, {AGAIN}")
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return self._source[index]
-        except RuntimeError as error:
-            ends = np.cumsum(self.split.shard_lengths)
-            path = self.split.filepaths[int(np.searchsorted(ends, index, side="right"))]
+            record = self._source[index]
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # of many types
             raise RequestError(
-                f"{path}: record {index} of the dataset cannot be read ({error}); "
-                "remove this shard and run the command that makes them again, it writes what is not there"
+                f"{self.shard(index)}: record {index} of the dataset cannot be read ({str(error)[:200]}); remove this shard, {AGAIN}"
             ) from None
+        if self.ids and record["id"] != self.ids[index].encode():
+            raise RequestError(
+                f"{self.shard(index)}: record {index} is {record['id'].decode(errors='replace')!r}, not {self.ids[index]!r}: "
+                f"another shard's file, or changed; remove this shard, {AGAIN}"
+            )
+        return record
+
+    def shard(self, index: int) -> str:
+        """The file that record `index` is in."""
+        return str(self.split.filepaths[int(np.searchsorted(np.cumsum(self.split.shard_lengths), index, side="right"))])
 
 
 def digest(folder: Path, config: Config) -> str:
@@ -281,7 +319,10 @@ def digest(folder: Path, config: Config) -> str:
 
 def empty_text(folder: Path, length: int) -> np.ndarray:
     """The encoding of the empty prompt, zero rows beyond its end: float32 "S E"."""
-    return pad_rows(from_bits(np.load(folder / EMPTY_TEXT_FILE)), length)
+    try:
+        return pad_rows(from_bits(np.load(folder / EMPTY_TEXT_FILE)), length)
+    except ValueError as error:
+        raise RequestError(f"{folder / EMPTY_TEXT_FILE}: cannot be read ({str(error)[:100]}); remove it, {AGAIN}") from None
 
 
 def pad_rows(x: np.ndarray, length: int) -> np.ndarray:

@@ -17,6 +17,7 @@ NO_CLIP = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.
 HEIF_BRANDS = {"heic", "heix", "heim", "heis", "hevc", "hevx", "hevm", "hevs", "mif1", "msf1", "avif", "avis"}
 # ffmpeg's own decoders of these codecs drop the transparency.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+MOST_PIXELS = 2**26  # of a frame: 8192 x 8192
 PROBED = 500  # packets that are read to find out which streams move
 # PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
 REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -41,7 +42,12 @@ def video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
     if len(known) > 1:
         moving = _moving(path)
         known = [stream for stream in known if stream.index in moving] or known
-    return max(known, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.width * stream.height))
+    found = max(known, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.width * stream.height))
+    require(
+        found.width * found.height <= MOST_PIXELS,
+        f"{path}: {found.width} x {found.height} pixels, at most {MOST_PIXELS:,} are read; give a smaller clip",
+    )
+    return found
 
 
 def decode(container: InputContainer, stream: av.VideoStream, path: str | Path) -> Iterator[av.VideoFrame]:

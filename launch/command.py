@@ -4,13 +4,12 @@ A command file defines its flags, then `def main(config: Config) -> None` (or `d
 ends in `command.run(main)`. Each command keeps its flags in a `FlagValues` of its own, so that tests can run several in one process.
 
 Exit codes: 0 for success; 2 for a `RequestError`, 1 for an error of the operating system (a full disk, a file that may not be read) and
-130 for Ctrl-C, each printed as one line on stderr; 1 for anything else, with its traceback.
+for a training that is no longer finite, 130 for Ctrl-C, each printed as one line on stderr; 1 for anything else, with its traceback.
 """
 
 import difflib
 import inspect
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -25,10 +24,10 @@ from absl import app, flags, logging
 from configs import named
 from configs.errors import RequestError, require
 from configs.run import RunConfig
+from omnitransfer_jax.folders.refusals import is_full, refused
 
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)  # a field has one type; booleans are given as True or False
 WRONG_REQUEST, SYSTEM_ERROR, INTERRUPTED = 2, 1, 130  # exit codes
-FULL = ("No space left on device", "Disk quota exceeded")  # libraries that write files themselves raise their own errors with these words
 
 
 def run(main: Callable[..., None], flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -75,6 +74,8 @@ def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequ
         return _end(WRONG_REQUEST, str(error))
     except KeyboardInterrupt:
         return _end(INTERRUPTED, "interrupted; what was finished is whole, and the same command goes on or begins again")
+    except FloatingPointError as error:  # a run whose updates are no longer finite
+        return _end(SYSTEM_ERROR, str(error))
     except Exception as error:
         if message := _system_message(error):
             return _end(SYSTEM_ERROR, message)
@@ -97,15 +98,8 @@ def _of_thread(args: threading.ExceptHookArgs) -> None:
 
 def _system_message(error: BaseException | None) -> str:
     """What the operating system refused, if that is why `error` was raised; empty if it is not."""
-    while error is not None:
-        text = str(error)
-        if full := next((words for words in FULL if words in text), ""):
-            file = getattr(error, "filename", None) or next(iter(re.findall('"(/[^"]*)"', text)), "writing")
-            return f"{file}: {full}; what was finished is whole: free some space and give the same command again"
-        if isinstance(error, OSError):
-            return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text or type(error).__name__
-        error = error.__cause__
-    return ""
+    refusal = refused(error)
+    return f"{refusal}; what was finished is whole: free some space and give the same command again" if is_full(refusal) else refusal
 
 
 def load_config(name: str, of: tuple[type, ...] = (RunConfig,)) -> Any:

@@ -2,7 +2,8 @@
 
     python -m launch.encode --config=stage1 --manifest=clips.jsonl --out=records --train.init_from=checkpoints/wan_i2v
 
-Started again, it goes on where it stopped: finished shards are kept. Several processes can share the work: process i of n encodes every
+Started again, it goes on where it stopped: finished shards are kept, unless one of their clips has changed. With --check everything is read
+and nothing is encoded: what can be used, what will be left out, and why. Several processes can share the work: process i of n encodes every
 n-th shard, from the i-th on. JAX gives i and n, or --shard_index and --shard_count where JAX does not connect the processes. The last
 process to finish writes the dataset's metadata. A pair that cannot be used is left out, and reported on the console and in
 DIR/rejected.jsonl.
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -22,10 +24,10 @@ from tqdm import tqdm
 
 from configs.errors import RequestError, require
 from configs.run import Config, encoder_names
-from data_pipelines import records
+from data_pipelines import check, records, sources
 from data_pipelines.encoders import Encoders, weights_of
-from data_pipelines.manifest import Row, read_manifest
-from data_pipelines.pairs import encode, prefetch, read_pixels
+from data_pipelines.manifest import Row, read_manifest, require_inside
+from data_pipelines.pairs import Pixels, encode, prefetch, read_pixels
 from launch import command
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import outputs
@@ -33,7 +35,7 @@ from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
 
 FLAGS = flags.FlagValues()
 MANIFEST = flags.DEFINE_string("manifest", None, "the pairs, one JSON object a line (docs/data.md)", required=True, flag_values=FLAGS)
-OUT = flags.DEFINE_string("out", None, "folder of the records", required=True, flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", None, "folder of the records; not needed with --check", flag_values=FLAGS)
 RECORDS_PER_SHARD = flags.DEFINE_integer(
     "records_per_shard", 64, "pairs in a shard; a killed run repeats at most so many", lower_bound=1, flag_values=FLAGS
 )
@@ -42,14 +44,24 @@ SHARD_INDEX = flags.DEFINE_integer(
 )
 SHARD_COUNT = flags.DEFINE_integer("shard_count", None, "number of processes that share the work; JAX's own if absent", flag_values=FLAGS)
 
+CHECK = flags.DEFINE_bool("check", False, "read all clips, say what is wrong with them, and stop", flag_values=FLAGS)
+ALLOW_OUTSIDE = flags.DEFINE_bool("allow_outside", False, "clips may lie outside the manifest's folder", flag_values=FLAGS)
+
 REJECTED_FILE = "rejected.jsonl"
 
 
 def main(config: Config) -> None:
-    folder, manifest = Path(OUT.value), Path(MANIFEST.value)
-    outputs.require_folder("--out", OUT.value, [MANIFEST.value, config.train.init_from], holds="records", owns=["."])
-    records.require_place(folder)
+    manifest = Path(MANIFEST.value)
     rows = read_manifest(manifest)
+    if not ALLOW_OUTSIDE.value:
+        require_inside(rows, manifest.parent)
+    if CHECK.value:
+        check.check(rows, config)
+        return
+    require(bool(OUT.value), "--out (folder of the records): not given, and this command needs it")
+    folder = Path(OUT.value or "")
+    outputs.require_folder("--out", str(folder), [MANIFEST.value, config.train.init_from], holds="records", owns=["."])
+    records.require_place(folder)
     index, count = process()
     load_models.require_weights(config.train.init_from, config, encoder_names(config))
     weights = weights_of(config)
@@ -57,7 +69,7 @@ def main(config: Config) -> None:
     records.begin(folder, config, source)
     shards = [rows[i : i + RECORDS_PER_SHARD.value] for i in range(0, len(rows), RECORDS_PER_SHARD.value)]
     paths = [records.shard_path(folder, i, len(shards)) for i in range(len(shards))]
-    missing = [i for i in range(index, len(shards), count) if not is_done(paths[i])]
+    missing = [i for i in range(index, len(shards), count) if not is_done(paths[i]) or is_stale(shards[i], paths[i])]
     if missing or not (folder / records.EMPTY_TEXT_FILE).exists():
         if weights == records.RANDOM:
             print("no weights in train.init_from: the encoders are random, so these records only show that every part runs")
@@ -80,13 +92,18 @@ def process() -> tuple[int, int]:
 
 
 def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Encoders, bar: tqdm) -> None:
-    """Writes one shard, and beside it how many pairs of each task it keeps and which it refuses."""
-    started, kept, rejected = time.monotonic(), Counter(), []
+    """Writes one shard, and beside it how many pairs of each task it keeps, which it refuses, and what its clips are known by."""
+    started, kept, rejected, ids, files = time.monotonic(), Counter(), [], [], {}
+    tally_path(path).unlink(missing_ok=True)  # what is made anew is not done meanwhile
     with records.shard_writer(path, records.schema(config)) as write:
-        for row, pixels in prefetch(partial(read_pixels, config=config), rows, config.data.threads):
+        for row, future in prefetch(partial(read, config=config), rows, config.data.threads):
+            files[row.id], pixels = future.result()
             try:
-                write(encode(row, pixels.result(), encoders))
+                if isinstance(pixels, RequestError):
+                    raise pixels
+                write(encode(row, pixels, encoders))
                 kept[row.task] += 1
+                ids.append(row.id)
                 for note in cut_prompts(row, encoders):
                     print_line(f"{row.id}: {note}")
             except RequestError as error:
@@ -94,8 +111,27 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
                 print_line(f"refused {row.id}: {error}")
             bar.update()
             bar.set_postfix(refused=len(rejected))
-        write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected}).encode())
+    write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected, "ids": ids, "files": files}))
     print_line(f"{path.name}: {kept.total()} kept, {len(rejected)} refused, {time.monotonic() - started:.1f} s")
+
+
+def read(row: Row, config: Config) -> tuple[dict[str, Any], Pixels | RequestError]:
+    """What the clips of a row are known by, and their pixels, or why there are none."""
+    described = sources.describe(row)
+    try:
+        sources.require_stated(row, described)
+        return described, read_pixels(row, config)
+    except RequestError as error:
+        return described, error
+
+
+def is_stale(rows: Sequence[Row], path: Path) -> bool:
+    """Whether a clip of a finished shard is another one by now; shards of earlier versions do not say what they were made of."""
+    files = read_json(tally_path(path), "remove it, and its shard is made again", "kept").get("files")
+    changed = [row.id for row in rows if files is not None and not sources.is_unchanged(row, files.get(row.id, {}))]
+    if changed:
+        print_line(f"{path.name}: made again, for the clips of {', '.join(changed[:3])} have changed")
+    return bool(changed)
 
 
 def cut_prompts(row: Row, encoders: Encoders) -> list[str]:
@@ -142,7 +178,9 @@ def finish(folder: Path, paths: Sequence[Path], config: Config) -> None:
         print(f"{len(tallies)} of {len(paths)} shards are there; the dataset is made when the other processes have written theirs")
         return
     require(kept.total() > 0, f"{folder}: nothing is kept, all {refused.total()} pairs are refused; {folder / REJECTED_FILE} says why")
-    records.finish(folder, config, [sum(tally["kept"].values()) for tally in tallies])
+    known = all("ids" in tally for tally in tallies)  # earlier versions wrote none
+    ids = [name for tally in tallies if known for name in tally["ids"]]
+    records.finish(folder, config, [sum(tally["kept"].values()) for tally in tallies], ids)
     print(f"Next: python -m launch.train --config={FLAGS['config'].value} --workdir=DIR --data.path={folder}")
 
 

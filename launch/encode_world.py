@@ -58,7 +58,8 @@ def write(config: Config, folder: Path, pairs: int, key: int) -> None:
                         for record in encode(encoders, batch, videos.result()):
                             append(record)
                         bar.update(len(batch))
-    records.finish(folder, config, [len(shard) for shard in shards])
+    ids = [example(config, key, index, "train").id for index in range(pairs)]
+    records.finish(folder, config, [len(shard) for shard in shards], ids)
 
 
 if __name__ == "__main__":

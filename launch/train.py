@@ -26,7 +26,7 @@ from configs.stage1 import TransferLoRA
 from configs.vae import VAETraining
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips, motion_inversion, motion_training
-from data_pipelines.batches import batches, data_digest, empty_text
+from data_pipelines.batches import batches, data_digest, empty_text, identify
 from launch import command
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
@@ -92,7 +92,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
                 base = transfer_lora.load_base(config, trained, mesh)
             else:
                 trained = omnitransfer.objective(config, empty_text(config))
-            loop.train(trained, config, workdir, mesh, data, data_digest=data_digest(config), base=base)
+            loop.train(trained, config, workdir, mesh, data, data_digest=data_digest(config), base=base, identify=identify(config))
 
 
 def objective(config: Config | VAETraining | MLLMTraining) -> Objective:

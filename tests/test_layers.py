@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # from the bottom up
-    "configs", "omnitransfer_jax", "data_pipelines", "omnitransfer_torch", "world", "evaluation", "launch", "benchmarks", "tests"
+    "configs", "omnitransfer_jax", "data_pipelines", "omnitransfer_torch", "world", "evaluation", "launch", "benchmarks", "tortures",
+    "tests",
 )  # fmt: skip
 FILE_LINES, FUNCTION_LINES = 500, 60
 ORACLES = ("torch", "torchvision", "diffusers", "peft", "safetensors.torch", "tests.parity")

@@ -12,11 +12,9 @@ number of batches read, the same for all processes, so a run may go on with anot
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import count
-from types import TracebackType
 from typing import Any, TypeVar
 
 import grain
@@ -28,6 +26,7 @@ from configs import kinds, named
 from configs.errors import RequestError, require
 from configs.run import CheckpointConfig, Config, RunConfig
 from omnitransfer_jax.folders import atomic, checksums, fingerprint, model_folder
+from omnitransfer_jax.folders.checkpoints import Checkpoints, remove
 from omnitransfer_jax.folders.finite import require_finite
 from omnitransfer_jax.folders.processes import first_text, wait_for_all
 from omnitransfer_jax.folders.typed import require_type
@@ -35,6 +34,7 @@ from omnitransfer_jax.folders.whole import METADATA, damage
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
 DATA_DIGEST, ORIGIN_DIGEST = "data_digest", "origin_digest"  # in config.json, beside the fields of the configuration
+CUT_OFF = "its checksums, which are written last, are absent"
 REMEDY = "restore it from a copy, or give another folder"
 # Fields of `Config` and its kinds; the last three belong to the alignment.
 NETWORKS = ("dit", "vae", "text", "image", "motion", "mllm", "lora", "alignment")
@@ -54,46 +54,11 @@ Run = TypeVar("Run", bound=RunConfig)
 State = TypeVar("State", bound=tuple)  # a NamedTuple like `train.step.TrainState`
 
 
-class Checkpoints:
-    """The checkpoints of a run that writes them; a thread adds the checksums of each when it is complete."""
-
-    def __init__(self, folder: epath.Path, keep: int):
-        latest: Any = ocp.training.preservation_policies.LatestN(keep)
-        self.orbax = ocp.training.Checkpointer(folder, preservation_policy=latest, cleanup_tmp_directories=True)
-        self.thread, self.pending = ThreadPoolExecutor(1), Future()
-        self.pending.set_result(None)
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.orbax.close()
-            self.pending.result()
-        finally:
-            self.thread.shutdown()
-
-    @property
-    def latest(self) -> int:
-        """The step of the newest checkpoint, 0 if there is none."""
-        return self.orbax.latest.step if self.orbax.latest else 0
-
-    def save(self, step: int, items: Mapping[str, Any]) -> None:
-        """Starts to write a checkpoint; when it returns, the items may change again."""
-        self.pending.result()  # of the checkpoint before, which Orbax may now remove
-        saving = self.orbax.save_checkpointables_async(step, dict(items), force=True)
-
-        def add_checksums() -> None:
-            if saving and saving.result():
-                checksums.write(self.orbax.directory / str(step), jax.process_index(), jax.process_count())
-
-        self.pending = self.thread.submit(add_checksums)
-
-
 def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> Checkpoints:
     """The run's checkpoints, without what interrupted saves left behind. Closing it waits for a save that is still being written.
 
-    Damaged ones that are newer than the newest whole one get another name, so that the run goes on from that.
+    Damaged ones that are newer than the newest whole one get another name, so that the run goes on from that; what a killed save has left
+    is removed.
     """
     newest, damaged = _newest_whole(workdir)
     _require_one(newest, damaged)
@@ -101,6 +66,10 @@ def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> Check
         _say_if_unverified(newest)
     wait_for_all("looked for damaged checkpoints")
     for folder, reason in damaged.items() if jax.process_index() == 0 else ():
+        if reason == CUT_OFF:
+            remove(folder)
+            print(f"{folder}: removed, its save was cut off; the run goes on from checkpoint {newest and newest.name}", flush=True)
+            continue
         aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.damaged{n}")).exists())
         folder.rename(aside)
         print(f"{folder}: damaged, {reason}; it is {aside.name} now", flush=True)
@@ -109,13 +78,13 @@ def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> Check
 
 
 def save(checkpoints: Checkpoints, step: int, state: tuple, data: grain.DatasetIterator) -> None:
-    """Starts to write the state and the position in the data; when it returns, both may change again."""
+    """Starts to write the state and the position in the data; when it returns, both may change again. `checkpoints.refusal` says if not."""
     checkpoints.save(step, _items(state) | {"data": data.get_state()})
 
 
 def restore(checkpoints: Checkpoints, like: State, data: grain.DatasetIterator) -> State:
     """The latest state, with the shapes and shardings of `like`; `data` goes on behind the last batch that was read."""
-    with _readable(checkpoints.orbax.directory / str(checkpoints.latest)):
+    with _readable(checkpoints.folder / str(checkpoints.latest)):
         items = checkpoints.orbax.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data.get_state()})
     data.set_state(items["data"])
     fields: Any = like
@@ -235,7 +204,7 @@ def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: st
         ("data.path", records, digests(workdir)[DATA_DIGEST], data_digest),
         ("train.init_from", "other weights than --train.init_from has now", digests(workdir)[ORIGIN_DIGEST], origin),
     ):
-        moved |= {name} if digest and now else set()
+        moved |= {name, name.replace("data.path", "data.more")} if digest and now else set()
         require(name not in moved or digest == now, f"{workdir}: was started with {what}; give those, or another --workdir")
     changed = [each for each in kinds.differences(before, config, kinds.FIXED) if each[0] not in moved]
     if config.optimizer.schedule == "cosine":  # the rate falls to 0 at the last step, so all rates depend on their number
@@ -321,17 +290,23 @@ def steps_done(workdir: epath.PathLike) -> int:
 def _newest_whole(workdir: epath.PathLike, weights: bool = False) -> tuple[epath.Path | None, dict[epath.Path, str]]:
     """The newest whole checkpoint, None if there is none, and by newer ones what is wrong with them.
 
+    One without checksums, which are written last, counts only if no older one has any, as in runs of earlier versions.
     All processes of a run look together. With `weights` the values of other items than those that sampling reads are not compared.
     """
     root, damaged, share = epath.Path(workdir).absolute() / CHECKPOINTS, {}, (jax.process_index(), jax.process_count())
     steps = [found.step for found in ocp.path.step.standard_name_format().find_all(root)] if root.exists() else []
+    unverified: dict[epath.Path, str] = {}
     for step in sorted(steps, reverse=True):
         folder = root / str(step)
         within = (METADATA, *_weights(folder)) if weights else ()
-        if not (reason := first_text(damage(folder) or checksums.mismatch(folder, within, *share))):
-            return folder, damaged
-        damaged[folder] = reason
-    return None, damaged
+        if reason := first_text(damage(folder) or checksums.mismatch(folder, within, *share)):
+            damaged[folder] = reason
+        elif not checksums.known(folder):
+            unverified[folder] = CUT_OFF
+        else:
+            return folder, {path: reason for path, reason in (damaged | unverified).items() if int(path.name) > step}
+    newest = next(iter(unverified), None)
+    return newest, {path: reason for path, reason in damaged.items() if newest is None or int(path.name) > int(newest.name)}
 
 
 def _weights(folder: epath.Path) -> list[str]:

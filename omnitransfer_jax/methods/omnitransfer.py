@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from configs.run import Config
 from omnitransfer_jax.batch import Batch, batch_spec
@@ -21,8 +21,12 @@ from omnitransfer_jax.load_models import EXPERTS
 from omnitransfer_jax.mesh import Shard
 from omnitransfer_jax.models.flat_params import abstract, flat_params, with_params
 from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer, make_reference
+from omnitransfer_jax.tasks import TASKS
 from omnitransfer_jax.train import flops
+from omnitransfer_jax.train.log import LOSS, SHARE
 from omnitransfer_jax.train.objective import Metrics, Objective, Params
+
+BINS = 5  # parts of the time whose losses are logged apart
 
 
 class Drawn(NamedTuple):
@@ -52,6 +56,7 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
         models=config,
         imported={"dit.": EXPERTS[config.train.expert or "high_noise"], "alignment.mllm.": "mllm"},
         flops=flops.train_step(config),
+        tokens=flops.train_tokens(config),
     )
 
 
@@ -94,4 +99,15 @@ def loss(
         shard=shard,
         embed_text=model.embed_text,
     )
-    return loss_weight(drawn.time, config.train.weighting, config.train.shift) * loss_per_example(velocity, batch.target, drawn.noise), {}
+    losses = loss_weight(drawn.time, config.train.weighting, config.train.shift) * loss_per_example(velocity, batch.target, drawn.noise)
+    return losses, of_groups(losses, batch.task, drawn.time)
+
+
+def of_groups(losses: Float[Array, " B"], task: Int32[Array, " B"], time: Float[Array, " B"]) -> Metrics:
+    """The losses of each task and of each fifth of the time, zeros elsewhere, and which samples they are of (train/log.py)."""
+    groups = {each.name: task == number for number, each in enumerate(TASKS)}
+    groups |= {f"t{k / BINS:.1f}-{(k + 1) / BINS:.1f}": jnp.minimum(jnp.floor(time * BINS), BINS - 1) == k for k in range(BINS)}
+    found: Metrics = {}
+    for name, belongs in groups.items():
+        found |= {f"{LOSS}{name}": jnp.where(belongs, losses, 0.0), f"{SHARE}{name}": belongs.astype(losses.dtype)}
+    return found

@@ -89,6 +89,12 @@ def train_step(config: Config) -> int:
     return 3 * forward * config.train.batch_size
 
 
+def train_tokens(config: Config) -> int:
+    """Tokens of a training step, of targets and references."""
+    references = tokens(config, config.data.reference) if config.train.references else 0
+    return (tokens(config, config.video) + references) * config.train.batch_size
+
+
 def tokens(config: Config, video: VideoConfig) -> int:
     """Tokens of a video in the transformer."""
     return math.prod(video.patches(config.vae, config.dit.patch))

@@ -5,12 +5,10 @@
 Started again on the same workdir it goes on after its latest checkpoint, as if it had never stopped: bit for bit on the same devices.
 """
 
-import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -29,14 +26,20 @@ from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, run_folder
 from omnitransfer_jax.folders.lock import alone
 from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
-from omnitransfer_jax.train.log import RunLog, read_lines
+from omnitransfer_jax.train import report
+from omnitransfer_jax.train.control import Control
+from omnitransfer_jax.train.incidents import Identify, Incidents
+from omnitransfer_jax.train.log import RunLog, Work, read_lines
 from omnitransfer_jax.train.objective import Objective, Params
 from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer
+from omnitransfer_jax.train.saving import Saver
 from omnitransfer_jax.train.step import TrainState, init_state, make_train_step, placed_state, split_trainable
+from omnitransfer_jax.train.stopping import Stopped, Stopping, Watchdog, stop_signals
 
-PATIENCE = 10  # updates in a row that may fail to be finite
+REPORT_SECONDS = 60.0  # between two writings of the report
 
 Evaluate = Callable[[Params], Mapping[str, float]]
+Sample = Callable[[int, Params], None]
 
 
 def train(
@@ -48,17 +51,26 @@ def train(
     evaluate: Evaluate | None = None,
     data_digest: str = "",
     base: Params | None = None,
+    identify: Identify | None = None,
+    sample: Sample | None = None,
 ) -> Params | None:
     """All parameters but `base` after `config.train.steps`; None if a signal stopped the run before.
 
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
     `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`.
+    `identify` gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step,
+    averaged if there is an average: before the first step, every `train.sample_every` steps and when it is asked.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
     spec = specs({**objective.params, **objective.base}, objective.sharding, config.mesh)
     like = placed_state(objective, config, optimizer, mesh, spec)
-    with alone(workdir), run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints, stop_signals() as stopping:
+    with (
+        stop_signals() as stopping,
+        alone(workdir),
+        run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints,
+        Watchdog(config.train.hang_seconds) as watchdog,
+    ):
         done, steps = checkpoints.latest, config.train.steps
         origin = checked_origin(objective, config, workdir, data_digest, done)
         if done >= steps:
@@ -67,38 +79,143 @@ def train(
         state = start(objective, config, workdir, checkpoints, like, optimizer, data)
         run_folder.write_config(workdir, config, data_digest, origin)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
-        finite, pending = Finiteness(int(state.skipped)), {}
-        step = Program(make_step(objective, config, optimizer, mesh, spec), like, objective.batch, key, mesh, base or {})
-        with RunLog(workdir, config.train, done) as log:
+        step = Program(make_step(objective, config, optimizer, mesh, spec), like, mesh, base or {})
+        with stopping.ends_at_once(f"stopped before step {done + 1} of {steps}; the same command goes on from there"):
+            compiled = step.compile(placed(mesh, objective.batch, batch_sharding(mesh).spec), key)
+        work = Work(objective.flops or 0, objective.tokens or 0, mesh.size)
+        with RunLog(workdir, config.train, done, work) as log:
+            log.compiled = compiled
+            incidents = Incidents(workdir, done, int(state.skipped), identify)
+            saver = Saver(checkpoints, config.checkpoint.every, stopping, log.flush)
+            control = Control(workdir)
+            run = Run(config, workdir, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, control, evaluate, sample)
+            if sample is not None and not done:
+                run.sample_now(0)
+            reached = run.to_the_end(done)
+            if reached < steps:
+                print(f"stopped after step {reached} of {steps}; the same command goes on from there", flush=True)
+                return None
+    return run.state.params
 
-            def settle(n: int, metrics: Mapping[str, Array]) -> None:
-                """Waits for step `n` and logs it."""
-                values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-                if evaluate is not None and evaluates(config, n):
-                    measured = evaluate(state.params)
-                    print(f"step {n}  " + "  ".join(f"{name} {value:.4g}" for name, value in measured.items()), flush=True)
-                    values |= measured
-                log.write(n, values)
-                finite.watch(n, values["skipped"])
 
-            for n in range(done + 1, steps + 1):
-                with log.waiting():
-                    batch = to_mesh(next(data), mesh)
-                with log.paused():
-                    step.compile(batch, key)
-                state, metrics = step(state, batch, key)
-                if pending:
-                    settle(n - 1, pending)
-                pending, stop = metrics, stopping(n)
-                if stop or n == steps or n % config.checkpoint.every == 0 or evaluates(config, n):
-                    settle(n, metrics)  # before it is saved, for a resumed run does not log it again
-                    pending = {}
-                if stop or n == steps or n % config.checkpoint.every == 0:
-                    run_folder.save(checkpoints, n, state, data)
-                if stop and n < steps:
-                    print(f"stopped after step {n} of {steps}; the same command goes on from there", flush=True)
-                    return None
-    return state.params
+@dataclass
+class Run:
+    """A run between its start and its end."""
+
+    config: RunConfig
+    workdir: Path
+    state: TrainState
+    data: grain.DatasetIterator[Any]
+    mesh: Mesh
+    step: "Program"
+    key: Array
+    stopping: Stopping
+    watchdog: Watchdog
+    log: RunLog
+    incidents: Incidents
+    saver: Saver
+    control: Control
+    evaluate: Evaluate | None
+    sample: Sample | None
+    next_report: float = 0.0
+
+    def to_the_end(self, done: int) -> int:
+        """The step after which it ended, saved: the last, or the one after which it was asked to stop."""
+        steps, pending = self.config.train.steps, {}
+        for n in range(done + 1, steps + 1):
+            self.watchdog.progress(f"step {n}, waiting for its batch")
+            batch = self.next_batch()
+            if batch is None:  # asked to stop
+                return self.end(n - 1, pending, is_saved=n - 1 == done)
+            self.watchdog.progress(f"step {n}")
+            with self.log.paused():
+                self.step.compile(batch, self.key)
+            self.state, metrics = self.step(self.state, batch, self.key)
+            if pending:
+                self.settle(n - 1, pending)
+            asked = self.control.asked()
+            pending, stop = metrics, self.stopping(n) or "STOP" in asked
+            last, samples = stop or n == steps, self.is_to_sample(n, asked)
+            due = last or bool(asked & {"SAVE", "PAUSE"}) or self.saver.is_due(n)
+            if due or samples or evaluates(self.config, n):
+                self.settle(n, metrics)  # before it is saved, for a resumed run does not log it again
+                pending = {}
+            if due:
+                self.watchdog.progress(f"step {n}, waiting for its checkpoint")
+                self.saver.save(n, self.state, self.data, last or "PAUSE" in asked)
+            if samples and not stop:
+                self.sample_now(n)
+            if last:
+                return n
+            if "PAUSE" in asked:
+                self.pause(n)
+        raise AssertionError("the last step returns")
+
+    def is_to_sample(self, n: int, asked: Collection[str]) -> bool:
+        """Whether step `n` is followed by samples, for those trainings that make some."""
+        every = self.config.train.sample_every
+        return self.sample is not None and ("SAMPLE" in asked or (every > 0 and n % every == 0))
+
+    def sample_now(self, n: int) -> None:
+        """Makes the samples of step `n`; not counted as time of a step. An error of it is told and ends nothing."""
+        assert self.sample is not None
+        self.watchdog.progress(f"step {n}, samples")
+        try:
+            with self.log.paused(), self.stopping.interruptible():
+                self.sample(n, self.state.ema | self.state.frozen if self.state.ema else self.state.params)
+        except Stopped:
+            print(f"step {n}: its samples are left out, for the run was asked to stop", flush=True)
+
+    def pause(self, n: int) -> None:
+        """Waits while the file PAUSE is there; a signal or the file STOP ends it."""
+        print(f"paused after step {n}, which is saved; remove {self.workdir / 'PAUSE'} to go on", flush=True)
+        with self.log.paused(), suppress(Stopped), self.stopping.interruptible():
+            while self.control.is_paused():
+                self.watchdog.progress(f"step {n}, paused")
+
+    def next_batch(self) -> Any | None:
+        """The next batch on the devices; None if the run was asked to stop while it waited."""
+        position = self.data.get_state()
+        try:
+            with self.log.waiting(), self.stopping.interruptible():
+                batch = next(self.data)
+        except Stopped:
+            self.data.set_state(position)
+            return None
+        return to_mesh(batch, self.mesh)
+
+    def end(self, n: int, pending: Mapping[str, Array], is_saved: bool) -> int:
+        """Settles and saves step `n`, after which the run stops."""
+        if pending:
+            self.settle(n, pending)
+        if not is_saved and self.saver.saved != n:
+            self.saver.save(n, self.state, self.data, last=True)
+        return n
+
+    def settle(self, n: int, metrics: Mapping[str, Array]) -> None:
+        """Waits for step `n` and logs it."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if self.evaluate is not None and evaluates(self.config, n):
+            self.watchdog.progress(f"step {n}, evaluation")
+            try:
+                with self.stopping.interruptible():
+                    measured = self.evaluate(self.state.params)
+                print(f"step {n}  " + "  ".join(f"{name} {value:.4g}" for name, value in measured.items()), flush=True)
+                values |= measured
+            except Stopped:
+                print(f"step {n}: its evaluation is left out, for the run was asked to stop", flush=True)
+        self.log.write(n, values)
+        self.incidents.watch(n, values, self.log.is_logged(n))
+        if jax.process_index() == 0 and (time.monotonic() > self.next_report or n == self.config.train.steps):
+            self.report()
+
+    def report(self) -> None:
+        """Writes the page of the run; what the system refuses is told, for a training does not depend on it."""
+        try:
+            report.write(self.workdir, self.config.train.steps)
+        except OSError as error:
+            print(f"no {report.REPORT_FILE} this time: {error}", flush=True)
+        self.next_report = time.monotonic() + REPORT_SECONDS
 
 
 def checked_origin(objective: Objective, config: RunConfig, workdir: Path, data_digest: str, done: int) -> str:
@@ -221,23 +338,22 @@ def make_step(objective: Objective, config: RunConfig, optimizer: optax.Gradient
 
 
 class Program:
-    """A step compiled once for each form of batch, the objective's own first; the state it is given is used up."""
+    """A step compiled once for each form of batch; the state it is given is used up."""
 
-    def __init__(self, step: Step, like: TrainState, batch: Any, key: Array, mesh: Mesh, base: Params):
+    def __init__(self, step: Step, like: TrainState, mesh: Mesh, base: Params):
         places = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
         self.step, self.like, self.base = jax.jit(step, donate_argnums=0, out_shardings=places), like, base
         self.compiled: dict[Any, Any] = {}
         self.options: dict[str, str] = compiler_options(mesh.devices.flat[0].device_kind)
-        self.compile(placed(mesh, batch, batch_sharding(mesh).spec), key)
 
-    def compile(self, batch: Any, key: Array) -> None:
-        """Compiles the step for batches of this form, unless that is done."""
-        form = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if form not in self.compiled:
-            started = time.perf_counter()
+    def compile(self, batch: Any, key: Array) -> float:
+        """Compiles the step for batches of this form, unless that is done; how many seconds it took."""
+        form, started = (jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))), time.perf_counter()
+        if is_new := form not in self.compiled:
             self.compiled[form] = self.step.lower(self.like, batch, key, self.base).compile(self.options)
             print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
         self.chosen = self.compiled[form]
+        return time.perf_counter() - started if is_new else 0.0
 
     def __call__(self, state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
         with jax.transfer_guard("disallow"):
@@ -251,46 +367,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         return str(epath.Path(path).absolute()) if path not in ("", model_folder.EMBEDDED) else path
 
     config = replace(config, train=replace(config.train, init_from=absolute(config.train.init_from)))
-    return replace(config, data=replace(config.data, path=absolute(config.data.path))) if isinstance(config, Config) else config
-
-
-class Finiteness:
-    """Ends a run whose updates have stopped being finite; each of them was left out of the weights."""
-
-    def __init__(self, skipped: int):
-        self.skipped, self.in_a_row = skipped, 0
-
-    def watch(self, step: int, skipped: int) -> None:
-        """Takes the number of updates left out up to `step`."""
-        self.in_a_row = self.in_a_row + 1 if skipped > self.skipped else 0
-        self.skipped = skipped
-        if self.in_a_row == PATIENCE:
-            raise FloatingPointError(
-                f"step {step}: loss or gradients were not finite {PATIENCE} times in a row; the weights are those of step "
-                f"{step - PATIENCE}. Look for a damaged record, or lower --optimizer.learning_rate"
-            )
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Gives stopping(step): whether the run was asked to stop, by SIGTERM or SIGINT; a second signal ends the process at once.
-
-    Several processes have to stop at the same step; there JAX receives SIGTERM and finds the step.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = []
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        os.write(2, b"stopping after this step; again to stop at once\n")  # print may be interrupted by us and cannot be entered twice
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda step: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if not isinstance(config, Config):
+        return config
+    return replace(config, data=replace(config.data, path=absolute(config.data.path), more=tuple(map(absolute, config.data.more))))

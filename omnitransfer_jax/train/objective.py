@@ -57,3 +57,5 @@ class Objective:
     """By path the axes that Muon takes for a matrix, None for what is no matrix (optimizer.py)."""
     flops: int | None = None
     """Useful floating-point operations of a step, if they are counted."""
+    tokens: int | None = None
+    """Tokens of a step, of targets and references, if they are counted."""

@@ -110,7 +110,7 @@ def variant_of(file: Path, pattern: str) -> str:
 def _by_variant(source: Path, glob: str, pattern: str) -> dict[str, list[Path]]:
     """The files of a folder that `glob` matches, by their variants."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(source.glob(glob)):
+    for path in filter(Path.is_file, sorted(source.glob(glob))):  # not a pipe or a device, which would never end
         found.setdefault(variant_of(path, pattern), []).append(path)
     return found
 

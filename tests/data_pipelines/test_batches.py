@@ -114,7 +114,7 @@ def test_a_wrong_request(write_records):
 def test_a_training_is_given_the_digest_of_its_records(write_records, tmp_path, monkeypatch):
     """launch.train: the same for moved records, another for other records at the old path."""
     found = []
-    monkeypatch.setattr(train.loop, "train", lambda *args, data_digest: found.append(data_digest))
+    monkeypatch.setattr(train.loop, "train", lambda *args, data_digest, identify: found.append(data_digest))
 
     def run(path):
         args = ["--config=stage1:smoke", f"--workdir={tmp_path / 'run'}", f"--data.path={path}"]
@@ -125,3 +125,42 @@ def test_a_training_is_given_the_digest_of_its_records(write_records, tmp_path, 
     run(tmp_path / "moved")
     run(write_records(3).data.path)
     assert found[0] == found[1] != found[2]
+
+
+def test_data_sets_are_mixed_by_weight(write_records, tmp_path):
+    """The same for any number of threads and processes, from any state; every sample of the smaller one comes as often as the others."""
+    first, second = write_records(5, 7, name="first"), write_records(2, 1, name="second")
+    config = reading(first, more=(second.data.path,), weights=(3.0, 1.0))
+    ids = batches.identify(config)
+    config.validate()
+    whole = take(batches.batches(config, seed=0), 12)
+    for index in range(2):
+        shares = take(batches.batches(reading(first, threads=3, **mixed(config)), seed=0, process_index=index, process_count=2), 12)
+        assert all(
+            equal(share, jax.tree.map(lambda x, i=index: x[2 * i : 2 * i + 2], batch)) for share, batch in zip(shares, whole, strict=True)
+        )
+    again = batches.batches(config, seed=0)
+    state = [next(again), again.get_state()][1]
+    other = batches.batches(config, seed=0)
+    other.set_state(state)
+    assert equal(next(other), whole[1])
+    with pytest.raises(RequestError, match=r"data\.weights=\(1\.0,\): 1 for 2 folders"):
+        reading(first, more=(second.data.path,), weights=(1.0,)).validate()
+    assert ids(1) == []  # these records say no ids
+    assert batches.data_digest(config) != batches.data_digest(first)
+
+
+def mixed(config):
+    return {"more": config.data.more, "weights": config.data.weights}
+
+
+def test_the_samples_of_a_step_are_known(write_records):
+    """Of each of the first steps the ids that stand in its records, of one data set and of two."""
+    first, second = write_records(3, 2, name="first"), write_records(4, name="second")
+    for folder, count in ((first.data.path, 5), (second.data.path, 4)):
+        config = replace(SMOKE, data=replace(SMOKE.data, path=folder))
+        records.finish(Path(folder), config, (3, 2) if count == 5 else (4,), [f"n{i}" for i in range(count)])
+    for config in (reading(first), reading(first, more=(second.data.path,), weights=(1.0, 1.0))):
+        names = batches.identify(config)
+        for step, batch in enumerate(take(batches.batches(config, seed=config.seed), 6), start=1):
+            assert [int(name[1:]) for name in names(step)] == numbers(batch)

@@ -1,6 +1,7 @@
 """Clips to records and back: the command end to end, what each record holds, and runs that are killed, shared or wrong."""
 
 import json
+import os
 import shutil
 import wave
 from collections import Counter
@@ -20,6 +21,7 @@ from launch import command
 from launch import encode as launch_encode
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder
+from omnitransfer_jax.folders.atomic import sha256
 from omnitransfer_jax.models import omnitransfer
 from omnitransfer_jax.tokenizer import byte_tokenizer
 from omnitransfer_jax.weights.parts import PARTS
@@ -40,7 +42,9 @@ def run(encoders, monkeypatch):
 
     def run(manifest, out, *args):
         return command.execute(
-            launch_encode.main, launch_encode.FLAGS, ["--config=stage1:smoke", f"--manifest={manifest}", f"--out={out}", *args]
+            launch_encode.main,
+            launch_encode.FLAGS,
+            ["--config=stage1:smoke", f"--manifest={manifest}", f"--out={out}", "--allow_outside", *args],
         )
 
     return run
@@ -334,3 +338,69 @@ def test_real_clips_become_batches(run, shared, tmp_path):
     assert min(distinct) > 0.1
     reference = omnitransfer.make_reference(jnp.asarray(batch.reference), jnp.asarray(batch.task), (3, 2, 3))
     assert jax.tree.map(lambda x: x.shape, reference) == ((5, 3, 4, 6, 36), (5, 3), None, None)
+
+
+def test_a_clip_that_was_rewritten_is_encoded_again(run, clips_manifest, tmp_path, capfd):
+    """Of the same size and with the time of before, as rsync leaves it; a copy, whose times are new, is the same clip."""
+    folder = shutil.copytree(clips_manifest.parent, tmp_path / "clips")
+    manifest, out, clip = folder / clips_manifest.name, tmp_path / "r", folder / "id_target.mp4"
+    assert run(manifest, out, "--records_per_shard=2") == 0
+    before, shard = open_records(out), out / "records-train.array_record-00000-of-00003"
+    times = {path: path.stat().st_mtime_ns for path in out.glob("records-*")}
+    shutil.copyfile(clip, tmp_path / "kept.mp4")
+    shutil.copyfile(tmp_path / "kept.mp4", clip)
+    assert run(manifest, out, "--records_per_shard=2") == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("records-*")} == times
+    stat, content = clip.stat(), bytearray(clip.read_bytes())
+    other = (folder / "motion_target.mp4").read_bytes()
+    content[:] = other[: len(content)] + bytes(max(0, len(content) - len(other)))
+    clip.write_bytes(content)
+    os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert clip.stat().st_size == stat.st_size
+    capfd.readouterr()
+    assert run(manifest, out, "--records_per_shard=2") == 0
+    assert f"{shard.name}: made again, for the clips of id_1 have changed" in capfd.readouterr().out
+    assert {path.name for path, time in times.items() if path.stat().st_mtime_ns != time} == {shard.name}
+    after = open_records(out)
+    assert "id_1" not in after or not np.array_equal(after["id_1"]["target"], before["id_1"]["target"])
+    shutil.copyfile(tmp_path / "kept.mp4", clip)  # and back
+    assert run(manifest, out, "--records_per_shard=2") == 0
+    assert all(np.array_equal(x, before[name][key]) for name, record in open_records(out).items() for key, x in record.items())
+
+
+def test_clips_stay_in_the_folder_of_the_manifest(clips_manifest, tmp_path, capfd):
+    row = json.loads(clips_manifest.read_text().splitlines()[0])
+    (tmp_path / "link.mp4").symlink_to(clips_manifest.parent / row["target"])
+    for path in (str(clips_manifest.parent / row["target"]), "../x.mp4", "link.mp4"):
+        (tmp_path / "m.jsonl").write_text(json.dumps(row | {"target": path}))
+        args = ["--config=stage1:smoke", f"--manifest={tmp_path / 'm.jsonl'}", f"--out={tmp_path / 'r'}"]
+        assert command.execute(launch_encode.main, launch_encode.FLAGS, args) == 2
+        assert "lies outside" in capfd.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_stated_digest_is_compared(run, clips_manifest, tmp_path):
+    rows = [json.loads(line) for line in clips_manifest.read_text().splitlines()[:2]]
+    for row, right in zip(rows, (True, False), strict=True):
+        row |= {key: str(clips_manifest.parent / row[key]) for key in ("reference", "target")}
+        row["sha256"] = {"target": sha256(row["target"]) if right else "0" * 64}
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(tmp_path / "m.jsonl", tmp_path / "r") == 0
+    assert set(open_records(tmp_path / "r")) == {"id_1"}
+    assert "not the target that the manifest means" in (tmp_path / "r" / "rejected.jsonl").read_text()
+
+
+def test_a_check_says_what_an_encoding_would_do(mixed_manifest, tmp_path, capfd):
+    rows = [json.loads(line) for line in mixed_manifest.read_text().splitlines()]
+    rows.append(rows[-1] | {"id": "again", "prompt": "it melts"})
+    mixed_manifest.write_text("\n".join(map(json.dumps, rows)))
+    args = ["--config=stage1:smoke", f"--manifest={mixed_manifest}", "--check", "--allow_outside"]
+    assert command.execute(launch_encode.main, launch_encode.FLAGS, args) == 0
+    out = capfd.readouterr().out
+    assert ["all", "11", "6", "5"] in [line.split() for line in out.splitlines()]
+    for name, (path, reason) in REASONS.items():
+        assert any(line.startswith(f"left out: {name}: ") and f"{path}: {reason}" in line for line in out.splitlines())
+    assert 'look at: again: its prompt names what the reference is to show ("melts")' in out
+    assert "look at: effect_1: the same pair as again" in out
+    mixed_manifest.write_text(json.dumps(rows[0]))
+    assert command.execute(launch_encode.main, launch_encode.FLAGS, args) == 2

@@ -28,8 +28,9 @@ def draw(batch, queries, keys, heads, width, dtype=jnp.float32):
         (attend.chunked_attention, (2, 600, 333, 3, 20), 1e-6),  # neither length is a multiple of the chunk
         (attend.chunked_attention, (1, 7, 300, 2, 16), 1e-6),
         (lambda q, k, v: attend.splash_attention(q, k, v, interpret=True), (2, 200, 300, 2, 128), 1e-5),
+        (lambda q, k, v: attend.splash_attention(q, k, v, interpret=True), (1, 600, 1100, 1, 128), 1e-5),  # more than a tile, both padded
     ],
-    ids=["chunked", "chunked_short", "splash"],
+    ids=["chunked", "chunked_short", "splash", "splash_tiles"],
 )
 def test_kernels_equal_dense_attention(kernel, shape, tolerance):
     qkv = draw(*shape)
@@ -60,7 +61,7 @@ def test_memory_grows_linearly():
 def test_one_direction_equals_separate_calls(kernel, monkeypatch):
     """One masked call is the target over everything and each reference over itself, forward and backward."""
     if kernel == "splash":
-        interpreted = lambda *a: SPLASH(*a, interpret=True)  # noqa: E731
+        interpreted = lambda *a, **names: SPLASH(*a, interpret=True, **names)  # noqa: E731
         monkeypatch.setattr(attend, "splash_attention", interpreted)
     streams = [draw(1, length, length, 1, 128) for length in (200, 130, 300)]
     probe = [jnp.asarray(np.random.default_rng(i).standard_normal(q.shape), jnp.float32) for i, (q, _, _) in enumerate(streams)]

@@ -95,9 +95,11 @@ def test_what_is_sampled_comes_from_a_whole_checkpoint(run, capsys):
 
 @pytest.mark.parametrize("hurt", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")], ids=["absent", "empty"])
 def test_no_damage_is_overlooked(whole, run, hurt):
-    """Every file of a checkpoint without checksums, one after the other. Without all that are not missed it is restored bit for bit."""
+    """Every file of a run of an earlier version, without checksums, one after the other. Without all that are not missed it is restored
+    bit for bit."""
     folder, missed = run / "checkpoints" / "4", {}
-    (folder / OF_ONE).unlink()
+    for file in (run / "checkpoints").glob(f"*/{OF_ONE}"):
+        file.unlink()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = file.read_bytes()
         hurt(file)

@@ -89,7 +89,7 @@ def test_the_console_line(tmp_path, monkeypatch, capsys):
     clock = iter([0.0, 6.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     write(tmp_path, 2, [4])  # two steps in 6 s, four to go
-    assert capsys.readouterr().out == "step 4/8  loss 0.5000  3 s/step  0:00:12 to go\n"
+    assert capsys.readouterr().out == "step 4/8  loss 0.5000  grad 1  3 s/step  data 0%  0:00:12 to go\n"
 
 
 def scalars(folder):
