@@ -49,7 +49,7 @@ def objective(config: TransferLoRA, empty_text: Float[np.ndarray, "S E"] | None 
         loss=partial(omnitransfer.loss, config, model, empty),
         init=partial(init, config),
         root_key=plain.root_key,
-        stack="dit.blocks.",
+        stacks={"dit.blocks.": config.dit.dtype},
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": "dit"},

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from configs.base import DiTConfig
 from configs.errors import require
 from omnitransfer_jax.mesh import Shard
-from omnitransfer_jax.models.attend import attention
+from omnitransfer_jax.models.attend import Kind, attention
 from omnitransfer_jax.models.layers import Linear, RMSNorm
 
 
@@ -48,7 +48,8 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         dim = config.dim
-        self.num_heads, self.kernel = config.num_heads, config.attention
+        self.num_heads = config.num_heads
+        self.kernel: Kind = config.attention
         self.query, self.key, self.value, self.out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
         has_image = config.image_dim is not None

@@ -344,7 +344,7 @@ class Program:
         places = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
         self.step, self.like, self.base = jax.jit(step, donate_argnums=0, out_shardings=places), like, base
         self.compiled: dict[Any, Any] = {}
-        self.options: dict[str, str] = compiler_options(mesh.devices.flat[0].device_kind)
+        self.options: dict[str, str | bool] = {**compiler_options(mesh.devices.flat[0].device_kind)}
 
     def compile(self, batch: Any, key: Array) -> float:
         """Compiles the step for batches of this form, unless that is done; how many seconds it took."""
