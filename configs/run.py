@@ -155,8 +155,6 @@ class TrainConfig:
     """
     log_every: int = field(default=1, metadata=RUN)
     """Steps between lines of metrics.jsonl and of the console."""
-    sample_every: int = field(default=0, metadata=RUN | FROM_0)
-    """Steps between samples, for trainings that make some; with 0 they are made before the first step, and when they are asked for."""
     hang_seconds: int = field(default=1800, metadata=RUN | FROM_0)
     """Seconds without progress after which a run says where it stands and ends; 0 for never. Evaluation and sampling take time too."""
     evaluate_every: int = field(default=0, metadata=RUN | FROM_0)

@@ -59,7 +59,7 @@ def train(
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
     `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`.
     `identify` gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step,
-    averaged if there is an average: before the first step, every `train.sample_every` steps and when it is asked.
+    averaged if there is an average: before the first step, and when it is asked.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -152,9 +152,10 @@ class Run:
         raise AssertionError("the last step returns")
 
     def is_to_sample(self, n: int, asked: Collection[str]) -> bool:
-        """Whether step `n` is followed by samples, for those trainings that make some."""
-        every = self.config.train.sample_every
-        return self.sample is not None and ("SAMPLE" in asked or (every > 0 and n % every == 0))
+        """Whether step `n` is followed by samples; a training that makes none says so."""
+        if "SAMPLE" in asked and self.sample is None:
+            print(f"step {n}: SAMPLE is left out, for this training makes no samples; launch.sample does, from any checkpoint", flush=True)
+        return "SAMPLE" in asked and self.sample is not None
 
     def sample_now(self, n: int) -> None:
         """Makes the samples of step `n`; not counted as time of a step. An error of it is told and ends nothing."""
