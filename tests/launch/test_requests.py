@@ -99,7 +99,7 @@ def without_networks(monkeypatch):
     monkeypatch.setattr(Encoders, "text", lambda self, prompts: (np.zeros((1, 1, 1), np.float32), np.ones(1, int)))
     monkeypatch.setattr(encode, "encode", lambda row, pixels, encoders: None)
     monkeypatch.setattr(records, "shard_writer", shard)
-    monkeypatch.setattr(records, "finish", lambda folder, config, lengths: None)
+    monkeypatch.setattr(records, "finish", lambda folder, config, lengths, ids: None)
 
 
 @pytest.mark.usefixtures("without_networks")

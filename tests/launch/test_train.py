@@ -22,7 +22,8 @@ def test_a_dry_run_of_the_full_size(capsys):
     assert blocks == 16_394_878_784 - 241_340_224  # all but what stands before and after the blocks
     spread = 16_394_878_784 * 4 / 64 / 2**30
     sizes = {name: float(rows[name][0]) for name in ("parameters", "gradients", "optimizer", "average", "sum")}
-    assert sizes["gradients"] == sizes["average"] == pytest.approx(spread, rel=1e-2)  # a little is on every device
+    assert sizes["gradients"] == sizes["average"]
+    assert 0 < sizes["gradients"] - spread < 64 * 5e-4 * spread  # vectors, below 0.05 % of the parameters, are on every device
     assert sizes["optimizer"] == pytest.approx(2 * sizes["gradients"], abs=2e-3)
     assert sizes["sum"] == pytest.approx(5 * sizes["gradients"], abs=5e-3)
     assert "FLOPs per step: 1.96e+17 (16 samples of 12.25 PFLOP" in out
