@@ -17,7 +17,7 @@ from launch import command, export
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = (".*", "out", "build", "docs", "tests", "*.egg-info", "__pycache__")
-NO_JAX = "import importlib.util as u, sys; sys.exit(any(u.find_spec(name) for name in ('jax', 'jaxlib', 'flax', 'orbax')))"
+NO_JAX = "import importlib.util as u, sys; sys.exit(any(u.find_spec(name) for name in ('jax', 'jaxlib', 'flax')))"
 
 pytestmark = pytest.mark.slow
 
