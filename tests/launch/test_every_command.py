@@ -83,10 +83,13 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "benchmarks.dit_step": (Command(),),
     "benchmarks.reference_cache": (Command(),),
     "benchmarks.guidance_memory": (Command(),),
+    "benchmarks.loader": (Command(),),
     "benchmarks.cached_step": (Command(),),
     "benchmarks.motion_methods": (Command(("--out={}/new",), (), "--out"),),
     "data_pipelines.example": (Command(("--out={}/new",), (), "--out"),),
 }  # fmt: skip
+
+CHILDREN = {"data_pipelines.decoding"}  # started by others alone
 
 
 class Request(NamedTuple):
@@ -196,7 +199,7 @@ def test_every_command_is_here():
 
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     started = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files if is_started(ast.parse(path.read_text()))}
-    assert started == set(COMMANDS)
+    assert started - CHILDREN == set(COMMANDS)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def losses(workdir):
 def travel(tmp_path, manifest, pairs):
     """`pairs` is task -> (reference, first frame or None)."""
     records, workdir = tmp_path / "records", tmp_path / "run"
-    run(encode, f"--manifest={manifest}", f"--out={records}")
+    run(encode, f"--manifest={manifest}", f"--out={records}", "--allow_outside")
     training = [f"--data.path={records}", f"--workdir={workdir}"]
     run(train, *training, "--train.steps=30")
     run(train, *training, "--train.steps=60")

@@ -76,7 +76,7 @@ def clip_adapter(config: Config) -> Objective:
         loss=loss,
         init=lambda: flat_params(make(nnx.Rngs(config.seed))),
         root_key=lambda: jax.random.key(config.seed),
-        stack="dit.blocks.",
+        stacks={"dit.blocks.": config.dit.dtype},
         models=config,
         imported={"dit.": "dit"},
     )

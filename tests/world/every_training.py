@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,14 +25,29 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+class Interrupted(grain.DatasetIterator):
+    """Batches, of which the second does not come without SIGTERM."""
+
+    def __init__(self, data: grain.DatasetIterator[Any]):
+        super().__init__()
+        self.data, self.given = data, 0
+
+    def __next__(self) -> Any:
+        self.given += 1
+        if self.given == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next(self.data)
+
+    def get_state(self) -> Any:
+        return self.data.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self.data.set_state(state)
+
+
 def stop_after_first_step(objective: Objective, config: RunConfig, workdir: Path, data, capsys) -> None:
-    """A run that receives SIGTERM before its first step."""
-
-    def root_key():
-        os.kill(os.getpid(), signal.SIGTERM)
-        return objective.root_key()
-
-    assert loop.train(replace(objective, root_key=root_key), config, workdir, make_mesh(config.mesh), data) is None
+    """A run that receives SIGTERM while it waits for its second batch."""
+    assert loop.train(objective, config, workdir, make_mesh(config.mesh), Interrupted(data)) is None
     assert f"stopped after step 1 of {config.train.steps}" in capsys.readouterr().out
     assert {path.name for path in workdir.iterdir()} >= {"config.json", "checkpoints", "metrics.jsonl"}
     assert not list(workdir.glob("*.safetensors"))
