@@ -131,6 +131,7 @@ def test_a_cache_in_int8_is_a_quarter(made):
     assert narrow == full // 4 + full // (4 * 24) * 4  # heads are 24 wide
 
 
+@pytest.mark.slow
 def test_diffusers_memory_tools(made):
     """Groups of layers that leave their device between calls, and tiles of the autoencoder, change no number."""
     pipe, both = made
@@ -143,6 +144,7 @@ def test_diffusers_memory_tools(made):
     assert np.array_equal(other.frames, whole.frames)
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16(made, tmp_path_factory):
     """As on a GPU: the autoencoder stays in float32, and the result is near that of float32."""
     pipe, both = made
