@@ -57,7 +57,8 @@ def assert_same_run(workdir: Path, other: Path, name: str) -> None:
     """The same weights, losses and result; times differ."""
     ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (workdir, other))
     assert [path for path in theirs if not np.array_equal(ours[path], theirs[path])] == []
-    ours, theirs = ([line | {"seconds": 0, "data_wait": 0} for line in lines(folder)] for folder in (workdir, other))
+    times = {"seconds": 0, "data_wait": 0, "compile_seconds": 0}
+    ours, theirs = ([line | times for line in lines(folder)] for folder in (workdir, other))
     assert ours == theirs
     assert all(line.keys() >= LOGGED for line in ours)
     ours, theirs = (json.loads((folder / f"{name}.json").read_text()) | {"seconds": 0} for folder in (workdir, other))
