@@ -38,6 +38,8 @@ def imported(tree: ast.Module) -> set[str]:
 
 @pytest.mark.parametrize(("packages", "extras", "optional"), [(PACKAGES, [], OPTIONAL), ((f"{OF_PYTORCH}/",), ["torch"], set())])
 def test_what_is_imported_is_asked_for(packages, extras, optional):
+    if extras:
+        pytest.importorskip("torch")  # homes of packages are those that are installed
     names = set().union(*(imported(tree) for path, tree in FILES.items() if path.startswith(packages)))
     others = names - set(sys.stdlib_module_names) - set(LAYERS) - optional
     homes, asked = metadata.packages_distributions(), set(required(*extras))
@@ -55,5 +57,7 @@ def test_the_pinned_version_is_within_the_bounds(name):
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
 def test_what_is_installed_is_within_the_bounds(name):
-    """At both ends: the constraints' versions, and the newest of everything in `make test-newest`."""
+    """At both ends: the constraints' versions, and the newest of everything but PyTorch's side in `make test-newest`."""
+    if name not in required():
+        pytest.importorskip("torch")
     assert REQUIRED[name].specifier.contains(metadata.version(name))
