@@ -86,25 +86,26 @@ def main(config: Config) -> None:
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     chip, devices = chip_of(TOPOLOGY.value), devices_of(TOPOLOGY.value)
     meshes = [mesh_of(text) for text in MESHES_FLAG.value.split()] or [chosen_mesh(config, TOPOLOGY.value)]
-    reports = []
-    for mesh in meshes:
-        each = replace(
-            config, mesh=mesh, dit=replace(config.dit, attention="splash" if config.dit.attention == "auto" else config.dit.attention)
-        )
+    kernel = "splash" if config.dit.attention == "auto" else config.dit.attention  # `auto` is the kernel of this machine
+    variants = [replace(config, mesh=mesh, dit=replace(config.dit, attention=kernel)) for mesh in meshes]
+    for each in variants:
         each.validate()
-        require(mesh.devices == len(devices), f"--topology={TOPOLOGY.value}: {len(devices)} devices, but the mesh has {mesh.devices}")
+        has = each.mesh.devices
+        require(has == len(devices), f"--topology={TOPOLOGY.value}: {len(devices)} devices, but the mesh has {has}")
+    found = []
+    for each in variants:
         try:
-            reports.append(compile_for(each, chip, devices))
+            report = compile_for(each, chip, devices)
         except jax.errors.JaxRuntimeError as error:
-            require("RESOURCE_EXHAUSTED" in str(error) and len(meshes) > 1, f"{name_of(mesh)}: {refusal(error)}")
-            print(f"{name_of(mesh):<12} {refusal(error)}", flush=True)
-            continue
-        print(row(reports[-1], chip) if len(meshes) > 1 else summary(reports[-1], chip), flush=True)
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            found.append({"topology": TOPOLOGY.value, "mesh": asdict(each.mesh), "fits": False, "refused": refusal(error)})
+            print(f"{name_of(each.mesh):<12} does not fit: {refusal(error)}", flush=True)
+        else:
+            found.append(as_json(report, chip, each))
+            print(row(report, chip) if len(meshes) > 1 else summary(report, chip), flush=True)
     if JSON.value:
-        text = json.dumps(
-            [as_json(report, chip, config) for report in reports] if len(meshes) > 1 else as_json(reports[0], chip, config), indent=2
-        )
-        Path(JSON.value).write_text(text + "\n")
+        Path(JSON.value).write_text(json.dumps(found if len(meshes) > 1 else found[0], indent=2) + "\n")
 
 
 def devices_of(topology: str) -> Any:
@@ -112,13 +113,9 @@ def devices_of(topology: str) -> Any:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        missing = "libtpu" in str(error).lower() or "tpu backend" in str(error).lower() or "not found" in str(error).lower()
-        remedy = (
-            "install TPU's compiler, pip install -e '.[tpu]'"
-            if missing
-            else "give a generation and the chips along each axis, as v5p:4x4x4"
-        )
-        raise RequestError(f"--topology={topology}: {str(error).splitlines()[0][:120]}; {remedy}") from None
+        said = str(error).splitlines()[0][:120]
+        remedy = "TPU's compiler is needed, pip install -e '.[tpu]', and a generation with the chips along each axis, as v5p:4x4x4"
+        raise RequestError(f"--topology={topology}: {said}; {remedy}") from None
 
 
 def mesh_of(text: str) -> MeshConfig:
@@ -192,7 +189,7 @@ def summary(report: Report, chip: Chip) -> str:
     lines = [
         f"{PROGRAM.value} on {TOPOLOGY.value}, mesh data {report.mesh.data} x heads {report.mesh.heads} x keys {report.mesh.keys}, "
         f"compiled in {report.compiled_in:.0f} s",
-        f"memory    {total:.1f} of {chip.memory} GiB: " + ", ".join(f"{name} {size:.1f}" for name, size in report.memory.items()),
+        f"memory    {total:.1f} of {chip.memory} GiB a device: " + ", ".join(f"{name} {size:.1f}" for name, size in report.memory.items()),
         f"FLOPs     {report.useful:.4g} useful, {executed_of(report):.4g} executed, {executed_of(report) / report.useful:.3f} times",
         f"seconds   {times.compute:.2f} computing, {times.exposed:.2f} waiting for others, {times.overlapped:.2f} sending beside it",
         "MFU       " + ", ".join(f"{share:.1%} {name}" for name, share in times.mfu.items()),

@@ -225,7 +225,7 @@ def _unshard_forward(x: jax.Array, spec: P, dtype: Any) -> tuple[jax.Array, Any]
     return unshard(x, spec, dtype), jnp.zeros((), x.dtype)
 
 
-def _unshard_backward(spec: P, dtype: Any, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+def _unshard_backward(spec: P, dtype: Any, like: Any, gradient: jax.Array) -> tuple[jax.Array]:
     gradient = gradient.astype(jnp.float32)
     for axis, several in enumerate(axes_by_dimension(spec)):
         for name in several:
