@@ -58,13 +58,7 @@ SCORES = flags.DEFINE_string("scores", None, "scores.json of launch.demo, for th
 
 GROUP_BYTES = 2**28  # of leaves that are read at once
 DIFFUSERS_VERSION = "0.42.1"  # the version whose classes read what is written here
-COMPONENTS = {  # the name of each part in model_index.json, its library and its class
-    "dit": ("transformer", "diffusers", "WanTransformer3DModel"),
-    "dit_low_noise": ("transformer_2", "diffusers", "WanTransformer3DModel"),
-    "vae": ("vae", "diffusers", "AutoencoderKLWan"),
-    "text": ("text_encoder", "transformers", "UMT5EncoderModel"),
-    "image": ("image_encoder", "transformers", "CLIPVisionModel"),
-}
+COMPONENTS = transfer.OF_WAN | {"dit_low_noise": ("transformer_2", "diffusers", "WanTransformer3DModel")}
 
 ALIGNMENT_README = """# What OmniTransfer adds to Wan2.1 from stage 2 on
 

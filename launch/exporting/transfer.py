@@ -16,13 +16,13 @@ from omnitransfer_jax import tasks
 FILE, FORMAT = "omnitransfer.json", 1
 STAGES = ("stage1", "stage2", "stage3")
 """The configurations whose networks transfer; under any other name weights are exported as plain Wan."""
-COMPONENTS = {  # the name of each part in model_index.json, its library and its class
+OF_WAN = {  # the name of each part in model_index.json, its library and its class
     "dit": ("transformer", "diffusers", "WanTransformer3DModel"),
     "vae": ("vae", "diffusers", "AutoencoderKLWan"),
     "text": ("text_encoder", "transformers", "UMT5EncoderModel"),
     "image": ("image_encoder", "transformers", "CLIPVisionModel"),
-    "mllm": ("mllm", "transformers", "Qwen2_5_VLModel"),
 }
+COMPONENTS = OF_WAN | {"mllm": ("mllm", "transformers", "Qwen2_5_VLModel")}
 TOKENIZERS = ("tokenizer", "mllm_tokenizer")
 
 
