@@ -5,6 +5,7 @@
 Stages 0 to 3 are this one objective. They differ in data, in `train.trainable`, in where they start and in numbers.
 """
 
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,8 +43,11 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
     """The objective of a stage. `empty_text` encodes the empty prompt, which dropped prompts become; zeros if it is not given."""
     model = abstract(lambda rngs: OmniTransfer(config, rngs=rngs))
     empty = np.zeros((config.dit.text_len, config.dit.text_dim), np.float32) if empty_text is None else empty_text
+    params = flat_params(model)
+    transformer = [path.replace(".", "/", 1) for path in params if path.startswith("dit.")]
+    frozen = not any(re.fullmatch(pattern, name) for pattern in config.train.trainable for name in transformer)
     return Objective(
-        params=flat_params(model),
+        params=params,
         sharding=SHARDING,
         trainable=config.train.trainable,
         batch=batch_spec(config),
@@ -55,7 +59,7 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": EXPERTS[config.train.expert or "high_noise"], "alignment.mllm.": "mllm"},
-        flops=flops.train_step(config),
+        flops=flops.train_step(config, frozen),
         tokens=flops.train_tokens(config),
     )
 

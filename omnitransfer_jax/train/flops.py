@@ -75,9 +75,13 @@ def _sizes(config: Config) -> tuple[int, int, int]:
     return tokens(config, config.video), tokens(config, config.data.reference), rows * columns
 
 
-def train_step(config: Config) -> int:
-    """A training step: forward of target and reference, and twice as much again for the gradients, for every sample."""
+def train_step(config: Config, frozen: bool = False) -> int:
+    """A training step: forward of target and reference, and twice as much again for the gradients, for every sample.
+
+    If the transformer is `frozen`, the gradient of its context goes back through the target alone, and none of its weights has one.
+    """
     target, reference = tokens(config, config.video), tokens(config, config.data.reference)
+    beside = 0
     if not config.train.references:
         forward = target_pass(config.dit, target)
     elif config.dit.references == "bidirectional":
@@ -85,8 +89,8 @@ def train_step(config: Config) -> int:
     else:
         _, rows, columns = config.data.reference.patches(config.vae, config.dit.patch)
         reads = rows * columns if config.dit.reach == "same_frame" else reference
-        forward = target_pass(config.dit, target, reads) + reference_pass(config.dit, reference)
-    return 3 * forward * config.train.batch_size
+        forward, beside = target_pass(config.dit, target, reads), reference_pass(config.dit, reference)
+    return config.train.batch_size * (2 * forward + beside if frozen else 3 * (forward + beside))
 
 
 def train_tokens(config: Config) -> int:

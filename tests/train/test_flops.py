@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from configs import stage1, wan
+from configs import stage1, stage2, stage3, wan
+from omnitransfer_jax.methods.omnitransfer import objective
 from omnitransfer_jax.train import flops
 
 N = 32_760  # tokens of 81 frames at 480 x 832
@@ -39,3 +40,9 @@ def test_what_a_target_reads_decides_the_cost():
     assert flops.train_step(joint) / 1e15 == pytest.approx(per_sample * 5.111, rel=5e-4)
     alone = replace(config, train=replace(config.train, references=False))
     assert flops.train_step(alone) / 1e15 == pytest.approx(per_sample * 1.678, rel=5e-4)
+
+
+def test_a_frozen_transformer_has_no_gradients_of_weights_and_none_of_references():
+    once = 2.558 + 1.525
+    assert objective(stage2.get_config()).flops / 1e15 == pytest.approx(16 * (once + 2.558), rel=5e-4)
+    assert objective(stage3.get_config()).flops / 1e15 == pytest.approx(16 * 3 * once, rel=5e-4)
