@@ -12,7 +12,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import fields, is_dataclass
 from io import StringIO
@@ -63,10 +63,10 @@ def execute(main: Callable[..., None], flag_values: flags.FlagValues, argv: Sequ
             return 0
         rest = _parse_flags(flag_values, argv)
         if not kinds:
-            _override(None, rest, flag_values)
+            override(None, rest, flag_values)
             main()
         else:
-            config = _override(load_config(str(flag_values["config"].value), kinds), rest, flag_values)
+            config = override(load_config(str(flag_values["config"].value), kinds), rest, flag_values)
             config.validate()
             main(config)
         sys.stdout.flush()
@@ -129,8 +129,11 @@ def _parse_flags(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str
         raise RequestError(f"{', '.join(absent)}: not given, and this command needs it" if absent else str(error)) from None
 
 
-def _override(config: Any, args: Sequence[str], flag_values: flags.FlagValues) -> Any:
-    """`config` with the fields set that `args` name, as `--a.b=value` or `--a.b value`; a command without one takes no fields."""
+def override(config: Any, args: Sequence[str], flag_values: Iterable[str] = ()) -> Any:
+    """`config` with the fields set that `args` name, as `--a.b=value` or `--a.b value`; a command without one takes no fields.
+
+    `flag_values` are the flags that a misspelt name may mean.
+    """
     options: list[list[str]] = []
     for arg in args:
         if arg.startswith("--"):

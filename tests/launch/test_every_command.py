@@ -77,6 +77,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command((TINY, "--base={}/base", "--vae={}/vae", "--mllm={}/mllm", "--out={}/new"), ("--base", "--vae", "--mllm"), "--out"),
     ),
     "launch.compile": (Command((STAGE1, "--topology=v5p:2x2x1", "--json={}/new.json"), (), "--json", ".json"),),
+    "launch.sweep": (Command((STAGE1, "--space={}/space.toml", "--trials=2", "--out={}/new"), ("--space",), "--out"),),
     "launch.demo": (Command(("--out={}/new",), (), "--out"),),
     "benchmarks.ablation": (Command(("--out={}/new",), (), "--out"), Command(("--docs={}/new", "--out={}/empty"), (), "--docs")),
     "benchmarks.import_memory": (Command(("--folder={}/new",), (), "--folder"),),
@@ -136,6 +137,7 @@ def place(tmp_path_factory) -> Path:
     os.link(folder / "clips" / "style_reference.mp4", folder / "hard.mp4")
     Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(folder / "picture.png")
     (folder / "file").write_text("a file")
+    (folder / "space.toml").write_text("[fields]\noptimizer.learning_rate = {log = [1e-4, 1e-2]}\n")
     for name in ("empty", "folder.mp4"):
         (folder / name).mkdir()
     model_folder.write_model(folder / "model", {name: getattr(smoke, name) for name in ("dit", "vae", "text", "image", "mllm")})

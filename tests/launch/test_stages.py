@@ -25,7 +25,7 @@ def run(module, stage, *args):
 
 def weights(workdir, config):
     """Everything a run holds, not averaged."""
-    config = command._override(config, SMALL, train.FLAGS)  # the configuration the commands were given
+    config = command.override(config, SMALL, train.FLAGS)  # the configuration the commands were given
     return run_folder.load_params(workdir, omnitransfer.objective(config).params)
 
 
@@ -86,7 +86,7 @@ def test_on_clips_the_project_makes(tmp_path):
     readme = (folder / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in added)
 
-    config = command._override(stage3.get_config("smoke"), SMALL, train.FLAGS)
+    config = command.override(stage3.get_config("smoke"), SMALL, train.FLAGS)
     settings = {k: v for k, v in qwen2_5_vl.config_json(config.mllm).items() if k not in ("architectures", "model_type")}
     base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
     adapted = peft.PeftModel.from_pretrained(base, folder / "mllm_lora")

@@ -22,7 +22,7 @@ VIDEO = ["--video.frames=5", "--video.height=32", "--video.width=48", "--data.re
          "--data.reference.width=48"]  # fmt: skip
 WAN = ["--config=wan:smoke_2_2", *SMALL, *VIDEO, "--sampler.steps=4"]  # 1 step by the high-noise expert, 3 by the other
 STAGE1 = ["--config=stage1:smoke", "--dit.image_dim=None", *SMALL, *VIDEO]
-CONFIG = command._override(wan.get_config("smoke_2_2"), SMALL, sample.FLAGS)
+CONFIG = command.override(wan.get_config("smoke_2_2"), SMALL, sample.FLAGS)
 EXPERTS = (PARTS[0], LOW_NOISE)
 ENCODERS = [part for part in PARTS if part.name in ("vae", "text")]
 
