@@ -159,6 +159,8 @@ class TrainConfig:
     """Seconds without progress after which a run says where it stands and ends; 0 for never. Evaluation and sampling take time too."""
     evaluate_every: int = field(default=0, metadata=RUN | FROM_0)
     """Steps between evaluations on held-out data, for trainings that have one; with 0 there is one at the end alone."""
+    sample_every: int = field(default=500, metadata=RUN | FROM_0)
+    """Steps between samples, for a training with `sample_prompts`; with 0 there are some before the first step and after the last alone."""
 
     def validate(self) -> None:
         require_ranges(self, "train")
@@ -185,6 +187,8 @@ class TransferTrainConfig(TrainConfig):
     """Whether targets attend to their references; if not, the network trains as Wan does, without any."""
     expert: Literal["high_noise", "low_noise"] | None = None
     """Which of the two experts in `init_from` (Wan2.2) the training starts from; None where there is one network."""
+    sample_prompts: str = field(default="", metadata=RUN)
+    """File of JSON lines: what is sampled every `sample_every` steps (docs/training.md); empty for no samples."""
 
 
 @dataclass(frozen=True, kw_only=True)

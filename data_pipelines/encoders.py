@@ -89,10 +89,11 @@ class Encoders:
             if name not in unused:
                 getattr(self, name)
 
-    def release(self) -> None:
-        """Lets the networks go; they are loaded again if they are needed again."""
+    def release(self, keep: Sequence[str] = ()) -> None:
+        """Lets the networks go, but for those to `keep`; they are loaded again if they are needed again."""
         for name in NETWORKS:
-            vars(self).pop(name, None)
+            if name not in keep:
+                vars(self).pop(name, None)
 
     def latents(self, videos: Float[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
         """Clips to latents."""

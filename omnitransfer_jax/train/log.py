@@ -104,6 +104,11 @@ class RunLog:
         self.events.write(step, {name: value for name, value in line.items() if value is not None and name != "step"})
         print(console(line, self.config.steps, left), flush=True)
 
+    def picture(self, step: int, content: bytes | None) -> None:
+        """Shows the samples of a step, a JPEG, in TensorBoard."""
+        if self.writes and content is not None:
+            self.events.picture(step, "samples", content)
+
     def _speeds(self, seconds: float) -> dict[str, float]:
         """Tokens a second, the share of the devices' peak, and how long it took to compile, as far as they are known."""
         found, peak = {}, peak_of(jax.devices()[0].device_kind)

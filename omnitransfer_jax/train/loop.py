@@ -39,7 +39,7 @@ from omnitransfer_jax.train.stopping import Stopped, Stopping, Watchdog, stop_si
 REPORT_SECONDS = 60.0  # between two writings of the report
 
 Evaluate = Callable[[Params], Mapping[str, float]]
-Sample = Callable[[int, Params], None]
+Sample = Callable[[int, Params], bytes | None]
 
 
 def train(
@@ -59,7 +59,8 @@ def train(
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
     `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`.
     `identify` gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step,
-    averaged if there is an average: before the first step, and when it is asked.
+    averaged if there is an average, and may give a JPEG of them: before the first step, every `train.sample_every`, after the last, and
+    when the file SAMPLE asks for it.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -146,6 +147,8 @@ class Run:
             if samples and not stop:
                 self.sample_now(n)
             if last:
+                if samples and jax.process_index() == 0:
+                    self.report()
                 return n
             if "PAUSE" in asked:
                 self.pause(n)
@@ -153,19 +156,27 @@ class Run:
 
     def is_to_sample(self, n: int, asked: Collection[str]) -> bool:
         """Whether step `n` is followed by samples; a training that makes none says so."""
-        if "SAMPLE" in asked and self.sample is None:
-            print(f"step {n}: SAMPLE is left out, for this training makes no samples; launch.sample does, from any checkpoint", flush=True)
-        return "SAMPLE" in asked and self.sample is not None
+        if self.sample is None:
+            if "SAMPLE" in asked:
+                print(f"step {n}: SAMPLE is left out, for this training was started without --train.sample_prompts=FILE", flush=True)
+            return False
+        every = self.config.train.sample_every
+        return "SAMPLE" in asked or n == self.config.train.steps or (every > 0 and n % every == 0)
 
     def sample_now(self, n: int) -> None:
-        """Makes the samples of step `n`; not counted as time of a step. An error of it is told and ends nothing."""
+        """Makes the samples of step `n`; not counted as time of a step. What the system refuses of it is told and ends nothing."""
         assert self.sample is not None
         self.watchdog.progress(f"step {n}, samples")
         try:
             with self.log.paused(), self.stopping.interruptible():
-                self.sample(n, self.state.ema | self.state.frozen if self.state.ema else self.state.params)
+                self.log.picture(n, self.sample(n, self.state.ema | self.state.frozen if self.state.ema else self.state.params))
+            self.next_report = 0.0
         except Stopped:
             print(f"step {n}: its samples are left out, for the run was asked to stop", flush=True)
+        except (OSError, jax.errors.JaxRuntimeError) as error:  # a full disk; no memory for a sampling beside the training
+            if jax.process_count() > 1:
+                raise
+            print(f"step {n}: no samples, {' '.join(str(error).split())[:300]}; training goes on", flush=True)
 
     def pause(self, n: int) -> None:
         """Waits while the file PAUSE is there; a signal or the file STOP ends it."""
@@ -370,4 +381,5 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     config = replace(config, train=replace(config.train, init_from=absolute(config.train.init_from)))
     if not isinstance(config, Config):
         return config
+    config = replace(config, train=replace(config.train, sample_prompts=absolute(config.train.sample_prompts)))
     return replace(config, data=replace(config.data, path=absolute(config.data.path), more=tuple(map(absolute, config.data.more))))
