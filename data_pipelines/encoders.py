@@ -5,6 +5,7 @@ contexts, first frame, latents -> place_references -> Conditions  (launch.sample
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +57,13 @@ class Encoders:
         if config.alignment.enabled:
             for task in tasks.NAMES:
                 mllm_inputs.token_inputs(config, self.mllm_vocabulary, task, "", has_first_frame=True)
+
+    def of_size(self, config: Config) -> "Encoders":
+        """The same networks, as far as they are loaded, for videos of the sizes of `config`, which differs in nothing else."""
+        found = copy(self)
+        found.config = config
+        vars(found).pop("no_condition", None)
+        return found
 
     @cached_property
     def vae(self) -> WanVAE:

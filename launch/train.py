@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from configs.buckets import bucket_configs, written
 from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
@@ -56,6 +57,8 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
     prompts = require_prompts(config) if isinstance(config, Config) else []
     if DRY_RUN.value:
         print(describe(objective(config), config))
+        if isinstance(config, Config) and config.data.buckets:
+            print(sizes(config))
         if isinstance(config, Config) and config.train.references:
             print(f"in sampling, {flops.note_of(config)}")
         return
@@ -100,6 +103,15 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
             sample = TrainingSamples(config, asked, mesh, workdir, base) if asked else None
             known = data_digest(config)
             loop.train(trained, config, workdir, mesh, data, data_digest=known, base=base, identify=identify(config), sample=sample)
+
+
+def sizes(config: Config) -> str:
+    """A line for each size that a batch may have."""
+    lines = [f"{'target':>16} {'reference':>16} {'tokens of a step':>18} {'FLOPs of a step':>18}"]
+    for each in bucket_configs(config).values():
+        work = f"{flops.train_tokens(each):>18,} {flops.train_step(each):>18.4g}"
+        lines.append(f"{written(each.video):>16} {written(each.data.reference):>16} {work}")
+    return "\n".join([*lines, f"{len(lines) - 1} programs are compiled before the first step; the memory above is of the parameters"])
 
 
 def objective(config: Config | VAETraining | MLLMTraining) -> Objective:

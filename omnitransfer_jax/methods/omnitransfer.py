@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from configs.buckets import bucket_configs
 from configs.run import Config
 from omnitransfer_jax.batch import Batch, batch_spec
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
@@ -24,7 +25,7 @@ from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer, make_re
 from omnitransfer_jax.tasks import TASKS
 from omnitransfer_jax.train import flops
 from omnitransfer_jax.train.log import LOSS, SHARE
-from omnitransfer_jax.train.objective import Metrics, Objective, Params
+from omnitransfer_jax.train.objective import Form, Metrics, Objective, Params
 
 BINS = 5  # parts of the time whose losses are logged apart
 
@@ -42,11 +43,13 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
     """The objective of a stage. `empty_text` encodes the empty prompt, which dropped prompts become; zeros if it is not given."""
     model = abstract(lambda rngs: OmniTransfer(config, rngs=rngs))
     empty = np.zeros((config.dit.text_len, config.dit.text_dim), np.float32) if empty_text is None else empty_text
+    first, *others = forms(config)
     return Objective(
         params=flat_params(model),
         sharding=SHARDING,
         trainable=config.train.trainable,
-        batch=batch_spec(config),
+        batch=first.batch,
+        others=tuple(others),
         draw=partial(draw, config),
         loss=partial(loss, config, model, empty),
         init=lambda: flat_params(OmniTransfer(config, rngs=nnx.Rngs(keys(config)[0]))),
@@ -55,9 +58,14 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": EXPERTS[config.train.expert or "high_noise"], "alignment.mllm.": "mllm"},
-        flops=flops.train_step(config),
-        tokens=flops.train_tokens(config),
+        flops=first.flops,
+        tokens=first.tokens,
     )
+
+
+def forms(config: Config) -> list[Form]:
+    """The batches of each bucket."""
+    return [Form(batch_spec(each), flops.train_step(each), flops.train_tokens(each)) for each in bucket_configs(config).values()]
 
 
 def keys(config: Config) -> Array:

@@ -82,14 +82,16 @@ def train(
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         step = Program(make_step(objective, config, optimizer, mesh, spec), like, mesh, base or {})
         with stopping.ends_at_once(f"stopped before step {done + 1} of {steps}; the same command goes on from there"):
-            compiled = step.compile(placed(mesh, objective.batch, batch_sharding(mesh).spec), key)
-        work = Work(objective.flops or 0, objective.tokens or 0, mesh.size)
-        with RunLog(workdir, config.train, done, work) as log:
+            compiled = sum(step.compile(placed(mesh, form.batch, batch_sharding(mesh).spec), key) for form in objective.forms)
+        works = {form_of(form.batch): Work(form.flops, form.tokens) for form in objective.forms}
+        with RunLog(workdir, config.train, done, mesh.size) as log:
             log.compiled = compiled
             incidents = Incidents(workdir, done, int(state.skipped), identify)
             saver = Saver(checkpoints, config.checkpoint.every, stopping, log.flush)
             control = Control(workdir)
-            run = Run(config, workdir, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, control, evaluate, sample)
+            run = Run(
+                config, workdir, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, control, evaluate, sample, works
+            )
             if sample is not None and not done:
                 run.sample_now(0)
             reached = run.to_the_end(done)
@@ -118,6 +120,7 @@ class Run:
     control: Control
     evaluate: Evaluate | None
     sample: Sample | None
+    works: Mapping[Any, Work]
     next_report: float = 0.0
 
     def to_the_end(self, done: int) -> int:
@@ -134,6 +137,7 @@ class Run:
             self.state, metrics = self.step(self.state, batch, self.key)
             if pending:
                 self.settle(n - 1, pending)
+            self.log.add_work(self.works.get(form_of(batch), Work()))
             asked = self.control.asked()
             pending, stop = metrics, self.stopping(n) or "STOP" in asked
             last, samples = stop or n == steps, self.is_to_sample(n, asked)
@@ -349,6 +353,11 @@ def make_step(objective: Objective, config: RunConfig, optimizer: optax.Gradient
     return step
 
 
+def form_of(batch: Any) -> Any:
+    """What decides which program a batch needs."""
+    return jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
 class Program:
     """A step compiled once for each form of batch; the state it is given is used up."""
 
@@ -360,7 +369,7 @@ class Program:
 
     def compile(self, batch: Any, key: Array) -> float:
         """Compiles the step for batches of this form, unless that is done; how many seconds it took."""
-        form, started = (jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))), time.perf_counter()
+        form, started = form_of(batch), time.perf_counter()
         if is_new := form not in self.compiled:
             self.compiled[form] = self.step.lower(self.like, batch, key, self.base).compile(self.options)
             print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
