@@ -11,7 +11,7 @@ import configs
 from configs.kinds import Kind, differences
 from configs.run import Config, RunConfig
 
-SHARED = ("base", "chips", "errors", "kinds", "named", "ranges", "run")  # modules that hold what the configurations share
+SHARED = ("base", "buckets", "chips", "errors", "kinds", "named", "ranges", "run")  # modules that hold what the configurations share
 Run = TypeVar("Run", bound=RunConfig)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTConfig, LoRAConfig, QwenConfig, UMT5Config, VAEConfig
+from configs.buckets import require_buckets
 from configs.errors import require
 from configs.kinds import FIXED, RUN, Kind, select
 from configs.ranges import BELOW_1, FROM_0, FROM_1, PATTERNS, SEED, require_ranges
@@ -113,6 +114,8 @@ class DataConfig:
     """How often samples of `path` and of each of `more` are drawn; if empty, as often as there are records in them."""
     reference: VideoConfig = field(default_factory=VideoConfig)
     """Size of the reference videos, which may differ from the target's."""
+    buckets: tuple[str, ...] = ()
+    """Sizes that records have, frames x height x width, of references behind a slash (configs/buckets.py); none for `video` alone."""
     text_drop: float = field(default=0.1, metadata=BELOW_1)
     """Share of the samples whose prompt is replaced by the empty one, so that the unconditional branch learns."""
     shuffle: bool = True
@@ -159,6 +162,8 @@ class TrainConfig:
     """Seconds without progress after which a run says where it stands and ends; 0 for never. Evaluation and sampling take time too."""
     evaluate_every: int = field(default=0, metadata=RUN | FROM_0)
     """Steps between evaluations on held-out data, for trainings that have one; with 0 there is one at the end alone."""
+    sample_every: int = field(default=500, metadata=RUN | FROM_0)
+    """Steps between samples, for a training with `sample_prompts`; with 0 there are some before the first step and after the last alone."""
 
     def validate(self) -> None:
         require_ranges(self, "train")
@@ -185,6 +190,8 @@ class TransferTrainConfig(TrainConfig):
     """Whether targets attend to their references; if not, the network trains as Wan does, without any."""
     expert: Literal["high_noise", "low_noise"] | None = None
     """Which of the two experts in `init_from` (Wan2.2) the training starts from; None where there is one network."""
+    sample_prompts: str = field(default="", metadata=RUN)
+    """File of JSON lines: what is sampled every `sample_every` steps (docs/training.md); empty for no samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +346,7 @@ class Config(RunConfig):
         vae, dit = self.vae, self.dit
         for video, at in ((self.video, "video"), (self.data.reference, "data.reference")):
             video.validate(at, vae, dit.patch)
+        require_buckets(self)
         require(
             dit.out_channels == vae.z_dim,
             f"dit.out_channels={dit.out_channels}: the autoencoder has vae.z_dim={vae.z_dim} latent channels",

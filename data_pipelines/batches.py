@@ -1,18 +1,21 @@
 """Records to batches: a Grain pipeline of NumPy arrays, the same for any number of threads and processes.
 
-Several data sets are mixed sample by sample. A run keeps one number, of the batches it has read: the rest follows from the seed.
+Several data sets are mixed sample by sample; a batch has samples of one bucket (configs/buckets.py). A run keeps one number, of the batches
+it has read: the rest follows from the seed.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from configs.buckets import bucket_configs
 from configs.errors import require
 from configs.run import Config
-from data_pipelines import records
+from data_pipelines import buckets, records
 from data_pipelines.encoders import weights_of
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch
@@ -30,10 +33,9 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
     size = config.train.batch_size
     require(size % process_count == 0, f"train.batch_size={size}: a multiple of the {process_count} processes that share it")
     require_same_weights(config)
-    examples = ordered([records.Records(folder, config) for folder in _folders(config)], config, seed)
 
-    def sample(record: Any) -> Batch:
-        found = records.from_record(record, config)
+    def sample(record: Any, of: Config) -> Batch:
+        found = records.from_record(record, of)
         task = tasks.TASKS[int(found.task)]
         require(
             config.dit.reach == "all" or task.family == "temporal",
@@ -42,59 +44,112 @@ def batches(config: Config, *, seed: int, process_index: int = 0, process_count:
         )
         return found
 
-    samples = examples.map(sample)
-    parts = samples.batch(size // process_count, drop_remainder=True)
+    def parts(part: Part) -> grain.MapDataset[Batch]:
+        samples = ordered(part, config, seed).map(partial(sample, of=part.config))
+        return samples.batch(size // process_count, drop_remainder=True)[process_index::process_count]
+
     threads = config.data.threads
-    return iter(parts[process_index::process_count].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    whole = mixed([(part, parts(part)) for part in opened(config)])
+    return iter(whole.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
 
-def ordered(sources: Sequence[Any], config: Config, seed: int) -> grain.MapDataset[Any]:
-    """What `sources` hold in the endless order of a training: each in orders of its own, mixed by `data.weights` in fixed proportions."""
+class Part(NamedTuple):
+    """The records of one bucket, of all data sets that have some."""
+
+    number: int
+    """Of the bucket."""
+    config: Config
+    """With the sizes of the bucket."""
+    sources: list[Any]
+    weights: list[float]
+    """Share of each source in the samples of the training."""
+
+
+def opened(config: Config) -> list[Part]:
+    """The records of a training, by bucket. What a data set is drawn by is divided over its buckets as its records are."""
+    opened = [
+        {name: records.Records(path, each) for name, each in bucket_configs(config).items() if (path := there.get(name)) is not None}
+        for there in (buckets.folders(folder, config) for folder in _folders(config))
+    ]
+    weights = config.data.weights or tuple(sum(map(len, each.values())) for each in opened)
+    parts = []
+    for number, (name, each) in enumerate(bucket_configs(config).items()):
+        pairs = [
+            (of[name], weight * len(of[name]) / sum(map(len, of.values())))
+            for of, weight in zip(opened, weights, strict=True)
+            if name in of
+        ]
+        if pairs:
+            parts.append(Part(number, each, [source for source, _ in pairs], [weight for _, weight in pairs]))
+    return parts
+
+
+def ordered(part: Part, config: Config, seed: int) -> grain.MapDataset[Any]:
+    """The samples of a bucket in the endless order of a training: each source in orders of its own, mixed in fixed proportions."""
+    first = part.number * len(config.data.folders)
 
     def order(number: int) -> grain.MapDataset[Any]:
-        examples = grain.MapDataset.source(sources[number]).seed((seed + number) % 2**32)
+        examples = grain.MapDataset.source(part.sources[number]).seed((seed + first + number) % 2**32)
         return (examples.shuffle() if config.data.shuffle else examples).repeat()
 
-    if len(sources) == 1:
+    if len(part.sources) == 1:
         return order(0)
-    weights = config.data.weights or tuple(map(len, sources))
-    return grain.MapDataset.mix([order(number) for number in range(len(sources))], [weight / sum(weights) for weight in weights])
+    return grain.MapDataset.mix([order(number) for number in range(len(part.sources))], _shares(part.weights))
+
+
+def mixed(parts: Sequence[tuple[Part, grain.MapDataset[Any]]]) -> grain.MapDataset[Any]:
+    """Batches of all buckets, mixed so that every sample is drawn as often as its data set's weight says."""
+    if len(parts) == 1:
+        return parts[0][1]
+    return grain.MapDataset.mix([batches for _, batches in parts], _shares([sum(part.weights) for part, _ in parts]))
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
 
 
 def identify(config: Config) -> Callable[[int], list[str]]:
     """names(step): the ids of the samples of the batch of step 1, 2, ..., of all processes; empty for records of an earlier version."""
-    ids, size = [records.Records(folder, config).ids for folder in _folders(config)], config.train.batch_size
-    order = ordered(ids, config, config.seed) if all(ids) else None
-
-    def names(step: int) -> list[str]:
-        return [] if order is None else [str(order[i]) for i in range((step - 1) * size, step * size)]
-
-    return names
+    parts = opened(config)
+    if not all(source.ids for part in parts for source in part.sources):
+        return lambda step: []
+    named = [part._replace(sources=[source.ids for source in part.sources]) for part in parts]
+    order: Any = mixed([(part, ordered(part, config, config.seed).batch(config.train.batch_size, drop_remainder=True)) for part in named])
+    return lambda step: [str(name) for name in order[step - 1]]
 
 
 def require_same_weights(config: Config) -> None:
     """A `RequestError` if other encoders made the records than those of train.init_from, whose folder may be gone when a run goes on."""
     origin = run_folder.imported_weights(config.train.init_from)
     if not origin or model_folder.exists(origin):
-        for folder in _folders(config):
+        for _, folder in _places(config):
             records.require_same_weights(folder, weights_of(config), config.train.init_from)
 
 
 def empty_text(config: Config) -> np.ndarray:
     """The encoding of the empty prompt, float32 "S E", which replaces the text of a sample whose prompt is dropped."""
-    first, *others = (records.empty_text(folder, config.dit.text_len) for folder in _folders(config))
-    for folder, other in zip(config.data.more, others, strict=True):
+    (_, place), *others = _places(config)
+    first = records.empty_text(place, config.dit.text_len)
+    for _, folder in others:
         require(
-            np.array_equal(first, other),
-            f"{folder}: its empty prompt is encoded otherwise than that of {config.data.path}; encode both with the same weights",
+            np.array_equal(first, records.empty_text(folder, config.dit.text_len)),
+            f"{folder}: its empty prompt is encoded otherwise than that of {place}; encode both with the same weights",
         )
     return first
 
 
 def data_digest(config: Config) -> str:
     """The digest of the records, by which a run that goes on knows them."""
-    first, *others = (records.digest(folder, config) for folder in _folders(config))
+    first, *others = (records.digest(folder, each) for each, folder in _places(config))
     return fingerprint.of_pairs([(str(number), digest) for number, digest in enumerate([first, *others])]) if others else first
+
+
+def _places(config: Config) -> list[tuple[Config, Path]]:
+    """Every folder of records, each with the configuration of its sizes."""
+    configs = bucket_configs(config)
+    found = [(configs[name], path) for folder in _folders(config) for name, path in buckets.folders(folder, config).items()]
+    require(bool(found), f"{config.data.path}: no records of the buckets {' '.join(config.data.buckets)}; name others")
+    return found
 
 
 def _folders(config: Config) -> list[Path]:

@@ -8,15 +8,17 @@ look at: kite: its prompt names the effect ("melts"): what the reference shows n
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from configs.buckets import bucket_configs, written
 from configs.errors import RequestError, require
 from configs.run import Config
 from data_pipelines import sources
+from data_pipelines.buckets import bucket_of
 from data_pipelines.manifest import Row
 from data_pipelines.pairs import prefetch, read_pixels
 from omnitransfer_jax import tasks
@@ -38,38 +40,52 @@ class Finding(NamedTuple):
     described: dict[str, Any]
     reason: str
     """Why it is left out; empty if it is kept."""
+    bucket: str
+    """Its size (configs/buckets.py)."""
 
 
 def check(rows: Sequence[Row], config: Config) -> None:
     """Prints the table and the lists; a `RequestError` if nothing would be left."""
-    findings = []
+    findings, configs = [], bucket_configs(config)
     with tqdm(total=len(rows), unit="pair", disable=None) as bar:
-        for _, future in prefetch(partial(examine, config=config), rows, config.data.threads):
+        for _, future in prefetch(partial(examine, configs=configs), rows, config.data.threads):
             findings.append(future.result())
             bar.update()
     counts = {name: Counter(bool(each.reason) for each in findings if each.row.task == name) for name in tasks.NAMES}
     print(f"{'task':8} {'pairs':>8} {'kept':>8} {'left out':>8}")
     for name, count in {**counts, "all": sum(counts.values(), Counter())}.items():
         print(f"{name:8} {count.total():8} {count[False]:8} {count[True]:8}")
-    size, reference = config.video, config.data.reference
-    print(
-        f"one size: targets of {size.frames} x {size.height} x {size.width}, references of {reference.frames} x {reference.height} x "
-        f"{reference.width}, {size.fps} and {reference.fps} fps; a training compiles 1 program"
-    )
+    print_sizes(findings, configs)
     print_list("left out", [f"{each.row.id}: {each.reason}" for each in findings if each.reason])
     print_list("look at", [f"{name}: {note}" for name, note in notes(findings)])
     require(any(not each.reason for each in findings), f"all {len(findings)} pairs are left out; the lines above say why")
 
 
-def examine(row: Row, config: Config) -> Finding:
+def print_sizes(findings: Sequence[Finding], configs: Mapping[str, Config]) -> None:
+    """Prints the pairs of each size, and how many programs a training compiles."""
+    print(f"{'target':>16} {'reference':>16} {'pairs':>8} {'kept':>8}")
+    filled = 0
+    for name, config in configs.items():
+        of_size = [each for each in findings if each.bucket == name]
+        kept = sum(not each.reason for each in of_size)
+        filled += kept > 0
+        print(f"{written(config.video):>16} {written(config.data.reference):>16} {len(of_size):8} {kept:8}")
+    rates = next(iter(configs.values()))
+    print(f"targets at {rates.video.fps} and references at {rates.data.reference.fps} fps; a training compiles {len(configs)} program(s)")
+    if filled < len(configs):
+        print(f"{len(configs) - filled} of these sizes have no pair: leave them out of --data.buckets")
+
+
+def examine(row: Row, configs: Mapping[str, Config]) -> Finding:
     """Reads the clips of a row as the encoding does."""
-    described = sources.describe(row)
+    described, name = sources.describe(row), next(iter(configs))
     try:
         sources.require_stated(row, described)
-        read_pixels(row, config)
+        name = bucket_of(row, configs) if len(configs) > 1 or name else name
+        read_pixels(row, configs[name])
     except RequestError as error:
-        return Finding(row, described, str(error))
-    return Finding(row, described, "")
+        return Finding(row, described, str(error), name)
+    return Finding(row, described, "", name)
 
 
 def notes(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:

@@ -71,6 +71,23 @@ def read_clip(
     return np.stack(picked)
 
 
+def measure(path: str | Path) -> tuple[int, int, float]:
+    """Height and width of a clip as it is displayed, and its length in seconds by its container; 0 if that does not say it."""
+    try:
+        with streams.open_clip(path) as container:
+            stream = streams.video_stream(container, path)
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            screen = Screen(path, aspect, 1, 1)
+            frame, turn = screen.see(next(streams.decode(container, stream, path)))
+            seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else (container.duration or 0) / 1e6
+            height, width = frame.height, max(1, round(frame.width * aspect))
+            return (width, height, seconds) if turn[0] else (height, width, seconds)
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except (FFmpegError, StopIteration) as error:
+        raise RequestError(f"{path}: cannot be decoded ({error}); give an undamaged video file") from None
+
+
 def _stretch(steps: list[Fraction], times: FrameTimes, start: float, end: float | None) -> list[Fraction]:
     """The times, after the first frame, at `steps` from `start` on and before `end`, both counted from the container's zero."""
     begin = max(times.offset, Fraction(start).limit_denominator(10**6))

@@ -43,6 +43,11 @@ class Decoder:
         """`clips.read_image` in the child."""
         return self._ask({"kind": "image", "path": str(path)})
 
+    def measure(self, path: Path) -> tuple[int, int, float]:
+        """`clips.measure` in the child."""
+        height, width, seconds = self._answer({"kind": "measure", "path": str(path)})[0]["measured"]
+        return int(height), int(width), float(seconds)
+
     def close(self) -> None:
         if self._child is not None:
             self._child.kill()
@@ -56,6 +61,12 @@ class Decoder:
         self.close()
 
     def _ask(self, request: dict[str, Any]) -> np.ndarray:
+        """The pixels that were asked for."""
+        answer, content = self._answer(request)
+        return np.frombuffer(content, np.uint8).reshape(answer["shape"])
+
+    def _answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray]:
+        """The line of JSON that answers a request, and the bytes behind it."""
         path, until = request["path"], time.monotonic() + self.seconds
         child = self._child = self._child or _start()
         try:
@@ -75,7 +86,7 @@ class Decoder:
             raise RequestError(f"{path}: its decoder died (code {code}); give an undamaged video file") from None
         if refusal:
             raise RequestError(refusal)
-        return np.frombuffer(content, np.uint8).reshape(shape)
+        return answer, content
 
     def _read_line(self, until: float) -> bytes:
         line = b""
@@ -147,6 +158,10 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         try:
             if path.exists() and path.stat().st_size > MOST_BYTES:
                 raise RequestError(f"{path}: {path.stat().st_size / 2**30:.0f} GiB; at most {MOST_BYTES / 2**30:.0f} are read: cut it")
+            if kind == "measure":
+                answers.write(json.dumps({"measured": clips.measure(path)}).encode() + b"\n")
+                answers.flush()
+                continue
             found = clips.read_image(path) if kind == "image" else clips.read_clip(path, **request)
         except RequestError as error:
             answers.write(json.dumps({"error": str(error)[: LINE // 2]}).encode() + b"\n")

@@ -5,6 +5,7 @@ contexts, first frame, latents -> place_references -> Conditions  (launch.sample
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -57,6 +58,13 @@ class Encoders:
             for task in tasks.NAMES:
                 mllm_inputs.token_inputs(config, self.mllm_vocabulary, task, "", has_first_frame=True)
 
+    def of_size(self, config: Config) -> "Encoders":
+        """The same networks, as far as they are loaded, for videos of the sizes of `config`, which differs in nothing else."""
+        found = copy(self)
+        found.config = config
+        vars(found).pop("no_condition", None)
+        return found
+
     @cached_property
     def vae(self) -> WanVAE:
         return load_models.load_vae(self.folder, self.config)
@@ -89,10 +97,11 @@ class Encoders:
             if name not in unused:
                 getattr(self, name)
 
-    def release(self) -> None:
-        """Lets the networks go; they are loaded again if they are needed again."""
+    def release(self, keep: Sequence[str] = ()) -> None:
+        """Lets the networks go, but for those to `keep`; they are loaded again if they are needed again."""
         for name in NETWORKS:
-            vars(self).pop(name, None)
+            if name not in keep:
+                vars(self).pop(name, None)
 
     def latents(self, videos: Float[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
         """Clips to latents."""

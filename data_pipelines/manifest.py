@@ -11,9 +11,9 @@ unless that is allowed.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from configs.errors import RequestError, require
 from omnitransfer_jax import tasks
@@ -21,6 +21,7 @@ from omnitransfer_jax import tasks
 REQUIRED = ("id", "task", "reference", "target", "prompt")
 OPTIONAL = ("first_frame", "start", "end", "sha256")
 CLIPS = ("reference", "target")
+Item = TypeVar("Item")
 LISTED = 8  # problems that a message names; it counts the others
 
 
@@ -60,33 +61,44 @@ class Row(NamedTuple):
 def read_manifest(path: str | Path) -> list[Row]:
     """The rows of a manifest, in its order; one `RequestError` lists what is wrong in it, by file and line, up to `LISTED` problems."""
     path = Path(path)
+    first_line: dict[str, int] = {}
+
+    def row_of(line: str, number: int) -> tuple[Row | None, list[str]]:
+        row, wrong = _parse(line, path.parent)
+        if row is not None and row.id in first_line:
+            wrong = [f"id {_short(row.id)}: line {first_line[row.id]} has it too; every id once"]
+        elif row is not None:
+            first_line[row.id] = number
+        return row, wrong
+
+    return read_lines(path, row_of, "a manifest", REQUIRED)
+
+
+def read_lines(path: Path, parse: Callable[[str, int], tuple[Item | None, list[str]]], what: str, required: Sequence[str]) -> list[Item]:
+    """The items of a file of JSON lines, itself `what` in messages; `parse` gives that of a line and its number, or what is wrong."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: not a manifest that can be read ({_reason(error)}); give a file of JSON lines") from None
+        raise RequestError(f"{path}: not {what} that can be read ({_reason(error)}); give a file of JSON lines") from None
     require(
         not "".join(lines[:1000]).lstrip().startswith("["),
         f"{path}: a JSON array; give one object a line, without brackets around them and without commas between them",
     )
-    rows: list[Row] = []
+    items: list[Item] = []
     problems: list[str] = []
-    first_line: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        row, wrong = _parse(line, path.parent)
-        if row is not None and row.id in first_line:
-            wrong = [f"id {_short(row.id)}: line {first_line[row.id]} has it too; every id once"]
+        item, wrong = parse(line, number)
         problems += [f"{path}:{number}: {problem}" for problem in wrong]
-        if row is not None and not wrong:
-            first_line[row.id] = number
-            rows.append(row)
+        if item is not None and not wrong:
+            items.append(item)
     if problems:
         more = f"; and {len(problems) - LISTED} more problems" if len(problems) > LISTED else ""
         raise RequestError("; ".join(problems[:LISTED]) + more)
-    if not rows:
-        raise RequestError(f"{path}: no rows; give one JSON object a line, with {', '.join(REQUIRED)}")
-    return rows
+    if not items:
+        raise RequestError(f"{path}: no rows; give one JSON object a line, with {', '.join(required)}")
+    return items
 
 
 def require_inside(rows: Sequence[Row], root: Path) -> None:
@@ -130,16 +142,7 @@ def _same_bytes(a: Path, b: Path) -> bool:
 
 def _parse(line: str, folder: Path) -> tuple[Row | None, list[str]]:
     """The row of one line, or what is wrong with it."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return None, [f"not JSON ({_reason(error)}); give one object a line"]
-    if not isinstance(content, dict):
-        return None, [f"{_short(content)}: not an object; give {{{', '.join(REQUIRED)}}}"]
-    wrong = [f"{key} is absent; every row needs {', '.join(REQUIRED)}" for key in REQUIRED if key not in content]
-    known = (*REQUIRED, *OPTIONAL)
-    wrong += [f"{_short(key)}: no such key; there are {', '.join(known)}" for key in content if key not in known]
-    wrong += [f"{key} {_short(content[key])}: {why}" for key in known if key in content and (why := _wrong_value(key, content[key]))]
+    content, wrong = read_object(line, REQUIRED, OPTIONAL)
     if wrong:
         return None, wrong
     starts, ends = _of_each(content.get("start"), 0.0), _of_each(content.get("end"), None)
@@ -160,6 +163,21 @@ def _parse(line: str, folder: Path) -> tuple[Row | None, list[str]]:
     if row.first_frame is not None and not row.is_temporal:
         wrong.append(f"first_frame: {row.task} starts from none; leave it out")
     return (None, wrong) if wrong else (row, [])
+
+
+def read_object(line: str, required: Sequence[str], optional: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The object of a line with these keys, and what is wrong with it."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return {}, [f"not JSON ({_reason(error)}); give one object a line"]
+    if not isinstance(content, dict):
+        return {}, [f"{_short(content)}: not an object; give {{{', '.join(required)}}}"]
+    wrong = [f"{key} is absent; every row needs {', '.join(required)}" for key in required if key not in content]
+    known = (*required, *optional)
+    wrong += [f"{_short(key)}: no such key; there are {', '.join(known)}" for key in content if key not in known]
+    wrong += [f"{key} {_short(content[key])}: {why}" for key in known if key in content and (why := _wrong_value(key, content[key]))]
+    return content, wrong
 
 
 def _wrong_value(key: str, value: Any) -> str:

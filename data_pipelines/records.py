@@ -33,7 +33,7 @@ from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
 from omnitransfer_jax.folders.atomic import place, read_json, sha256, write_whole
 from omnitransfer_jax.folders.checksums import print_once
-from omnitransfer_jax.folders.inputs import RECORDS_FILE
+from omnitransfer_jax.folders.inputs import BUCKETS_FILE, RECORDS_FILE
 from omnitransfer_jax.folders.model_folder import MODEL_FILE
 from omnitransfer_jax.models.alignment import MLLMInputs
 
@@ -133,7 +133,7 @@ def begin(folder: Path, config: Config, source: Mapping[str, Any]) -> None:
 def require_place(folder: Path) -> None:
     """A `RequestError` if something other than records is in `folder`."""
     others = [path.name for path in folder.glob("*") if not path.name.startswith(".")]  # hidden files: another process begins just now
-    begun = (folder / MADE_FILE).exists()
+    begun = (folder / MADE_FILE).exists() or (folder / BUCKETS_FILE).exists()
     require(begun or not others, f"{folder}: no records, but {', '.join(others[:3])}; give a new or empty folder")
 
 

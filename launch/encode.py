@@ -13,7 +13,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
+from configs.buckets import bucket_configs
 from configs.errors import RequestError, require
 from configs.run import Config, encoder_names
-from data_pipelines import check, records, sources
+from data_pipelines import buckets, check, records, sources
 from data_pipelines.encoders import Encoders, weights_of
 from data_pipelines.manifest import Row, read_manifest, require_inside
 from data_pipelines.pairs import Pixels, encode, prefetch, read_pixels
@@ -66,21 +68,49 @@ def main(config: Config) -> None:
     load_models.require_weights(config.train.init_from, config, encoder_names(config))
     weights = weights_of(config)
     source = {"manifest": sha256(manifest), "weights": weights, "records_per_shard": RECORDS_PER_SHARD.value}
-    records.begin(folder, config, source)
-    shards = [rows[i : i + RECORDS_PER_SHARD.value] for i in range(0, len(rows), RECORDS_PER_SHARD.value)]
-    paths = [records.shard_path(folder, i, len(shards)) for i in range(len(shards))]
-    missing = [i for i in range(index, len(shards), count) if not is_done(paths[i]) or is_stale(shards[i], paths[i])]
-    if missing or not (folder / records.EMPTY_TEXT_FILE).exists():
+    bucket_of = buckets.write(folder, config, rows, source) if config.data.buckets else {row.id: "" for row in rows}
+    works = [
+        Work(each, folder / name, [row for row in rows if bucket_of[row.id] == name])
+        for name, each in bucket_configs(config).items()
+        if name in bucket_of.values()
+    ]
+    missing = {work.folder: work.begin(source, index, count) for work in works}
+    if any(missing.values()) or not all((work.folder / records.EMPTY_TEXT_FILE).exists() for work in works):
         if weights == records.RANDOM:
             print("no weights in train.init_from: the encoders are random, so these records only show that every part runs")
         encoders = Encoders(config, config.train.init_from)
         encoders.load()
         (text,), (rows_of_text,) = encoders.text([""])
-        records.write_empty_text(folder, text[:rows_of_text])
-        with tqdm(total=sum(len(shards[i]) for i in missing), unit="pair", disable=None) as bar:
-            for i in missing:
-                encode_shard(shards[i], paths[i], config, encoders, bar)
-    finish(folder, paths, config)
+        with tqdm(total=sum(len(work.shards[i]) for work in works for i in missing[work.folder]), unit="pair", disable=None) as bar:
+            for work in works:
+                records.write_empty_text(work.folder, text[:rows_of_text])
+                sized = encoders.of_size(work.config) if config.data.buckets else encoders
+                for i in missing[work.folder]:
+                    encode_shard(work.shards[i], work.paths[i], work.config, sized, bar)
+    finish(folder, works, config)
+
+
+@dataclass
+class Work:
+    """The records of one size: all of them, or those of a bucket."""
+
+    config: Config
+    folder: Path
+    rows: list[Row]
+
+    @property
+    def shards(self) -> list[list[Row]]:
+        return [self.rows[i : i + RECORDS_PER_SHARD.value] for i in range(0, len(self.rows), RECORDS_PER_SHARD.value)]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [records.shard_path(self.folder, i, len(self.shards)) for i in range(len(self.shards))]
+
+    def begin(self, source: Mapping[str, Any], index: int, count: int) -> list[int]:
+        """The shards that process `index` of `count` is to make: those that are absent, or whose clips have changed."""
+        records.begin(self.folder, self.config, source)
+        shards, paths = self.shards, self.paths
+        return [i for i in range(index, len(shards), count) if not is_done(paths[i]) or is_stale(shards[i], paths[i])]
 
 
 def process() -> tuple[int, int]:
@@ -163,25 +193,41 @@ def is_done(path: Path) -> bool:
     return path.exists() and tally_path(path).exists()
 
 
-def finish(folder: Path, paths: Sequence[Path], config: Config) -> None:
-    """Prints how many pairs were kept and refused, and writes the dataset's metadata if all shards are complete."""
-    tallies = [read_json(tally_path(path), "remove it, and its shard is made again", "kept") for path in paths if is_done(path)]
-    rejected = [entry for tally in tallies for entry in tally["rejected"]]
+def finish(folder: Path, works: Sequence[Work], config: Config) -> None:
+    """Prints how many pairs were kept and refused, and writes the metadata of each data set whose shards are complete."""
+    tallies = {
+        work.folder: [read_json(tally_path(path), "remove it, and its shard is made again", "kept") for path in work.paths if is_done(path)]
+        for work in works
+    }
+    rejected = [entry for each in tallies.values() for tally in each for entry in tally["rejected"]]
     write_whole(folder / REJECTED_FILE, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
-    kept = sum((Counter(tally["kept"]) for tally in tallies), Counter())
+    kept = sum((Counter(tally["kept"]) for each in tallies.values() for tally in each), Counter())
     refused = Counter(entry["task"] for entry in rejected)
     print(f"{'task':8} {'kept':>8} {'refused':>8}")
     for name in (*tasks.NAMES, "all"):
         counts = (kept.total(), refused.total()) if name == "all" else (kept[name], refused[name])
         print(f"{name:8} {counts[0]:8} {counts[1]:8}")
-    if len(tallies) < len(paths):
-        print(f"{len(tallies)} of {len(paths)} shards are there; the dataset is made when the other processes have written theirs")
+    for work in works if config.data.buckets else ():
+        print(f"{work.folder.name}: {sum(sum(tally['kept'].values()) for tally in tallies[work.folder])} kept of {len(work.rows)}")
+    there, needed = sum(map(len, tallies.values())), sum(len(work.paths) for work in works)
+    if there < needed:
+        print(f"{there} of {needed} shards are there; the dataset is made when the other processes have written theirs")
         return
     require(kept.total() > 0, f"{folder}: nothing is kept, all {refused.total()} pairs are refused; {folder / REJECTED_FILE} says why")
+    for work in works:
+        finish_one(work, tallies[work.folder])
+    print(f"Next: python -m launch.train --config={FLAGS['config'].value} --workdir=DIR --data.path={folder}{buckets.flag(config)}")
+
+
+def finish_one(work: Work, tallies: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the metadata of one data set; a bucket that keeps nothing is marked as such."""
+    lengths = [sum(tally["kept"].values()) for tally in tallies]
+    if not sum(lengths):
+        write_whole(work.folder / buckets.NONE_KEPT, "")
+        return
+    (work.folder / buckets.NONE_KEPT).unlink(missing_ok=True)
     known = all("ids" in tally for tally in tallies)  # earlier versions wrote none
-    ids = [name for tally in tallies if known for name in tally["ids"]]
-    records.finish(folder, config, [sum(tally["kept"].values()) for tally in tallies], ids)
-    print(f"Next: python -m launch.train --config={FLAGS['config'].value} --workdir=DIR --data.path={folder}")
+    records.finish(work.folder, work.config, lengths, [name for tally in tallies if known for name in tally["ids"]])
 
 
 if __name__ == "__main__":

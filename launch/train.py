@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from configs.buckets import bucket_configs, written
 from configs.ditflow import DiTFlow
 from configs.errors import require
 from configs.follow_your_motion import FollowYourMotion
@@ -27,7 +28,9 @@ from configs.vae import VAETraining
 from configs.wan_animate_2 import WanAnimate2
 from data_pipelines import clips, motion_inversion, motion_training
 from data_pipelines.batches import batches, data_digest, empty_text, identify
+from data_pipelines.prompts import read_pictures, require_prompts
 from launch import command
+from launch.sampling.training import TrainingSamples
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.mesh import data_share, make_mesh
@@ -51,8 +54,11 @@ ONE_CLIP = (FollowYourMotion, MotionInversion)  # configurations of trainings on
 
 def main(config: Config | VAETraining | MLLMTraining) -> None:
     require(not isinstance(config, DiTFlow), "--config=ditflow: it trains nothing; give it to launch.sample, with --reference=CLIP")
+    prompts = require_prompts(config) if isinstance(config, Config) else []
     if DRY_RUN.value:
         print(describe(objective(config), config))
+        if isinstance(config, Config) and config.data.buckets:
+            print(sizes(config))
         if isinstance(config, Config) and config.train.references:
             print(f"in sampling, {flops.note_of(config)}")
         return
@@ -62,6 +68,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
     )
     one_clip = isinstance(config, ONE_CLIP)
     require(one_clip or not (REFERENCE.value or PROMPT.value), "--reference, --prompt: this training reads records; leave them out")
+    require(not (one_clip and prompts), "train.sample_prompts: this training makes no samples; launch.sample does, from its checkpoints")
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     data = config.data.path if isinstance(config, Config) else ""
     outputs.require_folder("--workdir", WORKDIR.value, [config.train.init_from, data], holds="run", owns=[run_folder.CHECKPOINTS])
@@ -69,6 +76,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
         run_folder.read_config(WORKDIR.value, type(config))
     else:
         loop.require_weights(objective(config), config)
+    asked = [(prompt, read_pictures(prompt, config)) for prompt in prompts] if isinstance(config, Config) else []
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     mesh, workdir = make_mesh(config.mesh), Path(WORKDIR.value)
@@ -92,7 +100,18 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
                 base = transfer_lora.load_base(config, trained, mesh)
             else:
                 trained = omnitransfer.objective(config, empty_text(config))
-            loop.train(trained, config, workdir, mesh, data, data_digest=data_digest(config), base=base, identify=identify(config))
+            sample = TrainingSamples(config, asked, mesh, workdir, base) if asked else None
+            known = data_digest(config)
+            loop.train(trained, config, workdir, mesh, data, data_digest=known, base=base, identify=identify(config), sample=sample)
+
+
+def sizes(config: Config) -> str:
+    """A line for each size that a batch may have."""
+    lines = [f"{'target':>16} {'reference':>16} {'tokens of a step':>18} {'FLOPs of a step':>18}"]
+    for each in bucket_configs(config).values():
+        work = f"{flops.train_tokens(each):>18,} {flops.train_step(each):>18.4g}"
+        lines.append(f"{written(each.video):>16} {written(each.data.reference):>16} {work}")
+    return "\n".join([*lines, f"{len(lines) - 1} programs are compiled before the first step; the memory above is of the parameters"])
 
 
 def objective(config: Config | VAETraining | MLLMTraining) -> Objective:

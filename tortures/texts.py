@@ -1,4 +1,4 @@
-"""Manifests and overrides with anything in them: each is read, or refused in one line; no traceback reaches the user."""
+"""Manifests, prompts files and overrides with anything in them: each is read, or refused in one line; no traceback reaches the user."""
 
 import io
 import json
@@ -12,6 +12,7 @@ from absl import flags
 from configs.errors import RequestError
 from configs.run import Config
 from data_pipelines.manifest import read_manifest
+from data_pipelines.prompts import read_prompts
 from launch import command
 from omnitransfer_jax import tasks
 from tortures.outcome import Outcome
@@ -26,15 +27,15 @@ TEXTS = (*NUMBERS, "--", "-", "=", "a b", "é", "\udcff", "(", ".*", "embedded",
 
 
 def texts(folder: Path, count: int) -> Outcome:
-    """Three fifths manifests, the rest overrides."""
+    """Two fifths manifests, a fifth prompts files, the rest overrides."""
     failures, read = [], 0
     for case in range(count):
         draw = random.Random(case)
         if case % 5 < 3:
-            path = folder / "manifest.jsonl"
-            path.write_bytes(manifest(draw))
+            path = folder / "lines.jsonl"
+            path.write_bytes(lines(draw, of_manifest=case % 5 < 2))
             try:
-                read_manifest(path)
+                read_manifest(path) if case % 5 < 2 else read_prompts(path, has_references=draw.random() < 0.5)
                 read += 1
             except RequestError as error:
                 if "\n" in str(error) or len(str(error)) > 5000:
@@ -58,13 +59,12 @@ def accept(config: Config) -> None:
     """A command that does nothing with a configuration that is valid."""
 
 
-def manifest(draw: random.Random) -> bytes:
-    """A few rows with things wrong, or bytes that are none."""
+def lines(draw: random.Random, of_manifest: bool) -> bytes:
+    """A few rows of a manifest or of a prompts file with things wrong, or bytes that are none."""
     rows = []
     for number in range(draw.choice([1, 1, 2, 5])):
-        row: dict[str, Any] = {
-            "id": f"r{number}", "task": draw.choice(tasks.NAMES), "reference": "a.mp4", "target": "b.mp4", "prompt": "x"
-        }  # fmt: skip
+        row: dict[str, Any] = {"task": draw.choice(tasks.NAMES), "prompt": "x", "reference": "a.mp4"}
+        row |= {"id": f"r{number}", "target": "b.mp4"} if of_manifest else draw.choice([{}, {"first_frame": "a.png"}])
         for _ in range(draw.choice([0, 0, 1, 2, 5])):
             key = draw.choice(KEYS)
             if draw.random() < 0.2:

@@ -17,7 +17,7 @@ from omnitransfer_jax.folders import atomic, model_folder, run_folder
 from omnitransfer_jax.weights.files import PICKLES
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS
 
-RECORDS_FILE = "records.json"
+RECORDS_FILE, BUCKETS_FILE = "records.json", "buckets.json"
 INNER = (*(part.name for part in (*PARTS, MLLM)), MLLM_TOKENIZER, TOKENIZERS["diffusers"])  # the folders inside of a model folder
 WEIGHTS = (".safetensors", ".gguf", *PICKLES)
 PUBLISHED = {"_class_name", "model_type", "architectures"}  # keys of a config.json that came with weights
@@ -30,7 +30,7 @@ def kind_of(folder: epath.PathLike) -> Kind:
     path = epath.Path(folder)
     if (path / model_folder.MODEL_FILE).exists():
         return "model"
-    if (path / RECORDS_FILE).exists():
+    if (path / RECORDS_FILE).exists() or (path / BUCKETS_FILE).exists():
         return "records"
     config = path / run_folder.CONFIG_FILE
     if not config.exists():

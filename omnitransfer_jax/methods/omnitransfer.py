@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from configs.buckets import bucket_configs
 from configs.run import Config
 from omnitransfer_jax.batch import Batch, batch_spec
 from omnitransfer_jax.flow import TIMESTEPS, draw_time, interpolate, loss_per_example, loss_weight
@@ -25,7 +26,7 @@ from omnitransfer_jax.models.omnitransfer import SHARDING, OmniTransfer, make_re
 from omnitransfer_jax.tasks import TASKS
 from omnitransfer_jax.train import flops
 from omnitransfer_jax.train.log import LOSS, SHARE
-from omnitransfer_jax.train.objective import Metrics, Objective, Params
+from omnitransfer_jax.train.objective import Form, Metrics, Objective, Params
 
 BINS = 5  # parts of the time whose losses are logged apart
 
@@ -46,11 +47,13 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
     params = flat_params(model)
     transformer = [path.replace(".", "/", 1) for path in params if path.startswith("dit.")]
     frozen = not any(re.fullmatch(pattern, name) for pattern in config.train.trainable for name in transformer)
+    first, *others = forms(config, frozen)
     return Objective(
         params=params,
         sharding=SHARDING,
         trainable=config.train.trainable,
-        batch=batch_spec(config),
+        batch=first.batch,
+        others=tuple(others),
         draw=partial(draw, config),
         loss=partial(loss, config, model, empty),
         init=lambda: flat_params(OmniTransfer(config, rngs=nnx.Rngs(keys(config)[0]))),
@@ -59,9 +62,14 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": EXPERTS[config.train.expert or "high_noise"], "alignment.mllm.": "mllm"},
-        flops=flops.train_step(config, frozen),
-        tokens=flops.train_tokens(config),
+        flops=first.flops,
+        tokens=first.tokens,
     )
+
+
+def forms(config: Config, frozen: bool) -> list[Form]:
+    """The batches of each bucket, and what a step on them costs if the transformer is `frozen`."""
+    return [Form(batch_spec(each), flops.train_step(each, frozen), flops.train_tokens(each)) for each in bucket_configs(config).values()]
 
 
 def keys(config: Config) -> Array:

@@ -20,7 +20,6 @@ from configs.errors import require
 from configs.run import Config
 from configs.stage1 import TransferLoRA
 from omnitransfer_jax import load_models
-from omnitransfer_jax.batch import batch_spec
 from omnitransfer_jax.folders import model_folder, run_folder
 from omnitransfer_jax.mesh import specs
 from omnitransfer_jax.methods import omnitransfer
@@ -29,7 +28,6 @@ from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.models.omnitransfer import SHARDING
 from omnitransfer_jax.models.transfer_adapters import adapters, make_model
 from omnitransfer_jax.models.wan_dit import WanDiT
-from omnitransfer_jax.train import flops
 from omnitransfer_jax.train.objective import Objective, Params
 
 
@@ -44,7 +42,8 @@ def objective(config: TransferLoRA, empty_text: Float[np.ndarray, "S E"] | None 
         base={path: jax.ShapeDtypeStruct(x.shape, kept_in(path, x, config)) for path, x in base.items()},
         sharding=SHARDING,
         trainable=config.train.trainable,
-        batch=batch_spec(config),
+        batch=plain.batch,
+        others=tuple(each._replace(flops=each.flops * 2 // 3) for each in plain.others),
         draw=plain.draw,
         loss=partial(omnitransfer.loss, config, model, empty),
         init=partial(init, config),
@@ -53,7 +52,7 @@ def objective(config: TransferLoRA, empty_text: Float[np.ndarray, "S E"] | None 
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": "dit"},
-        flops=flops.train_step(config) * 2 // 3,  # no gradients of the transformer's own weights
+        flops=(plain.flops or 0) * 2 // 3,  # no gradients of the transformer's own weights
     )
 
 

@@ -226,9 +226,14 @@ def on_mesh(mesh: Mesh, config: Config, function: Callable[..., Any]) -> Callabl
     return run_all
 
 
-def program_on(mesh: Mesh, config: Config, function: Callable[..., Any]) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
-    """(run, params): run(params, trees, batched=, static=) of `on_mesh`, not yet compiled, and the parameters it takes, not yet loaded."""
-    blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs))
+def program_on(
+    mesh: Mesh, config: Config, function: Callable[..., Any], model: WanDiT | None = None
+) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """(run, params): run(params, trees, batched=, static=) of `on_mesh`, not yet compiled, and the parameters it takes, not yet loaded.
+
+    `model` is a transformer without arrays that has more than the configured one, such as adapters.
+    """
+    blank = abstract(lambda rngs: WanDiT(config.dit, rngs=rngs)) if model is None else model
     leaves = flat_params(blank)
     spec = specs(leaves, wan_dit.SHARDING, config.mesh)
 

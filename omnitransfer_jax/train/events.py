@@ -1,15 +1,18 @@
 """TensorBoard events of a run, written at once: tensorboardX's own thread ends at a full disk, and its queue then blocks the run."""
 
+import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.summary import scalar
 
 Proto: Any = event_pb2  # its classes are made when it is imported
+Summaries: Any = summary_pb2
 
 
 class Events:
@@ -27,6 +30,14 @@ class Events:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._write(Proto.Event(step=step, summary=scalar(name, value)))
+        self._call("flush")
+
+    def picture(self, step: int, name: str, content: bytes) -> None:
+        """A JPEG or PNG under IMAGES."""
+        with Image.open(io.BytesIO(content)) as picture:
+            width, height = picture.size
+        image = Summaries.Summary.Image(encoded_image_string=content, width=width, height=height, colorspace=3)
+        self._write(Proto.Event(step=step, summary=Summaries.Summary(value=[Summaries.Summary.Value(tag=name, image=image)])))
         self._call("flush")
 
     def close(self) -> None:

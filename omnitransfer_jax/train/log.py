@@ -36,18 +36,18 @@ PEAKS = {
 
 
 class Work(NamedTuple):
-    """What a step does, for the speeds in the log; 0 is unknown."""
+    """What a step does, or several, for the speeds in the log; 0 is unknown."""
 
     flops: int = 0
     tokens: int = 0
-    devices: int = 1
 
 
 class RunLog:
     """The log of a run that has done `step` steps; the file keeps no line of a later one, nor one that was cut off."""
 
-    def __init__(self, workdir: Path, config: TrainConfig, step: int, work: Work = Work()):  # noqa: B008 (it cannot change)
-        self.config, self.work, self.writes = config, work, jax.process_index() == 0
+    def __init__(self, workdir: Path, config: TrainConfig, step: int, devices: int = 1):
+        self.config, self.devices, self.writes = config, devices, jax.process_index() == 0
+        self.work = Work()
         self.logged = self.first = step
         self.started = self.marked = time.perf_counter()
         self.waited = self.compiled = 0.0
@@ -80,6 +80,10 @@ class RunLog:
         yield
         self.waited += time.perf_counter() - before
 
+    def add_work(self, work: Work) -> None:
+        """What the next step to be written has done."""
+        self.work = Work(self.work.flops + work.flops, self.work.tokens + work.tokens)
+
     def flush(self) -> str:
         """Writes all lines; what the system refuses of it, in a few words."""
         return self.lines.flush() if self.writes else ""
@@ -96,21 +100,26 @@ class RunLog:
         elapsed, steps = now - self.marked, step - self.logged
         seconds = elapsed / steps
         line = {"step": step, "loss": metrics["loss"], **of_groups(metrics)}
-        line |= {"seconds": seconds, "data_wait": self.waited / max(elapsed, 1e-9)} | self._speeds(seconds)
+        line |= {"seconds": seconds, "data_wait": self.waited / max(elapsed, 1e-9)} | self._speeds(elapsed)
         left = (now - self.started) / (step - self.first) * (self.config.steps - step)
-        self.logged, self.marked, self.waited, self.compiled = step, now, 0.0, 0.0
+        self.logged, self.marked, self.waited, self.compiled, self.work = step, now, 0.0, 0.0, Work()
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self.lines.add(json.dumps(line) + "\n")
         self.events.write(step, {name: value for name, value in line.items() if value is not None and name != "step"})
         print(console(line, self.config.steps, left), flush=True)
 
-    def _speeds(self, seconds: float) -> dict[str, float]:
+    def picture(self, step: int, content: bytes | None) -> None:
+        """Shows the samples of a step, a JPEG, in TensorBoard."""
+        if self.writes and content is not None:
+            self.events.picture(step, "samples", content)
+
+    def _speeds(self, elapsed: float) -> dict[str, float]:
         """Tokens a second, the share of the devices' peak, and how long it took to compile, as far as they are known."""
         found, peak = {}, peak_of(jax.devices()[0].device_kind)
         if self.work.tokens:
-            found["tokens_per_second"] = self.work.tokens / seconds
+            found["tokens_per_second"] = self.work.tokens / elapsed
         if self.work.flops and peak:
-            found["mfu"] = self.work.flops / seconds / (peak * self.work.devices)
+            found["mfu"] = self.work.flops / elapsed / (peak * self.devices)
         return found | ({"compile_seconds": self.compiled} if self.compiled else {})
 
 

@@ -39,7 +39,7 @@ from omnitransfer_jax.train.stopping import Stopped, Stopping, Watchdog, stop_si
 REPORT_SECONDS = 60.0  # between two writings of the report
 
 Evaluate = Callable[[Params], Mapping[str, float]]
-Sample = Callable[[int, Params], None]
+Sample = Callable[[int, Params], bytes | None]
 
 
 def train(
@@ -59,7 +59,8 @@ def train(
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
     `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`.
     `identify` gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step,
-    averaged if there is an average: before the first step, and when it is asked.
+    averaged if there is an average, and may give a JPEG of them: before the first step, every `train.sample_every`, after the last, and
+    when the file SAMPLE asks for it.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
@@ -81,14 +82,16 @@ def train(
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         step = Program(make_step(objective, config, optimizer, mesh, spec), like, mesh, base or {})
         with stopping.ends_at_once(f"stopped before step {done + 1} of {steps}; the same command goes on from there"):
-            compiled = step.compile(placed(mesh, objective.batch, batch_sharding(mesh).spec), key)
-        work = Work(objective.flops or 0, objective.tokens or 0, mesh.size)
-        with RunLog(workdir, config.train, done, work) as log:
+            compiled = sum(step.compile(placed(mesh, form.batch, batch_sharding(mesh).spec), key) for form in objective.forms)
+        works = {form_of(form.batch): Work(form.flops, form.tokens) for form in objective.forms}
+        with RunLog(workdir, config.train, done, mesh.size) as log:
             log.compiled = compiled
             incidents = Incidents(workdir, done, int(state.skipped), identify)
             saver = Saver(checkpoints, config.checkpoint.every, stopping, log.flush)
             control = Control(workdir)
-            run = Run(config, workdir, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, control, evaluate, sample)
+            run = Run(
+                config, workdir, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, control, evaluate, sample, works
+            )
             if sample is not None and not done:
                 run.sample_now(0)
             reached = run.to_the_end(done)
@@ -117,6 +120,7 @@ class Run:
     control: Control
     evaluate: Evaluate | None
     sample: Sample | None
+    works: Mapping[Any, Work]
     next_report: float = 0.0
 
     def to_the_end(self, done: int) -> int:
@@ -133,6 +137,7 @@ class Run:
             self.state, metrics = self.step(self.state, batch, self.key)
             if pending:
                 self.settle(n - 1, pending)
+            self.log.add_work(self.works.get(form_of(batch), Work()))
             asked = self.control.asked()
             pending, stop = metrics, self.stopping(n) or "STOP" in asked
             last, samples = stop or n == steps, self.is_to_sample(n, asked)
@@ -146,6 +151,8 @@ class Run:
             if samples and not stop:
                 self.sample_now(n)
             if last:
+                if samples and jax.process_index() == 0:
+                    self.report()
                 return n
             if "PAUSE" in asked:
                 self.pause(n)
@@ -153,19 +160,27 @@ class Run:
 
     def is_to_sample(self, n: int, asked: Collection[str]) -> bool:
         """Whether step `n` is followed by samples; a training that makes none says so."""
-        if "SAMPLE" in asked and self.sample is None:
-            print(f"step {n}: SAMPLE is left out, for this training makes no samples; launch.sample does, from any checkpoint", flush=True)
-        return "SAMPLE" in asked and self.sample is not None
+        if self.sample is None:
+            if "SAMPLE" in asked:
+                print(f"step {n}: SAMPLE is left out, for this training was started without --train.sample_prompts=FILE", flush=True)
+            return False
+        every = self.config.train.sample_every
+        return "SAMPLE" in asked or n == self.config.train.steps or (every > 0 and n % every == 0)
 
     def sample_now(self, n: int) -> None:
-        """Makes the samples of step `n`; not counted as time of a step. An error of it is told and ends nothing."""
+        """Makes the samples of step `n`; not counted as time of a step. What the system refuses of it is told and ends nothing."""
         assert self.sample is not None
         self.watchdog.progress(f"step {n}, samples")
         try:
             with self.log.paused(), self.stopping.interruptible():
-                self.sample(n, self.state.ema | self.state.frozen if self.state.ema else self.state.params)
+                self.log.picture(n, self.sample(n, self.state.ema | self.state.frozen if self.state.ema else self.state.params))
+            self.next_report = 0.0
         except Stopped:
             print(f"step {n}: its samples are left out, for the run was asked to stop", flush=True)
+        except (OSError, jax.errors.JaxRuntimeError) as error:  # a full disk; no memory for a sampling beside the training
+            if jax.process_count() > 1:
+                raise
+            print(f"step {n}: no samples, {' '.join(str(error).split())[:300]}; training goes on", flush=True)
 
     def pause(self, n: int) -> None:
         """Waits while the file PAUSE is there; a signal or the file STOP ends it."""
@@ -338,6 +353,11 @@ def make_step(objective: Objective, config: RunConfig, optimizer: optax.Gradient
     return step
 
 
+def form_of(batch: Any) -> Any:
+    """What decides which program a batch needs."""
+    return jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
 class Program:
     """A step compiled once for each form of batch; the state it is given is used up."""
 
@@ -349,7 +369,7 @@ class Program:
 
     def compile(self, batch: Any, key: Array) -> float:
         """Compiles the step for batches of this form, unless that is done; how many seconds it took."""
-        form, started = (jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))), time.perf_counter()
+        form, started = form_of(batch), time.perf_counter()
         if is_new := form not in self.compiled:
             self.compiled[form] = self.step.lower(self.like, batch, key, self.base).compile(self.options)
             print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
@@ -370,4 +390,5 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     config = replace(config, train=replace(config.train, init_from=absolute(config.train.init_from)))
     if not isinstance(config, Config):
         return config
+    config = replace(config, train=replace(config.train, sample_prompts=absolute(config.train.sample_prompts)))
     return replace(config, data=replace(config.data, path=absolute(config.data.path), more=tuple(map(absolute, config.data.more))))

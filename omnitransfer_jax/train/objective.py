@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -14,6 +14,17 @@ from omnitransfer_jax.train.optimizer import dimension_numbers
 Params = dict[str, Array]
 """Parameters by path."""
 Metrics = dict[str, Float[Array, " B"]]
+
+
+class Form(NamedTuple):
+    """A size of batch."""
+
+    batch: Any
+    """Shape and dtype of a whole batch: a tree of arrays whose first axis is the batch."""
+    flops: int
+    """Useful floating-point operations of a step; 0 if they are not counted."""
+    tokens: int
+    """Tokens of a step, of targets and references; 0 if they are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +39,8 @@ class Objective:
     """Regular expressions of the parameters that train, by name: a path whose first dot is a slash, `dit/blocks.ffn.up.kernel`."""
     batch: Any
     """Shape and dtype of a whole batch: any tree of arrays whose first axis is the batch."""
+    others: tuple["Form", ...] = ()
+    """Further sizes of batch; the step is compiled once for each."""
     draw: Callable[[Array, Any], Any]
     """draw(key, batch) -> every random number of a step, a tree whose first axis is the batch.
 
@@ -59,3 +72,8 @@ class Objective:
     """Useful floating-point operations of a step, if they are counted."""
     tokens: int | None = None
     """Tokens of a step, of targets and references, if they are counted."""
+
+    @property
+    def forms(self) -> list[Form]:
+        """All sizes of batch."""
+        return [Form(self.batch, self.flops or 0, self.tokens or 0), *self.others]

@@ -114,7 +114,7 @@ def test_a_wrong_request(write_records):
 def test_a_training_is_given_the_digest_of_its_records(write_records, tmp_path, monkeypatch):
     """launch.train: the same for moved records, another for other records at the old path."""
     found = []
-    monkeypatch.setattr(train.loop, "train", lambda *args, data_digest, base, identify: found.append(data_digest))
+    monkeypatch.setattr(train.loop, "train", lambda *args, data_digest, **others: found.append(data_digest))
 
     def run(path):
         args = ["--config=stage1:smoke", f"--workdir={tmp_path / 'run'}", f"--data.path={path}"]
