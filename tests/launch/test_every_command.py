@@ -78,6 +78,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     ),
     "launch.compile": (Command((STAGE1, "--topology=v5p:2x2x1", "--json={}/new.json"), (), "--json", ".json"),),
     "launch.sweep": (Command((STAGE1, "--space={}/space.toml", "--trials=2", "--out={}/new"), ("--space",), "--out"),),
+    "launch.recipe": (Command((STAGE1, "--target=slurm", "--workdir=/shared/run", "--out={}/new"), (), "--out"),),
     "launch.demo": (Command(("--out={}/new",), (), "--out"),),
     "benchmarks.ablation": (Command(("--out={}/new",), (), "--out"), Command(("--docs={}/new", "--out={}/empty"), (), "--docs")),
     "benchmarks.import_memory": (Command(("--folder={}/new",), (), "--folder"),),

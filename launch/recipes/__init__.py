@@ -1,0 +1,1 @@
+"""The files of launch.recipe, as templates: one folder a target."""
