@@ -77,6 +77,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command((TINY, "--base={}/base", "--vae={}/vae", "--mllm={}/mllm", "--out={}/new"), ("--base", "--vae", "--mllm"), "--out"),
     ),
     "launch.compile": (Command((STAGE1, "--topology=v5p:2x2x1", "--json={}/new.json"), (), "--json", ".json"),),
+    "launch.evaluate": (
+        Command((STAGE1, "--checkpoint={}/run", "--suite=world:2", "--out={}/new"), ("--checkpoint", "--suite"), "--out"),
+    ),
     "launch.demo": (Command(("--out={}/new",), (), "--out"),),
     "benchmarks.ablation": (Command(("--out={}/new",), (), "--out"), Command(("--docs={}/new", "--out={}/empty"), (), "--docs")),
     "benchmarks.import_memory": (Command(("--folder={}/new",), (), "--folder"),),
