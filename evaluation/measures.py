@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from configs.run import VideoConfig
-from evaluation.metrics import appearance, copies, motion_fidelity
+from evaluation.metrics import appearance, copies, lpips, motion_fidelity
 from evaluation.metrics.tracks import Tracks, opencv, track
 from evaluation.rows import TRANSFER
 from evaluation.suites import Case
-from omnitransfer_jax.folders.atomic import read_json, write_whole
+from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
 from world import scores as world_scores
 
 Clip = UInt8[np.ndarray, "T H W 3"]
@@ -165,6 +165,35 @@ def without_weights() -> tuple[list[Metric], dict[str, str]]:
             )
         )
     return found, missing
+
+
+def with_lpips(given: str) -> list[Metric]:
+    """The metrics on LPIPS, with the weights `FILE` or `FILE@SHA256`; a `RequestError` where they are not what is named."""
+    path, _, expected = given.partition("@")
+    params = lpips.load(path)
+    digest = sha256(path)
+    require(not expected or digest == expected.lower(), f"{path}: SHA-256 {digest}, {expected} expected; give the file that was meant")
+    return [
+        Metric(
+            "LPIPS to the first frame",
+            {"LPIPS to the first frame": Score("lower", "distance of each frame to the first frame that was given; 0 for a frozen clip")},
+            lambda sample: {"LPIPS to the first frame": lpips.lpips(params, sample.clip, _first_frame(sample)[None])},
+            lambda sample: sample.case.first_frame is not None and sample.case.is_temporal,
+            digest,
+        ),
+        Metric(
+            "LPIPS to the truth",
+            {"LPIPS to the truth": Score("lower", "distance of each frame to the true clip's")},
+            lambda sample: {"LPIPS to the truth": lpips.lpips(params, sample.clip, _truth(sample))},
+            lambda sample: sample.case.truth is not None,
+            digest,
+        ),
+    ]
+
+
+def _truth(sample: Sample) -> Clip:
+    assert sample.case.truth is not None
+    return sample.case.truth(sample.size)
 
 
 def _world(sample: Sample) -> dict[str, float]:

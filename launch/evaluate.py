@@ -49,6 +49,7 @@ SUITE = flags.DEFINE_string("suite", None, "`world`, `world:N` or a file of JSON
 OUT = flags.DEFINE_string("out", None, "folder of clips, scores and report", required=True, flag_values=FLAGS)
 VIDEOS = flags.DEFINE_string("videos", "", "folder of ready clips, CASE.mp4; nothing is sampled", flag_values=FLAGS)
 AGAINST = flags.DEFINE_string("against", "", "folder of another launch.evaluate of the suite: paired gains over it", flag_values=FLAGS)
+LPIPS = flags.DEFINE_string("lpips", "", "weights of LPIPS, FILE or FILE@SHA256 (evaluation/metrics/lpips.py)", flag_values=FLAGS)
 ROWS_MADE = flags.DEFINE_list("controls", [*CONTROLS], "controls to make beside the transfer", flag_values=FLAGS)
 SHARD_INDEX = flags.DEFINE_integer("shard_index", None, "this process among those that share the work", flag_values=FLAGS)
 SHARD_COUNT = flags.DEFINE_integer("shard_count", None, "number of processes that share the work", flag_values=FLAGS)
@@ -142,6 +143,10 @@ def main(config: Config) -> None:
         print(f"left out: {problem}", flush=True)
     against = results.read(Path(AGAINST.value, results.FILE)) if AGAINST.value else None
     metrics, missing = measures.without_weights()
+    try:
+        metrics += measures.with_lpips(LPIPS.value) if LPIPS.value else []
+    except RequestError as error:
+        missing["LPIPS"] = str(error)
     for name, reason in missing.items():
         print(f"not measured: {name}: {reason}", flush=True)
     clips = Ready(Path(VIDEOS.value), config.video, suite.cases) if VIDEOS.value else Made(out, config, suite.cases)

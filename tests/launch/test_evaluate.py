@@ -5,14 +5,19 @@ The tiny sampler compiles for two families of tasks, about a minute:
     python -m pytest -n 0 -m slow tests/launch/test_evaluate.py
 """
 
+import json
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from configs import stage1
 from evaluation import results, sampling, suites, videos
 from evaluation.transfer import Transfer, held_out
 from launch import evaluate
 from launch.command import execute
+from omnitransfer_jax.folders import atomic
+from tests.evaluation.metrics.test_lpips import random_weights
 
 CONFIG = stage1.get_config("smoke")
 SIZE = CONFIG.video
@@ -81,6 +86,19 @@ def test_other_settings_need_another_folder(ready, tmp_path, capsys):
     assert run(f"--videos={ready}", f"--out={tmp_path}", "--controls=copied") == 0
     assert run(f"--videos={ready}", f"--out={tmp_path}", "--controls=copied", "--video.frames=5") == 2
     assert "begun with another video" in capsys.readouterr().err
+
+
+def test_weights_of_another_digest_cost_their_metric_alone(ready, tmp_path):
+    save_file(random_weights(), tmp_path / "lpips.safetensors")
+    flags = [f"--videos={ready}", "--controls=copied"]
+    assert run(*flags, f"--out={tmp_path / 'a'}", f"--lpips={tmp_path}/lpips.safetensors@{'0' * 64}") == 0
+    assert f"{'0' * 64} expected" in json.loads((tmp_path / "a" / "environment.json").read_text())["absent"]["LPIPS"]
+    assert scores(tmp_path / "a", "transfer", "LPIPS to the truth") == {}
+    assert run(*flags, f"--out={tmp_path / 'a'}", f"--lpips={tmp_path}/lpips.safetensors") == 0  # only what is absent is measured
+    assert set(scores(tmp_path / "a", "transfer", "LPIPS to the truth").values()) == {0}
+    assert min(scores(tmp_path / "a", "copied", "LPIPS to the truth").values()) > 0
+    digest = atomic.sha256(tmp_path / "lpips.safetensors")
+    assert json.loads((tmp_path / "a" / "environment.json").read_text())["weights"]["LPIPS to the truth"] == digest
 
 
 @pytest.mark.slow

@@ -274,7 +274,9 @@ def test_weights_of_another_function_are_named_before_any_are_read(module, each,
     made = wan.get_config("t2v_1_3b")
     model_folder.write_model(tmp_path / "t2v", {"dit": made.dit, "vae": made.vae})
     write_run(tmp_path / "run", made, tmp_path / "t2v")
-    by_run = module in ("launch.sample", "launch.export") or "data.path" in str(each.args)  # the others read what it started from
+    by_run = module in ("launch.sample", "launch.evaluate", "launch.export") or "data.path" in str(
+        each.args
+    )  # the others read what it started from
     for folder, words in (
         ("t2v", ": made with dit.dim=1536, the configuration has "),
         ("run", f": the run in {tmp_path}/run has 1536; " if by_run else f"{tmp_path}/t2v: made with dit.dim=1536, "),
