@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from configs.errors import RequestError
 from configs.run import Config
@@ -97,22 +97,39 @@ class Transfer:
 
         The first frame is given if the task of any list needs it. Without references the language model reads grey clips.
         """
-        config, encoders, prompts = self.config, self.encoders, [pair.prompt for pair in lists[0]]
         indices = [np.array([tasks.task_index(pair.task) for pair in pairs], np.int32) for pairs in lists]
-        videos = [render(encoders.config, pairs) for pairs in lists]
-        frames, has_frame = videos[0].first_frames, np.max([each.has_first_frame for each in videos], axis=0)
-        inputs, latents = [], []
-        for task, references in zip(indices, (each.references for each in videos), strict=True):
-            if references is not None and with_reference and config.train.references:
-                latents.append((task, encoders.latents(references)))
-            if references is not None and networks.alignment is not None:
-                given = references if with_reference else np.zeros_like(references)
-                inputs.append((task, encoders.mllm_inputs(task, prompts, frames, has_frame, given)))
-        context, negative = encoders.contexts(prompts, networks.alignment, inputs)
-        image, condition = encoders.first_frames(frames, has_frame)
-        references = place_references(config, config.video, latents)
-        given = jnp.asarray(image) if image is not None and has_frame.any() else None
-        return Conditions(context, negative, given, jnp.asarray(condition), references)
+        videos = [render(self.encoders.config, pairs) for pairs in lists]
+        has_frame = np.max([each.has_first_frame for each in videos], axis=0)
+        given = [(task, each.references) for task, each in zip(indices, videos, strict=True) if each.references is not None]
+        prompts = [pair.prompt for pair in lists[0]]
+        return conditions_of(self.encoders, networks.alignment, prompts, videos[0].first_frames, has_frame, given, with_reference)
+
+
+def conditions_of(
+    encoders: Encoders,
+    alignment: Alignment | None,
+    prompts: Sequence[str],
+    frames: Float[np.ndarray, "B H W 3"],
+    has_frame: Float[np.ndarray, " B"],
+    references: Sequence[tuple[Int[np.ndarray, " B"], Float[np.ndarray, "B T h w 3"]]],
+    with_reference: bool = True,
+) -> Conditions:
+    """What the transformer reads of a batch with `references` (task, clips); pixels are in [-1, 1].
+
+    `has_frame` is 0 where there is no first frame. Without references the language model reads grey clips in their place.
+    """
+    config, inputs, latents = encoders.config, [], []
+    for task, clips_of in references:
+        if with_reference and config.train.references:
+            latents.append((task, encoders.latents(clips_of)))
+        if alignment is not None:
+            given = clips_of if with_reference else np.zeros_like(clips_of)
+            inputs.append((task, encoders.mllm_inputs(task, prompts, frames, has_frame, given)))
+    context, negative = encoders.contexts(prompts, alignment, inputs)
+    image, condition = encoders.first_frames(frames, has_frame)
+    placed = place_references(config, config.video, latents)
+    given = jnp.asarray(image) if image is not None and has_frame.any() else None
+    return Conditions(context, negative, given, jnp.asarray(condition), placed)
 
 
 def with_control(

@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     folder = Path(OUT.value or "")
     outputs.require_folder("--out", str(folder), [MANIFEST.value, config.train.init_from], holds="records", owns=["."])
     records.require_place(folder)
-    index, count = process()
+    index, count = process(SHARD_INDEX.value, SHARD_COUNT.value)
     load_models.require_weights(config.train.init_from, config, encoder_names(config))
     weights = weights_of(config)
     source = {"manifest": sha256(manifest), "weights": weights, "records_per_shard": RECORDS_PER_SHARD.value}
@@ -113,10 +113,10 @@ class Work:
         return [i for i in range(index, len(shards), count) if not is_done(paths[i]) or is_stale(shards[i], paths[i])]
 
 
-def process() -> tuple[int, int]:
-    """Which process this is, and of how many."""
-    index = jax.process_index() if SHARD_INDEX.value is None else SHARD_INDEX.value
-    count = jax.process_count() if SHARD_COUNT.value is None else SHARD_COUNT.value
+def process(index: int | None, count: int | None) -> tuple[int, int]:
+    """Which process this is, and of how many: as --shard_index and --shard_count say, else as JAX knows."""
+    index = jax.process_index() if index is None else index
+    count = jax.process_count() if count is None else count
     require(0 <= index < count, f"--shard_index={index} --shard_count={count}: the index counts from 0 and stays below the count")
     return index, count
 

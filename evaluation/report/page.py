@@ -1,7 +1,7 @@
 """One page of HTML that shows a run: scores beside their controls, moving pictures, losses and commands. Its form is page.html.j2.
 
 The page is one file and loads nothing else. A clip is one image with all frames below each other, at their own size and with
-every pixel as generated; a CSS animation moves it, so that all clips play in step, and the browser scales it.
+every pixel as generated up to `EXACT` pixels a side; a CSS animation moves it, so that all clips play in step, and the browser scales it.
 """
 
 import base64
@@ -21,6 +21,8 @@ from configs.errors import require
 from evaluation.report.curve import Curve, draw
 
 MOST_BYTES = 15_000_000
+EXACT, WEBP_MOST = 128, 16383
+"""Pixels a side of a frame up to which a page has every pixel as generated; and of a sheet as WebP has it."""
 GUTTER = 2
 """Rows above and below each frame of a sheet that repeat its edge, so that smooth scaling never mixes two frames."""
 HOLD = 4
@@ -50,10 +52,11 @@ class Picture(NamedTuple):
 
     @property
     def data_url(self) -> str:
-        """The image, or the sheet of the clip's frames, as a PNG."""
-        file = io.BytesIO()
-        Image.fromarray(frames_sheet(self.pixels) if self.is_clip else self.pixels).save(file, "png", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        """The image, or the sheet of the clip's frames: a PNG, or above `EXACT` pixels a side a WebP, a twentieth of its size."""
+        file, sheet = io.BytesIO(), Image.fromarray(frames_sheet(self.pixels) if self.is_clip else self.pixels)
+        exact = max(self.pixels.shape[-3:-1]) <= EXACT or max(sheet.size) > WEBP_MOST
+        sheet.save(file, "png", optimize=True) if exact else sheet.save(file, "webp", quality=80)
+        return f"data:image/{'png' if exact else 'webp'};base64," + base64.b64encode(file.getvalue()).decode()
 
 
 class Row(NamedTuple):

@@ -39,7 +39,6 @@ Kind = Literal["auto", "chunked", "cudnn", "splash"]
 CHUNK = 256  # queries at a time: one head's scores against 2,304 keys fit a 2 MB cache; 64 to 256 were within 10 % of each other
 SPLASH_BLOCK, SPLASH_COMPUTE = 1024, 512  # rows of one splash tile, and of what it computes at a time
 TILE = 128  # its lengths are multiples of this
-SPLASH_PARTS = 2**30  # bytes: its backward writes the queries' gradient once for each tile of keys before it sums them
 
 ANSWER, PROJECTED = "attention", "qkv"
 """Names under which the self-attention's answers, and its queries, keys and values, can be saved for the backward pass."""
@@ -401,29 +400,22 @@ def splash_attention(
     shape = q.shape[2], k.shape[2]
     if mask is None and k.shape[2] != S:
         mask = OneDirection((L,), (S,))
-    masks = splash_mask.FullMask(shape) if mask is None else _SplashMask(shape, mask)
-
-    def some_heads(q: Array, k: Array, v: Array) -> Any:
-        kernel: Any = splash.make_splash_mha_single_device(
-            mask=splash_mask.MultiHeadMask([masks] * q.shape[1]),
-            block_sizes=splash.BlockSizes(
-                block_q=rows,
-                block_kv=columns,
-                block_kv_compute=compute,
-                block_q_dkv=rows,
-                block_kv_dkv=columns,
-                block_kv_dkv_compute=compute,
-                use_fused_bwd_kernel=True,
-            ),
-            residual_checkpoint_name=name,
-            save_residuals=with_lse,
-            interpret=interpret,
-        )
-        return jax.vmap(kernel)(q, k, v)
-
-    groups = min(N, -(-q.size * q.dtype.itemsize * (shape[1] // columns) // SPLASH_PARTS))
-    parts = [some_heads(*part) for part in zip(*(jnp.array_split(x, groups, axis=1) for x in (q, k, v)), strict=True)]
-    found: Any = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
+    kernel: Any = splash.make_splash_mha_single_device(
+        mask=splash_mask.MultiHeadMask([splash_mask.FullMask(shape) if mask is None else _SplashMask(shape, mask)] * N),
+        block_sizes=splash.BlockSizes(
+            block_q=rows,
+            block_kv=columns,
+            block_kv_compute=compute,
+            block_q_dkv=rows,
+            block_kv_dkv=columns,
+            block_kv_dkv_compute=compute,
+            use_fused_bwd_kernel=True,
+        ),
+        residual_checkpoint_name=name,
+        save_residuals=with_lse,
+        interpret=interpret,
+    )
+    found: Any = jax.vmap(kernel)(q, k, v)
     if with_lse:
         found = found[0], found[1][0]
     return jax.tree.map(lambda x: x.swapaxes(1, 2)[:, :L], found)

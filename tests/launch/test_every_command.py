@@ -79,6 +79,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "launch.compile": (Command((STAGE1, "--topology=v5p:2x2x1", "--json={}/new.json"), (), "--json", ".json"),),
     "launch.sweep": (Command((STAGE1, "--space={}/space.toml", "--trials=2", "--out={}/new"), ("--space",), "--out"),),
     "launch.recipe": (Command((STAGE1, "--target=slurm", "--workdir=/shared/run", "--out={}/new"), (), "--out"),),
+    "launch.evaluate": (
+        Command((STAGE1, "--checkpoint={}/run", "--suite=world:2", "--out={}/new"), ("--checkpoint", "--suite"), "--out"),
+    ),
     "launch.demo": (Command(("--out={}/new",), (), "--out"),),
     "benchmarks.ablation": (Command(("--out={}/new",), (), "--out"), Command(("--docs={}/new", "--out={}/empty"), (), "--docs")),
     "benchmarks.import_memory": (Command(("--folder={}/new",), (), "--folder"),),
@@ -274,7 +277,9 @@ def test_weights_of_another_function_are_named_before_any_are_read(module, each,
     made = wan.get_config("t2v_1_3b")
     model_folder.write_model(tmp_path / "t2v", {"dit": made.dit, "vae": made.vae})
     write_run(tmp_path / "run", made, tmp_path / "t2v")
-    by_run = module in ("launch.sample", "launch.export") or "data.path" in str(each.args)  # the others read what it started from
+    by_run = module in ("launch.sample", "launch.evaluate", "launch.export") or "data.path" in str(
+        each.args
+    )  # the others read what it started from
     for folder, words in (
         ("t2v", ": made with dit.dim=1536, the configuration has "),
         ("run", f": the run in {tmp_path}/run has 1536; " if by_run else f"{tmp_path}/t2v: made with dit.dim=1536, "),

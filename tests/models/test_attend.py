@@ -41,22 +41,6 @@ def test_kernels_equal_dense_attention(kernel, shape, tolerance):
         assert relative_l2(ours, wanted) <= tolerance
 
 
-@pytest.mark.parametrize("heads_at_once", [1, 2])
-def test_splash_computes_some_heads_at_a_time(heads_at_once, monkeypatch):
-    """What its backward keeps beside the answer is bounded; the answer is the same, also where the heads do not divide."""
-    shape = (2, 100, 1100, 3, 128)
-    monkeypatch.setattr(attend, "SPLASH_PARTS", heads_at_once * 2 * 2 * 128 * 128 * 4)  # samples, tiles of keys, rows, width, bytes
-    calls = []
-    make = attend.splash.make_splash_mha_single_device
-    monkeypatch.setattr(
-        attend.splash, "make_splash_mha_single_device", lambda mask, **options: calls.append(len(mask.masks)) or make(mask, **options)
-    )
-    test_kernels_equal_dense_attention(lambda q, k, v: attend.splash_attention(q, k, v, interpret=True), shape, 1e-5)
-    assert max(calls) == heads_at_once
-    _, lse = attend.splash_attention(*draw(*shape), interpret=True, with_lse=True)
-    assert relative_l2(lse, attend.chunked_attention_and_lse(*draw(*shape))[1]) <= 1e-5
-
-
 def test_half_precision_keeps_its_dtype_and_a_float32_softmax():
     qkv = draw(1, 64, 4096, 1, 16, jnp.bfloat16)
     out = attend.chunked_attention(*qkv)
