@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from omnitransfer_jax.folders import checksums
 from omnitransfer_jax.folders.refusals import refused
 
+PARTIAL = ".orbax-checkpoint-tmp"  # the end of the name of what Orbax has not finished
 REMOVED = ".removed"  # the end of the name, which begins with a dot, of what is being removed
 
 
@@ -53,6 +54,7 @@ class Checkpoints:
             refusal = self.wait()
             if self._orbax is not None:
                 self._orbax.close()
+            self._remove_partial()
         finally:
             self._thread.shutdown()
         if refusal and error is None:
@@ -112,6 +114,13 @@ class Checkpoints:
         for step in steps if verified else ():
             if step < verified[-self.keep :][0]:
                 remove(self.folder / str(step))
+
+    def _remove_partial(self) -> None:
+        """Removes what a save has left that the disk refused; no other save is under way."""
+        if jax.process_count() == 1 and self.folder.exists():
+            for path in self.folder.iterdir():
+                if path.name.endswith(PARTIAL):
+                    path.rmtree(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
         """Removes what an earlier process has only begun to remove."""

@@ -21,6 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
+WAKE = signal.SIGURG  # nothing here uses it
 
 
 class Stopped(BaseException):
@@ -100,10 +101,43 @@ def stop_signals() -> Iterator[Stopping]:
 
     before = {number: signal.signal(number, note) for number in NUMBERS}
     try:
-        yield stopping
+        with main_thread_woken():
+            yield stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def main_thread_woken() -> Iterator[None]:
+    """A signal that the system gives to another thread is heard at once too, where the main thread sleeps or waits for a lock.
+
+    Python runs handlers in the main thread, when that gets to it. Whichever thread the signal comes to writes to the wakeup file; a thread
+    that reads it then interrupts the main one with a signal of its own, which does nothing else.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    handler, file = signal.signal(WAKE, lambda *_: None), signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while numbers := ours.recv(64):
+            if main.ident and set(numbers) & set(NUMBERS):
+                signal.pthread_kill(main.ident, WAKE)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(file)
+        theirs.close()  # the thread reads the end
+        thread.join()
+        signal.signal(WAKE, handler)
+        ours.close()
 
 
 class Watchdog:

@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from etils import epath
 
-from omnitransfer_jax.folders import checksums, run_folder
+from omnitransfer_jax.folders import checkpoints, checksums, run_folder
 from omnitransfer_jax.train import log, saving
 from tests.train.tiny_run import TINY, train
 
@@ -113,3 +114,9 @@ def test_the_last_checkpoint_that_can_be_verified_is_never_removed(tmp_path, mon
     train(replace(TINY, checkpoint=replace(TINY.checkpoint, keep=1)), tmp_path)
     assert seen == [[], [2], [4], [6]]
     assert steps(tmp_path) == [8]
+
+
+def test_what_a_refused_save_has_left_is_removed_at_the_end(tmp_path):
+    with checkpoints.Checkpoints(epath.Path(tmp_path), keep=2):
+        (tmp_path / "4.orbax-checkpoint-tmp" / "trainable").mkdir(parents=True)
+    assert not list(tmp_path.iterdir())

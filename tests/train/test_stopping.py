@@ -38,3 +38,31 @@ def test_what_waits_is_not_begun_after_a_signal():
     stopping.signals.append(15)
     with pytest.raises(Stopped), stopping.interruptible():
         raise AssertionError("begun")
+
+
+ANOTHER_THREAD = """
+import signal, threading, time
+from omnitransfer_jax.train.stopping import Stopped, stop_signals
+
+with stop_signals() as stopping:
+    started = time.monotonic()
+
+    def be_given_one():
+        time.sleep(0.5)
+        signal.pthread_kill(threading.get_ident(), signal.{})
+        time.sleep(30)
+
+    threading.Thread(target=be_given_one, daemon=True).start()
+    try:
+        with stopping.interruptible():
+            time.sleep(20)
+    except Stopped:
+        print(f"stopped, {{len(stopping.signals)}} signal, soon: {{time.monotonic() - started < 10}}")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_another_thread_gets_wakes_the_one_that_waits(name):
+    """The system may give it to any thread; the main one would sleep on, as one of 60 runs did."""
+    done = subprocess.run([sys.executable, "-c", ANOTHER_THREAD.format(name)], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "stopped, 1 signal, soon: True\n", done.stderr[-500:]
