@@ -51,6 +51,7 @@ def run(module, *args):
     return command.execute(module.main, module.FLAGS, [*SMALL, *args])
 
 
+@pytest.mark.slow  # a minute: a run, and launch.sample after it
 def test_the_grids_of_a_run_are_what_launch_sample_makes(folder, tmp_path, capsys):
     """At 0, every 3 steps, when asked, and at the end; the same noise each time; resumed, the column of before the training stays."""
     records, workdir, given = tmp_path / "records", tmp_path / "run", f"--train.sample_prompts={folder / 'prompts.jsonl'}"
