@@ -1,6 +1,6 @@
 """Samples while a training goes on: the prompts file, the grid, and that they are what launch.sample makes of the same weights.
 
-Those of the other trainings: python -m pytest -n 0 -m slow tests/launch/test_training_samples.py
+The whole way, and other trainings: python -m pytest -n 0 -m slow tests/launch/test_training_samples.py
 """
 
 import json
