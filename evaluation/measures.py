@@ -91,66 +91,7 @@ class Metric(NamedTuple):
 
 def without_weights() -> tuple[list[Metric], dict[str, str]]:
     """The metrics that need no weights, and by name the reason why one of them is missing."""
-    found = [
-        Metric(
-            "world",
-            {
-                "retrieval": Score("higher", "share of clips nearer to the truth than to 7 renders that differ in what is transferred"),
-                "psnr": Score("higher", "of the clip against the truth, dB"),
-                "leak": Score("lower", "share of clips nearer to the reference than to the truth"),
-                "path": Score("lower", "distance of the sprite from its true place, pixels of a picture 64 high"),
-                "camera": Score("lower", "distance between where a pixel looks and where it should, as above"),
-                "colour": Score("lower", "distance of the mean colour from the truth's"),
-                "texture": Score("lower", "distance of the mean contrast from the truth's"),
-            },
-            _world,
-            lambda sample: sample.case.pair is not None,
-        ),
-        Metric(
-            "consistency (pixels)",
-            {"consistency (pixels)": Score("higher", "correlation of each frame with the next; 1 for a frozen clip")},
-            lambda sample: {"consistency (pixels)": appearance.temporal_consistency(sample.clip)},
-        ),
-        Metric(
-            "copy distance",
-            {
-                "copy distance": Score("higher", "distance of each frame to the nearest frame of the reference, 0 to 1"),
-                "copies": Score("lower", f"share of clips whose copy distance is below {copies.COPY}"),
-            },
-            _copies,
-        ),
-        Metric(
-            "leak (colours)",
-            {"leak (colours)": Score("lower", "share of pixels whose colour the reference has equally often")},
-            lambda sample: {"leak (colours)": appearance.appearance_leak(sample.clip, sample.reference)},
-            lambda sample: sample.case.is_temporal,
-        ),
-        Metric(
-            "first frame",
-            {"first-frame error": Score("lower", "distance of the first frame to the one that was given, 0 to 1")},
-            lambda sample: {"first-frame error": copies.first_frame_error(sample.clip, _first_frame(sample))},
-            lambda sample: sample.case.first_frame is not None and sample.case.is_temporal,
-        ),
-        Metric(
-            "adherence",
-            {
-                "adherence": Score(
-                    "higher", "distance to the clip of the same prompt and seed with another reference; 0: it changes nothing"
-                )
-            },
-            lambda sample: {"adherence": copies.distance(sample.clip, sample.clips.with_same_noise("swapped", sample.case))},
-            lambda sample: sample.row == TRANSFER,
-            keeps=False,
-        ),
-        Metric(
-            "caption leak",
-            {"caption leak": Score("lower", "what an empty prompt changes, as a share of what it and another reference change")},
-            _caption_leak,
-            lambda sample: sample.row == TRANSFER and bool(sample.case.prompt),
-            keeps=False,
-        ),
-    ]
-    missing = {}
+    found, missing = list(OF_PIXELS), {}
     try:
         opencv()
     except RequestError as error:
@@ -214,6 +155,63 @@ def _first_frame(sample: Sample) -> UInt8[np.ndarray, "H W 3"]:
 def _caption_leak(sample: Sample) -> dict[str, float]:
     neutral, swapped = (sample.clips.with_same_noise(row, sample.case) for row in ("neutral", "swapped"))
     return {"caption leak": copies.caption_share(sample.clip, neutral, swapped)}
+
+
+OF_PIXELS = (
+    Metric(
+        "world",
+        {
+            "retrieval": Score("higher", "share of clips nearer to the truth than to 7 renders that differ in what is transferred"),
+            "psnr": Score("higher", "of the clip against the truth, dB"),
+            "leak": Score("lower", "share of clips nearer to the reference than to the truth"),
+            "path": Score("lower", "distance of the sprite from its true place, pixels of a picture 64 high"),
+            "camera": Score("lower", "distance between where a pixel looks and where it should, as above"),
+            "colour": Score("lower", "distance of the mean colour from the truth's"),
+            "texture": Score("lower", "distance of the mean contrast from the truth's"),
+        },
+        _world,
+        lambda sample: sample.case.pair is not None,
+    ),
+    Metric(
+        "consistency (pixels)",
+        {"consistency (pixels)": Score("higher", "correlation of each frame with the next; 1 for a frozen clip")},
+        lambda sample: {"consistency (pixels)": appearance.temporal_consistency(sample.clip)},
+    ),
+    Metric(
+        "copy distance",
+        {
+            "copy distance": Score("higher", "distance of each frame to the nearest frame of the reference, 0 to 1"),
+            "copies": Score("lower", f"share of clips whose copy distance is below {copies.COPY}"),
+        },
+        _copies,
+    ),
+    Metric(
+        "leak (colours)",
+        {"leak (colours)": Score("lower", "share of pixels whose colour the reference has equally often")},
+        lambda sample: {"leak (colours)": appearance.appearance_leak(sample.clip, sample.reference)},
+        lambda sample: sample.case.is_temporal,
+    ),
+    Metric(
+        "first frame",
+        {"first-frame error": Score("lower", "distance of the first frame to the one that was given, 0 to 1")},
+        lambda sample: {"first-frame error": copies.first_frame_error(sample.clip, _first_frame(sample))},
+        lambda sample: sample.case.first_frame is not None and sample.case.is_temporal,
+    ),
+    Metric(
+        "adherence",
+        {"adherence": Score("higher", "distance to the clip of the same prompt and seed with another reference; 0: it changes nothing")},
+        lambda sample: {"adherence": copies.distance(sample.clip, sample.clips.with_same_noise("swapped", sample.case))},
+        lambda sample: sample.row == TRANSFER,
+        keeps=False,
+    ),
+    Metric(
+        "caption leak",
+        {"caption leak": Score("lower", "what an empty prompt changes, as a share of what it and another reference change")},
+        _caption_leak,
+        lambda sample: sample.row == TRANSFER and bool(sample.case.prompt),
+        keeps=False,
+    ),
+)
 
 
 class Measured(NamedTuple):
