@@ -80,6 +80,8 @@ class Pair(NamedTuple):
     """One, or one for each prompt."""
     caption: str = ""
     """What the reference shows."""
+    kind: str = ""
+    """What is taken from it, by name: the effect, the camera's path; empty if the set does not say it."""
 
 
 class Left(NamedTuple):
@@ -134,7 +136,8 @@ def read_vap_data(root: Path, options: Options) -> Found:
         unused.discard(kind)
         for rank, reference in enumerate(chosen):
             name, prompts = name_of(place, rank, target), (row.get("prompt", ""),)
-            yield Pair(place, name, tasks.get(kind, "effect"), reference, target, prompts, (), row.get("caption", ""))
+            caption, told = row.get("caption", ""), row.get("kind", "")
+            yield Pair(place, name, tasks.get(kind, "effect"), reference, target, prompts, (), caption, told)
     for kind in sorted(unused):
         yield Left("--tasks", f"{kind}: no row has this kind or folder")
 
@@ -172,7 +175,8 @@ def read_cameraclone(root: Path, options: Options) -> Found:
             yield Left(place, "neither video_path nor first_frame_path")
             continue
         name, frames = name_of(place, 0, target or frame), (frame,) if frame else ()
-        yield Pair(place, name, "camera", row["reference"], target, (row["prompt"],), frames)
+        folder = Path(row["reference"]).parent.name  # traj_1_01 holds the clips of one path of the camera
+        yield Pair(place, name, "camera", row["reference"], target, (row["prompt"],), frames, "", folder * folder.startswith("traj"))
 
 
 def read_vfxmaster(root: Path, options: Options) -> Found:
@@ -198,7 +202,7 @@ def read_vfxmaster(root: Path, options: Options) -> Found:
         for i, (place, target, prompt) in enumerate(clips):
             for rank in range(min(options.references, len(clips) - 1)):
                 _, reference, shows = clips[(i + rank + 1) % len(clips)]
-                yield Pair(place, name_of(place, rank, target), "effect", reference, target, (prompt,), (), shows)
+                yield Pair(place, name_of(place, rank, target), "effect", reference, target, (prompt,), (), shows, effect)
 
 
 def entries(file: str, content: Any) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:

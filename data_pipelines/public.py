@@ -190,7 +190,7 @@ def manifest_keys(pair: Pair, paths: Mapping[str, list[str]], folder: Path) -> d
 
 def suite_keys(pair: Pair, paths: Mapping[str, list[str]]) -> dict[str, Any]:
     """What a suite's line has beside id, task and reference (evaluation/suites.py)."""
-    keys: dict[str, Any] = {"prompts": list(pair.prompts)}
+    keys: dict[str, Any] = {"prompts": list(pair.prompts), "kind": pair.kind or pair.reference}
     if paths["target"]:
         keys["target"] = paths["target"][0]
     if frames := paths["first_frame"]:

@@ -151,21 +151,22 @@ def test_cameraclone_and_vfxmaster_become_manifests(sets, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("layout", "folder", "args", "expected"),
+    ("layout", "folder", "args", "expected", "kinds"),
     [
-        ("vap_data", "VAP-Data", (), [("0000002-a", "effect", "new", "shown")]),
-        ("cameraclone", "CameraClone-Dataset", (), [("0000002-scene550_01", "camera", "a street", "")]),
-        ("cameraclone", "CameraClone-Dataset", ("--file=test.csv",), [("0000002-000", "camera", "a tower", "")]),
-        ("vfxmaster", "VFXMaster_datasets", ("--columns", "prompt=none"), [(name, "effect", "", "") for name in VFX_IDS]),
+        ("vap_data", "VAP-Data", (), [("0000002-a", "effect", "new", "shown")], {"vfx_videos/b.mp4"}),
+        ("cameraclone", "CameraClone-Dataset", (), [("0000002-scene550_01", "camera", "a street", "")], {"traj_1_01"}),
+        ("cameraclone", "CameraClone-Dataset", ("--file=test.csv",), [("0000002-000", "camera", "a tower", "")], {"traj_1_01"}),
+        ("vfxmaster", "VFXMaster_datasets", ("--columns", "prompt=none"), [(name, "effect", "", "") for name in VFX_IDS], {"melt", "burn"}),
         (
             "mtbench",
             "MTBench",
             (),
             [(f"dog-agility-p{i}", "motion", f"A {who} jumps.", "A dog jumps.") for i, who in enumerate(("robot", "cat"))],
+            {"dog-agility/videos/dog-agility.mp4"},
         ),
     ],
 )
-def test_suites_are_what_launch_evaluate_reads(sets, tmp_path, monkeypatch, capsys, layout, folder, args, expected):
+def test_suites_are_what_launch_evaluate_reads(sets, tmp_path, monkeypatch, capsys, layout, folder, args, expected, kinds):
     out = tmp_path / "new" / "suite.jsonl"
     code, _, error = run(monkeypatch, capsys, f"--layout={layout}", f"--root={sets / folder}", f"--out={out}", "--as=suite", *args)
     assert code == 0, error
@@ -173,6 +174,7 @@ def test_suites_are_what_launch_evaluate_reads(sets, tmp_path, monkeypatch, caps
     suite = suites.load(str(out), config)
     assert suite.problems == []
     assert [(case.id, case.task, case.prompt, case.caption) for case in suite.cases] == expected
+    assert {case.kind for case in suite.cases} == kinds
     for case in suite.cases:
         assert case.first_frame(config.video).shape == (config.video.height, config.video.width, 3)
 

@@ -123,6 +123,13 @@ def test_another_reference_is_of_another_clip(folder):
     assert found == {"kite-p0": "b", "kite-p1": "b", "b": "kite-p0"}  # the only style case has none
 
 
+def test_another_reference_is_of_another_kind(folder):
+    rows = [MOTION | {"id": name, "kind": name[0]} for name in ("a1", "a2", "b1")]
+    suite = load(folder, *rows, {"id": "s", "task": "style", "reference": "a.mp4", "kind": 3})
+    assert {case: other.id for case, other in suites.others(suite.cases).items()} == {"a1": "b1", "a2": "b1", "b1": "a1"}
+    assert "kind 3: not a text" in suite.problems[0]
+
+
 def test_each_prompt_may_have_a_first_frame_of_its_own(folder):
     Image.fromarray(np.full((32, 32, 3), 99, np.uint8)).save(folder / "b.png")
     row = MOTION | {"prompts": ["one", "two"]}
