@@ -5,8 +5,10 @@ A suite is a file of JSON lines; paths are relative to it.
     {"id": "kite", "task": "motion", "reference": "a.mp4", "prompts": ["..."], "first_frame": "a.png", "seeds": [0, 1]}
 
 `id`, `task` and `reference` are needed. Absent `prompts` (or `prompt`, one text) are one empty prompt, absent `seeds` the seed of the
-configuration. Temporal tasks need `first_frame`, or `target`, the true clip, whose first frame is then taken. `start` and `end` are seconds
-of the reference, `caption` describes it. Every prompt with every seed is a case. A row that cannot be used is said and left out.
+configuration. Temporal tasks need `first_frame`, one picture or a list with one for each prompt, or `target`, the true clip, whose first
+frame is then taken. `start` and `end` are seconds of the reference, `caption` describes it, and `kind` names what is taken from it, an
+effect's name for instance: another reference, for the controls, is one of another kind. Every prompt with every seed is a case. A row that
+cannot be used is said and left out.
 
 `world` or `world:N` are N held-out pairs (40 if not given) of each task of the procedural world, where the true clip is known. A file with
 the key `clip` in its first row is a motion suite of evaluation/motion_cases.py; all its prompts are taken.
@@ -34,7 +36,7 @@ Clip = UInt8[np.ndarray, "T H W 3"]
 Picture = UInt8[np.ndarray, "H W 3"]
 WORLD, WORLD_PAIRS = "world", 40
 REQUIRED = ("id", "task", "reference")
-KNOWN = (*REQUIRED, "prompt", "prompts", "first_frame", "target", "seeds", "start", "end", "caption")
+KNOWN = (*REQUIRED, "prompt", "prompts", "first_frame", "target", "seeds", "start", "end", "caption", "kind")
 
 # Clips of each task and prompts for each of them in the paper's test sets (section 5.2).
 PROTOCOLS = {"id": (50, 2), "style": (20, 2), "motion": (50, 1), "camera": (50, 1), "effect": (50, 1)}
@@ -58,6 +60,8 @@ class Case(NamedTuple):
     """The pair of the world that it is."""
     caption: str = ""
     """Of the reference."""
+    kind: str = ""
+    """What is taken from the reference, by name; empty if that is not known."""
 
     @property
     def is_temporal(self) -> bool:
@@ -169,13 +173,18 @@ def _checked(line: str, folder: Path) -> dict[str, Any]:
     unknown = [key for key in row if key not in KNOWN]
     require(not unknown, f"{', '.join(unknown)}: no such key; there are {', '.join(KNOWN)}")
     row = {"prompts": [row["prompt"]] if "prompt" in row else [""], "seeds": None, "start": 0.0, "end": None, "caption": ""} | row
-    for key in ("id", "reference", "first_frame", "target", "caption"):
+    for key in ("id", "reference", "target", "caption", "kind"):
         require(isinstance(row.get(key, ""), str), f"{key} {row.get(key)!r}: not a text")
     safe = row["id"] and not set(row["id"]) & set("/\\\0") and not row["id"].startswith(".")
     require(safe, f"id {row['id']!r}: it names files; give letters and digits")
     tasks.task_index(row["task"])
     texts = isinstance(row["prompts"], list) and bool(row["prompts"]) and all(isinstance(text, str) for text in row["prompts"])
     require(texts, f"prompts {row['prompts']!r}: not a list of texts")
+    if "first_frame" in row:
+        frames = row["first_frame"] if isinstance(row["first_frame"], list) else [row["first_frame"]] * len(row["prompts"])
+        right = len(frames) == len(row["prompts"]) and all(isinstance(frame, str) for frame in frames)
+        require(right, f"first_frame {row['first_frame']!r}: not a picture, nor a list with one for each of {len(row['prompts'])} prompts")
+        row["first_frame"] = frames
     seeds = row["seeds"]
     numbers = seeds is None or (isinstance(seeds, list) and bool(seeds) and all(_is_count(each) for each in seeds))
     require(numbers, f"seeds {row['seeds']!r}: not a list of whole numbers from 0 on")
@@ -185,8 +194,11 @@ def _checked(line: str, folder: Path) -> dict[str, Any]:
     temporal = tasks.TASKS[tasks.task_index(row["task"])].family == "temporal"
     require(not temporal or "first_frame" in row or "target" in row, f"task {row['task']}: needs first_frame, a picture, or target, a clip")
     require(temporal or "first_frame" not in row, f"first_frame: {row['task']} starts from none; leave it out")
-    for key in ("reference", "first_frame", "target"):
-        require(key not in row or (folder / row[key]).is_file(), f"{key} {folder / row.get(key, '')}: no such file")
+    files = [(key, row[key]) for key in ("reference", "target") if key in row] + [
+        ("first_frame", each) for each in row.get("first_frame", [])
+    ]
+    for key, name in files:
+        require((folder / name).is_file(), f"{key} {folder / name}: no such file")
     return row
 
 
@@ -201,17 +213,20 @@ def _of_row(row: dict[str, Any], folder: Path, seed: int) -> list[Case]:
 
     temporal = tasks.TASKS[tasks.task_index(row["task"])].family == "temporal"
     truth = clip("target") if "target" in row else None
-    frame = None
-    if "first_frame" in row:
-        frame = lambda size: clips.fit(clips.read_image(folder / row["first_frame"]), size.height, size.width)  # noqa: E731
-    elif temporal and truth is not None:
-        frame = lambda size: truth(size)[0]  # noqa: E731
+
+    def first_frame(i: int) -> Callable[[VideoConfig], Picture] | None:
+        if "first_frame" in row:
+            return lambda size: clips.fit(clips.read_image(folder / row["first_frame"][i]), size.height, size.width)
+        return (lambda size: clip("target")(size)[0]) if temporal else None
+
     found = []
     seeds = row["seeds"] or [seed]
     for i, prompt in enumerate(row["prompts"]):
+        frame = first_frame(i)
         for each in seeds:
             name = row["id"] + (f"-p{i}" if len(row["prompts"]) > 1 else "") + (f"-s{each}" if len(seeds) > 1 else "")
-            found.append(Case(name, row["task"], prompt, each, row["id"], clip("reference"), frame, truth, caption=row["caption"]))
+            told = {"caption": row["caption"], "kind": row.get("kind", "")}
+            found.append(Case(name, row["task"], prompt, each, row["id"], clip("reference"), frame, truth, **told))
     return found
 
 
@@ -232,11 +247,11 @@ def protocols(suite: Suite) -> dict[str, str]:
 
 
 def others(cases: Sequence[Case]) -> dict[str, Case]:
-    """By case, the next case of its task that has another reference (in the world: another value of what is transferred)."""
+    """By case, the next case of its task with another reference, of another kind (in the world: another value of what is transferred)."""
 
     def differs(a: Case, b: Case) -> bool:
         if a.pair is None or b.pair is None:
-            return a.clip != b.clip
+            return a.clip != b.clip and (not a.kind or a.kind != b.kind)
         factor = SHARES[a.task]
         return getattr(a.pair.target, factor) != getattr(b.pair.target, factor)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 from uuid import uuid4
 
 from etils import epath
@@ -24,6 +24,20 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         place(partial, target)
+    except BaseException:  # a full disk, Ctrl-C
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write in; if nothing is raised it becomes `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        place(partial, path)
     except BaseException:  # a full disk, Ctrl-C
         partial.unlink(missing_ok=True)
         raise

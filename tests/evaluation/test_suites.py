@@ -121,3 +121,18 @@ def test_another_reference_is_of_another_clip(folder):
     suite = load(folder, MOTION | {"prompts": ["one", "two"]}, MOTION | {"id": "b"}, {"id": "s", "task": "style", "reference": "a.mp4"})
     found = {case: other.id for case, other in suites.others(suite.cases).items()}
     assert found == {"kite-p0": "b", "kite-p1": "b", "b": "kite-p0"}  # the only style case has none
+
+
+def test_another_reference_is_of_another_kind(folder):
+    rows = [MOTION | {"id": name, "kind": name[0]} for name in ("a1", "a2", "b1")]
+    suite = load(folder, *rows, {"id": "s", "task": "style", "reference": "a.mp4", "kind": 3})
+    assert {case: other.id for case, other in suites.others(suite.cases).items()} == {"a1": "b1", "a2": "b1", "b1": "a1"}
+    assert "kind 3: not a text" in suite.problems[0]
+
+
+def test_each_prompt_may_have_a_first_frame_of_its_own(folder):
+    Image.fromarray(np.full((32, 32, 3), 99, np.uint8)).save(folder / "b.png")
+    row = MOTION | {"prompts": ["one", "two"]}
+    suite = load(folder, row | {"first_frame": ["a.png", "b.png"]}, row | {"id": "short", "first_frame": ["a.png"]})
+    assert [int(case.first_frame(SIZE)[0, 0, 0]) for case in suite.cases] == [77, 99]
+    assert "not a picture, nor a list with one for each of 2 prompts" in suite.problems[0]

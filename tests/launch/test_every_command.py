@@ -92,6 +92,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "benchmarks.cached_step": (Command(),),
     "benchmarks.motion_methods": (Command(("--out={}/new",), (), "--out"),),
     "data_pipelines.example": (Command(("--out={}/new",), (), "--out"),),
+    "data_pipelines.public": (
+        Command(("--layout=vap_data", "--root={}/published", "--out={}/new.jsonl"), ("--root",), "--out", ".jsonl"),
+    ),
 }  # fmt: skip
 
 CHILDREN = {"data_pipelines.decoding"}  # started by others alone
@@ -155,6 +158,8 @@ def place(tmp_path_factory) -> Path:
     (folder / "mllm" / "mllm.json").write_text("{}")
     (folder / "vae" / "vae.json").write_text(json.dumps({"vae": asdict(tiny.vae)}))
     records.begin(folder / "records", smoke, {})
+    (folder / "published").mkdir()
+    (folder / "published" / "vap_data.csv").write_text("video_paths,kind,ref_video_paths,split\na.mp4,cake,[],train\n")
     (folder / "source" / "transformer").mkdir(parents=True)
     (folder / "source" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(8))
     (folder / "links").symlink_to(folder)
