@@ -82,6 +82,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "launch.evaluate": (
         Command((STAGE1, "--checkpoint={}/run", "--suite=world:2", "--out={}/new"), ("--checkpoint", "--suite"), "--out"),
     ),
+    "launch.study": (
+        Command(("--scores={}/evaluated", "--out={}/new"), ("--scores",), "--out"),
+        Command(("--answers={}/empty", "--out={}/study"), ("--answers",)),
+    ),
     "launch.demo": (Command(("--out={}/new",), (), "--out"),),
     "benchmarks.ablation": (Command(("--out={}/new",), (), "--out"), Command(("--docs={}/new", "--out={}/empty"), (), "--docs")),
     "benchmarks.import_memory": (Command(("--folder={}/new",), (), "--folder"),),
@@ -155,6 +159,14 @@ def place(tmp_path_factory) -> Path:
     (folder / "mllm" / "mllm.json").write_text("{}")
     (folder / "vae" / "vae.json").write_text(json.dumps({"vae": asdict(tiny.vae)}))
     records.begin(folder / "records", smoke, {})
+    evaluated = {"config": "stage1:smoke", "suite": {"name": "world:2", "sha256": None}, "video": asdict(smoke.video)}
+    for name, content in {
+        "evaluated/settings": {},
+        "evaluated/environment": evaluated,
+        "study/key": {"study": "", "systems": [], "pages": {}},
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "source" / "transformer").mkdir(parents=True)
     (folder / "source" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(8))
     (folder / "links").symlink_to(folder)
