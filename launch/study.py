@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from configs.errors import RequestError, require
 from configs.run import Config, VideoConfig
@@ -135,17 +136,19 @@ def draw(suite: suites.Suite, systems: Sequence[System]) -> tuple[list[Case], di
     media: dict[str, Media] = {}
     for task in suite.tasks:
         of_task = [case for case in suite.cases if case.task == task]
-        most, found = CASES.value or len(of_task), 0
-        for i in random.permutation(len(of_task)):
-            if found == most:
-                break
-            try:
-                media[of_task[i].id] = media_of(of_task[i], systems)
-            except RequestError as error:
-                print(f"left out: {of_task[i].id}: {error}", flush=True)
-                continue
-            chosen.append(of_task[i])
-            found += 1
+        left = CASES.value or len(of_task)
+        with tqdm(total=min(left, len(of_task)), desc=task, unit="case", disable=None) as bar:
+            for i in random.permutation(len(of_task)):
+                if not left:
+                    break
+                try:
+                    media[of_task[i].id] = media_of(of_task[i], systems)
+                except RequestError as error:
+                    tqdm.write(f"left out: {of_task[i].id}: {error}")
+                    continue
+                chosen.append(of_task[i])
+                left -= 1
+                bar.update()
     require(bool(chosen), f"--scores: the systems have no clip in common; {suite.name} has {len(suite.cases)} cases")
     digests = {system.name: {case.id: sha256(path) for case in chosen if (path := system.path(case))} for system in systems}
     return chosen, media, digests

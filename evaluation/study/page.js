@@ -15,7 +15,7 @@ function kept() {
 function keep() {
   try { localStorage.setItem(key, JSON.stringify(state)); } catch { /* as above */ }
 }
-function open(section) {
+function openSection(section) {
   for (const id of ['start', 'question', 'end']) element(id).hidden = id !== section;
   if (section !== 'question') clear();
   scrollTo(0, 0);
@@ -59,7 +59,7 @@ function choice(asked, answers) {
   return set;
 }
 function show(at) {
-  open('question');
+  openSection('question');
   clear();
   state.at = at;
   keep();
@@ -81,7 +81,7 @@ function end() {
   element('left').textContent = left.length ? `Not fully answered: ${left.map(i => i + 1).join(', ')}. You may save without them.` : 'Every question is answered.';
   element('return').onclick = () => show(left.length ? left[0] : questions.length - 1);
   element('saved').hidden = true;
-  open('end');
+  openSection('end');
 }
 function save() {
   const content = { study: about.study, page: about.page, session: state.session, saved: new Date().toISOString(), answers: state.answers };
@@ -96,7 +96,7 @@ element('begin').onclick = () => show(state.at);
 element('begin').textContent = state.answers.some(each => Object.keys(each).length) ? 'Go on' : 'Start';
 element('back').onclick = () => show(state.at - 1);
 element('next').onclick = () => state.at + 1 < questions.length ? show(state.at + 1) : end();
-element('again').onclick = () => document.querySelectorAll('video').forEach(video => { video.currentTime = 0; video.play(); });
+element('again').onclick = () => document.querySelectorAll('video').forEach(video => { video.currentTime = 0; video.play().catch(() => {}); });  // one that was left meanwhile
 element('form').onsubmit = event => event.preventDefault();
 element('save').onclick = save;
 element('anew').onclick = () => {
@@ -104,5 +104,5 @@ element('anew').onclick = () => {
   state = fresh();
   keep();
   element('begin').textContent = 'Start';
-  open('start');
+  openSection('start');
 };

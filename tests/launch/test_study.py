@@ -7,6 +7,10 @@ A driven browser fills the pages in; it needs Debian's chromium-driver, and half
 
 import json
 import re
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -158,11 +162,11 @@ def test_files_that_cannot_be_used_cost_themselves_alone(made, tmp_path):
     key = key_of(made)
     good = file_of(key, 0)
     wrong = [{"fidelity": 6, "quality": 1}, *good["answers"][1:]]
-    partial = file_of(key, 0, session="late", answers=[{}, *good["answers"][1:]])
+    late = file_of(key, 0, session="late", answers=[{}, *good["answers"][1:]])
     files = {
         "good": good,
         "again": good | {"answers": [{}] * 12, "saved": "2025"},
-        "late": partial,
+        "late": late,
         "other": good | {"study": "x"},
         "page": good | {"page": "rater-99"},
         "short": good | {"answers": []},
@@ -230,20 +234,35 @@ def test_a_clip_that_is_damaged_costs_its_case_alone(evaluated, tmp_path, capsys
     assert {each.case for each in key_of(tmp_path / "new").pages["rater-01"]} == {"case-s2", "case-m1", "case-m2"}
 
 
+@contextmanager
+def served(folder):
+    """The address of a static server of a folder."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
 @pytest.mark.slow
 def test_three_raters_fill_the_pages_in(made, tmp_path):
-    """From the disk, as a rater opens a page; one of them closes it halfway and goes on."""
+    """From the disk, and the last of them from a server; one closes the page halfway and goes on."""
     key, downloads = key_of(made), tmp_path / "answers"
     downloads.mkdir()
-    with browsers() as open_browser:
+    with browsers() as open_browser, served(made / "pages") as address:
         for rater, (name, questions) in enumerate(key.pages.items()):
             browser = open_browser(downloads)
-            browser.open((made / "pages" / f"{name}.html").as_uri())
+            page = f"{address if rater == 2 else (made / 'pages').as_uri()}/{name}.html"
+            browser.open(page)
             browser.click("#begin")
             for number, question in enumerate(questions):
                 if rater == 1 and number == 5:  # comes back later
                     browser.open("about:blank")
-                    browser.open((made / "pages" / f"{name}.html").as_uri())
+                    browser.open(page)
                     assert browser.run("return document.querySelector('#begin').textContent") == "Go on"
                     browser.click("#begin")
                 assert browser.run("return document.querySelector('#progress').textContent") == f"{number + 1} of {len(questions)}"
