@@ -165,13 +165,13 @@ def test_files_that_cannot_be_used_cost_themselves_alone(made, tmp_path):
     late = file_of(key, 0, session="late", answers=[{}, *good["answers"][1:]])
     files = {
         "good": good,
-        "again": good | {"answers": [{}] * 12, "saved": "2025"},
+        "older": good | {"answers": [{}] * 12, "saved": "2025"},
         "late": late,
         "other": good | {"study": "x"},
         "page": good | {"page": "rater-99"},
         "short": good | {"answers": []},
         "wrong": good | {"answers": wrong},
-        "yes": good | {"answers": [{"quality": True}] * 12},
+        "yes": good | {"answers": [{"quality": True}, *good["answers"][1:]]},
         "text": good | {"session": 3},
     }
     folder = write(tmp_path / "answers", **files)
