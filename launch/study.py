@@ -46,6 +46,7 @@ RATERS = flags.DEFINE_integer("raters", 20, "number of pages", lower_bound=1, fl
 CASES = flags.DEFINE_integer("cases", 5, "cases of each task, drawn at random; 0 for all", lower_bound=0, flag_values=FLAGS)
 SEED = flags.DEFINE_integer("seed", 0, "of the cases and of every order", lower_bound=0, flag_values=FLAGS)
 
+MOST_BYTES = 200_000_000  # of a page, which a browser has in its memory
 KEY, PAGES, RESULTS, TABLE = "key.json", "pages", "results.md", "answers.csv"
 
 
@@ -147,6 +148,10 @@ def draw(suite: suites.Suite, systems: Sequence[System]) -> tuple[list[Case], di
                     tqdm.write(f"left out: {of_task[i].id}: {error}")
                     continue
                 chosen.append(of_task[i])
+                size = sum(each.size for each in media.values())
+                require(
+                    size < MOST_BYTES, f"--cases={CASES.value}: {len(chosen)} of all cases fill a page with {size / 1e6:.1f} MB; give fewer"
+                )
                 left -= 1
                 bar.update()
     require(bool(chosen), f"--scores: the systems have no clip in common; {suite.name} has {len(suite.cases)} cases")

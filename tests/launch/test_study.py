@@ -234,6 +234,13 @@ def test_a_clip_that_is_damaged_costs_its_case_alone(evaluated, tmp_path, capsys
     assert {each.case for each in key_of(tmp_path / "new").pages["rater-01"]} == {"case-s2", "case-m1", "case-m2"}
 
 
+def test_a_page_that_is_too_large_is_refused(evaluated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "MOST_BYTES", 100_000)
+    assert run(f"--scores={evaluated / 'ours'}", f"--out={tmp_path / 'new'}") == 2
+    assert "--cases=5: 1 of all cases fill a page with " in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @contextmanager
 def served(folder):
     """The address of a static server of a folder."""
