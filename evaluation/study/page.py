@@ -20,7 +20,7 @@ from evaluation.study.questions import GRADES, SIDES, WORDS, Question, text
 
 Clip = UInt8[np.ndarray, "T H W 3"]
 SMALLEST = 256  # pixels of the shorter side, below which a clip is enlarged: a codec would blur its few pixels
-CRF = 20  # of x264: a clip of 81 frames at 480 x 832 has 1 to 2 MB
+CRF = 20  # of x264: 39 frames of DAVIS at 480 x 832 have 0.6 MB
 Grade = tuple[str | int, str]
 """The value of an answer, and its label."""
 
