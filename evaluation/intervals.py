@@ -1,4 +1,4 @@
-"""Bootstrap intervals of means: clips are drawn with replacement, and of each drawn clip its prompts and seeds.
+"""Bootstrap intervals of means: clips are drawn with replacement, and of each drawn clip its prompts and seeds; of ratings, raters too.
 
 Prompts and seeds of one clip are not independent, so drawing single values would make intervals too narrow.
 """
@@ -30,4 +30,22 @@ def interval(values: Sequence[float], clips: Sequence[str]) -> tuple[float, floa
         drawn = padded[picks[..., None], inner]
         means = (drawn * used).sum((1, 2)) / used.sum((1, 2))
     low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def crossed_interval(values: Sequence[float], clips: Sequence[str], raters: Sequence[str]) -> tuple[float, float]:
+    """95% interval of the mean of ratings: clips and raters are both drawn with replacement; NaN where there is one of either alone.
+
+    A rater who is strict is so for all clips, so drawing single ratings would make intervals too narrow (Owen, The pigeonhole bootstrap,
+    2007).
+    """
+    x, random = np.asarray(values, np.float64), np.random.default_rng(0)
+    weights = np.ones((DRAWS, len(x)))
+    for names in (clips, raters):
+        known, place = np.unique(np.asarray(names), return_inverse=True)
+        if len(known) < 2:
+            return float("nan"), float("nan")
+        weights *= random.multinomial(len(known), np.full(len(known), 1 / len(known)), DRAWS)[:, place]
+    total = weights.sum(1)
+    low, high = np.percentile((weights @ x)[total > 0] / total[total > 0], [2.5, 97.5])
     return float(low), float(high)

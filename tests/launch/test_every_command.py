@@ -82,6 +82,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "launch.evaluate": (
         Command((STAGE1, "--checkpoint={}/run", "--suite=world:2", "--out={}/new"), ("--checkpoint", "--suite"), "--out"),
     ),
+    "launch.study": (
+        Command(("--scores={}/evaluated", "--out={}/new"), ("--scores",), "--out"),
+        Command(("--answers={}/empty", "--out={}/study"), ("--answers",)),
+    ),
     "launch.demo": (Command(("--out={}/new",), (), "--out"),),
     "benchmarks.ablation": (Command(("--out={}/new",), (), "--out"), Command(("--docs={}/new", "--out={}/empty"), (), "--docs")),
     "benchmarks.import_memory": (Command(("--folder={}/new",), (), "--folder"),),
@@ -160,6 +164,14 @@ def place(tmp_path_factory) -> Path:
     records.begin(folder / "records", smoke, {})
     (folder / "published").mkdir()
     (folder / "published" / "vap_data.csv").write_text("video_paths,kind,ref_video_paths,split\na.mp4,cake,[],train\n")
+    evaluated = {"config": "stage1:smoke", "suite": {"name": "world:2", "sha256": None}, "video": asdict(smoke.video)}
+    for name, content in {
+        "evaluated/settings": {},
+        "evaluated/environment": evaluated,
+        "study/key": {"study": "", "systems": [], "pages": {}},
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "source" / "transformer").mkdir(parents=True)
     (folder / "source" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(8))
     (folder / "links").symlink_to(folder)
