@@ -1,4 +1,7 @@
-"""Stage 1 -> 2 -> 3 by their commands: which parameters each changes, and what can be done with the result."""
+"""Stage 1 -> 2 -> 3 by their commands: which parameters each changes, and what can be done with the result.
+
+With real clips: python -m pytest -n 0 -m slow tests/launch/test_stages.py
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,5 +102,6 @@ def test_on_clips_the_project_makes(tmp_path):
     assert jnp.isfinite(trained["alignment.queries"]).all()
 
 
+@pytest.mark.slow  # a minute: the same as on clips the project makes
 def test_on_real_clips(shared, tmp_path):
     travel(tmp_path, *real_manifest(shared, tmp_path))
