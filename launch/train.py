@@ -108,8 +108,8 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
 def sizes(config: Config) -> str:
     """A line for each size that a batch may have."""
     lines = [f"{'target':>16} {'reference':>16} {'tokens of a step':>18} {'FLOPs of a step':>18}"]
-    for each in bucket_configs(config).values():
-        work = f"{flops.train_tokens(each):>18,} {flops.train_step(each):>18.4g}"
+    for each, form in zip(bucket_configs(config).values(), objective(config).forms, strict=True):
+        work = f"{form.tokens:>18,} {form.flops:>18.4g}"
         lines.append(f"{written(each.video):>16} {written(each.data.reference):>16} {work}")
     return "\n".join([*lines, f"{len(lines) - 1} programs are compiled before the first step; the memory above is of the parameters"])
 
