@@ -77,6 +77,7 @@ class Sampler:
         self.encoders, self.mesh = Encoders(config, folder), make_mesh(config.mesh)
         self.denoise = omnitransfer.denoise_on(self.mesh, config)
         self.others = others(cases)
+        self.held: tuple[str, WanDiT] | None = None
 
     def is_made(self, unit: Unit) -> bool:
         """Whether all its clips are there."""
@@ -147,15 +148,14 @@ class Sampler:
 
     def load(self, part: str) -> WanDiT:
         """A transformer of the folder; one is in memory at a time."""
-        held = vars(self).get("held")
-        if held is None or held[0] != part:
+        if self.held is None or self.held[0] != part:
             self.release()
             self.held = part, load_models.load_dit(self.folder, self.config, self.mesh, part)
         return self.held[1]
 
     def release(self) -> None:
         """Lets the transformer go."""
-        vars(self).pop("held", None)
+        self.held = None
 
 
 def write_latents(path: Path, latents: np.ndarray) -> None:

@@ -75,6 +75,8 @@ class Suite(NamedTuple):
     name: str
     cases: list[Case]
     problems: list[str]
+    files: Sequence[Path] = ()
+    """The clips and pictures that its rows name."""
 
     @property
     def tasks(self) -> list[str]:
@@ -93,7 +95,7 @@ def load(name: str, config: Config) -> Suite:
         raise RequestError(f"--suite={name}: cannot be read ({reason}); give {WORLD}, {WORLD}:N or a file of JSON lines") from None
     first = _object(next((line for line in lines if line.strip()), ""))
     if first is not None and "clip" in first:
-        return of_motion_suite(name, config)
+        return of_motion_suite(name, lines, config)
     return of_rows(name, lines, Path(name).parent, config.seed)
 
 
@@ -119,7 +121,7 @@ def _of_pair(pair: Example, seed: int) -> Case:
     )
 
 
-def of_motion_suite(path: str, config: Config) -> Suite:
+def of_motion_suite(path: str, lines: Sequence[str], config: Config) -> Suite:
     """All prompts of a motion suite (evaluation/motion_cases.py); clips are read in the size of the configuration's video."""
     found = [each for level in motion_cases.LEVELS for each in motion_cases.of_suite(path, level, config.video, config.dit.image_to_video)]
     cases = [
@@ -135,7 +137,8 @@ def of_motion_suite(path: str, config: Config) -> Suite:
         )
         for each in found
     ]
-    return Suite(path, cases, [])
+    rows = [_object(line) or {} for line in lines]
+    return Suite(path, cases, [], [Path(path).parent / row[key] for row in rows for key in ("clip", "first_frame") if key in row])
 
 
 def _resized(clip: Clip, size: VideoConfig) -> Clip:
@@ -148,6 +151,7 @@ def of_rows(name: str, lines: Sequence[str], folder: Path, seed: int) -> Suite:
     """The cases of a file's lines; a `RequestError` if none can be used."""
     cases: list[Case] = []
     problems: list[str] = []
+    files: list[Path] = []
     ids: set[str] = set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -157,10 +161,11 @@ def of_rows(name: str, lines: Sequence[str], folder: Path, seed: int) -> Suite:
             require(row["id"] not in ids, f"id {row['id']!r}: another row has it; every id once")
             ids.add(row["id"])
             cases += _of_row(row, folder, seed)
+            files += [path for _, path in _files(row, folder)]
         except RequestError as error:
             problems.append(f"{name}:{number}: {error}")
     require(bool(cases), f"--suite={name}: no row can be used; {problems[0] if problems else 'it is empty'}")
-    return Suite(name, cases, problems)
+    return Suite(name, cases, problems, files)
 
 
 def _checked(line: str, folder: Path) -> dict[str, Any]:
@@ -194,12 +199,15 @@ def _checked(line: str, folder: Path) -> dict[str, Any]:
     temporal = tasks.TASKS[tasks.task_index(row["task"])].family == "temporal"
     require(not temporal or "first_frame" in row or "target" in row, f"task {row['task']}: needs first_frame, a picture, or target, a clip")
     require(temporal or "first_frame" not in row, f"first_frame: {row['task']} starts from none; leave it out")
-    files = [(key, row[key]) for key in ("reference", "target") if key in row] + [
-        ("first_frame", each) for each in row.get("first_frame", [])
-    ]
-    for key, name in files:
-        require((folder / name).is_file(), f"{key} {folder / name}: no such file")
+    for key, path in _files(row, folder):
+        require(path.is_file(), f"{key} {path}: no such file")
     return row
+
+
+def _files(row: dict[str, Any], folder: Path) -> list[tuple[str, Path]]:
+    """The files that a checked row names, each with its key."""
+    names = [(key, row[key]) for key in ("reference", "target") if key in row]
+    return [(key, folder / name) for key, name in (*names, *(("first_frame", each) for each in row.get("first_frame", [])))]
 
 
 def _of_row(row: dict[str, Any], folder: Path, seed: int) -> list[Case]:

@@ -153,7 +153,7 @@ def main(config: Config) -> None:
     rows = [row for row in ROWS if row == TRANSFER or row in ROWS_MADE.value]
     missing |= {f"row {row}": f"{Path(VIDEOS.value, row)}: no such folder" for row in rows if not clips.has(row)}
     rows = [row for row in rows if clips.has(row)]
-    require_settings(out / SETTINGS, settings(config, folder))
+    require_settings(out / SETTINGS, settings(config, folder, suite))
     everything = units(suite.cases, rows)
     index, count = process(SHARD_INDEX.value, SHARD_COUNT.value)
     mine = everything[index::count]
@@ -188,10 +188,10 @@ def check(config: Config, folder: str) -> None:
         load_models.require_weights(folder, config, networks, "--checkpoint" if CHECKPOINT.value is not None else load_models.INIT_FROM)
 
 
-def settings(config: Config, folder: str) -> dict[str, Any]:
+def settings(config: Config, folder: str, suite: Suite) -> dict[str, Any]:
     """What the clips and their measures depend on, as JSON has it."""
-    suite = Path(SUITE.value or "")
-    found: dict[str, Any] = {"suite": sha256(suite) if suite.is_file() else SUITE.value, "video": asdict(config.video)}
+    found: dict[str, Any] = {"suite": sha256(suite.name) if Path(suite.name).is_file() else suite.name, "video": asdict(config.video)}
+    found["clips of the suite"] = fingerprint.of_pairs((str(path), sha256(path)) for path in suite.files)
     if VIDEOS.value:
         return found | {"videos": str(Path(VIDEOS.value).absolute())}
     names = ("dit", "vae", "text", "image", "mllm", "lora", "alignment", "sampler", "seed")
@@ -216,7 +216,7 @@ def require_settings(path: Path, asked: dict[str, Any]) -> None:
         write_whole(path, json.dumps(asked, indent=1))
     there = read_json(path, "restore it from a copy, or give another --out")
     changed = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
-    require(not changed, f"{path.parent}: begun with another {', '.join(changed)}; give the same, or another --out")
+    require(not changed, f"{path.parent}: begun with other values of: {', '.join(changed)}; give the same, or another --out")
 
 
 def sample(config: Config, folder: str, suite: Suite, wanted: list[Unit]) -> None:

@@ -46,8 +46,8 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
     empty = np.zeros((config.dit.text_len, config.dit.text_dim), np.float32) if empty_text is None else empty_text
     params = flat_params(model)
     transformer = [path.replace(".", "/", 1) for path in params if path.startswith("dit.")]
-    frozen = not any(re.fullmatch(pattern, name) for pattern in config.train.trainable for name in transformer)
-    first, *others = forms(config, frozen)
+    learns = any(re.fullmatch(pattern, name) for pattern in config.train.trainable for name in transformer)
+    first, *others = forms(config, "weights" if learns else "context")
     return Objective(
         params=params,
         sharding=SHARDING,
@@ -67,9 +67,9 @@ def objective(config: Config, empty_text: Float[np.ndarray, "S E"] | None = None
     )
 
 
-def forms(config: Config, frozen: bool) -> list[Form]:
-    """The batches of each bucket, and what a step on them costs if the transformer is `frozen`."""
-    return [Form(batch_spec(each), flops.train_step(each, frozen), flops.train_tokens(each)) for each in bucket_configs(config).values()]
+def forms(config: Config, trains: flops.Trained) -> list[Form]:
+    """The batches of each bucket, and what a step on them costs."""
+    return [Form(batch_spec(each), flops.train_step(each, trains), flops.train_tokens(each)) for each in bucket_configs(config).values()]
 
 
 def keys(config: Config) -> Array:

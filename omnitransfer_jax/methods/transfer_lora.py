@@ -37,13 +37,14 @@ def objective(config: TransferLoRA, empty_text: Float[np.ndarray, "S E"] | None 
     params = adapters(model)
     empty = np.zeros((config.dit.text_len, config.dit.text_dim), np.float32) if empty_text is None else empty_text
     base = {path: x for path, x in flat_params(model).items() if path not in params}
+    first, *others = omnitransfer.forms(config, "adapters")
     return Objective(
         params=params,
         base={path: jax.ShapeDtypeStruct(x.shape, kept_in(path, x, config)) for path, x in base.items()},
         sharding=SHARDING,
         trainable=config.train.trainable,
-        batch=plain.batch,
-        others=tuple(each._replace(flops=each.flops * 2 // 3) for each in plain.others),
+        batch=first.batch,
+        others=tuple(others),
         draw=plain.draw,
         loss=partial(omnitransfer.loss, config, model, empty),
         init=partial(init, config),
@@ -52,7 +53,8 @@ def objective(config: TransferLoRA, empty_text: Float[np.ndarray, "S E"] | None 
         frozen_dtype=config.dit.dtype,
         models=config,
         imported={"dit.": "dit"},
-        flops=(plain.flops or 0) * 2 // 3,  # no gradients of the transformer's own weights
+        flops=first.flops,
+        tokens=first.tokens,
     )
 
 

@@ -6,9 +6,14 @@ everything that is not a product.
 """
 
 import math
+from typing import Literal
 
 from configs.base import DiTConfig
 from configs.run import Config, ReferenceCache, SamplerConfig, VideoConfig
+
+Trained = Literal["weights", "adapters", "context"]
+"""What a step trains: the transformer's weights, whose gradients cost twice the forward pass; adapters in it, whose gradients go through
+its activations alone; or what makes its context, from which a gradient goes back through the target and not through references."""
 
 
 def target_pass(config: DiTConfig, tokens: int, reference_tokens: int = 0) -> int:
@@ -75,11 +80,8 @@ def _sizes(config: Config) -> tuple[int, int, int]:
     return tokens(config, config.video), tokens(config, config.data.reference), rows * columns
 
 
-def train_step(config: Config, frozen: bool = False) -> int:
-    """A training step: forward of target and reference, and twice as much again for the gradients, for every sample.
-
-    If the transformer is `frozen`, the gradient of its context goes back through the target alone, and none of its weights has one.
-    """
+def train_step(config: Config, trains: Trained = "weights") -> int:
+    """A training step: forward of target and reference, and what the gradients of what it `trains` need, for every sample."""
     target, reference = tokens(config, config.video), tokens(config, config.data.reference)
     beside = 0
     if not config.train.references:
@@ -90,7 +92,8 @@ def train_step(config: Config, frozen: bool = False) -> int:
         _, rows, columns = config.data.reference.patches(config.vae, config.dit.patch)
         reads = rows * columns if config.dit.reach == "same_frame" else reference
         forward, beside = target_pass(config.dit, target, reads), reference_pass(config.dit, reference)
-    return config.train.batch_size * (2 * forward + beside if frozen else 3 * (forward + beside))
+    sample = {"weights": 3 * (forward + beside), "adapters": 2 * (forward + beside), "context": 2 * forward + beside}
+    return sample[trains] * config.train.batch_size
 
 
 def train_tokens(config: Config) -> int:

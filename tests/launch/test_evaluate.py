@@ -85,7 +85,22 @@ def test_clips_that_cannot_be_measured_cost_themselves_alone(ready, tmp_path, ca
 def test_other_settings_need_another_folder(ready, tmp_path, capsys):
     assert run(f"--videos={ready}", f"--out={tmp_path}", "--controls=copied") == 0
     assert run(f"--videos={ready}", f"--out={tmp_path}", "--controls=copied", "--video.frames=5") == 2
-    assert "begun with another video" in capsys.readouterr().err
+    assert "begun with other values of: video" in capsys.readouterr().err
+
+
+def test_another_clip_under_the_same_name_needs_another_folder(tmp_path, capsys):
+    """What was made from a reference is not kept when the file changes, though the suite is the same."""
+    rows, reference = tmp_path / "suite.jsonl", tmp_path / "a.mp4"
+    rows.write_text(json.dumps({"id": "a", "task": "id", "reference": "a.mp4"}))
+    videos.write(reference, np.zeros((SIZE.frames, SIZE.height, SIZE.width, 3), np.uint8), SIZE.fps)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "a.mp4").write_bytes(reference.read_bytes())
+    asked = [f"--suite={rows}", f"--videos={tmp_path / 'made'}", "--controls=copied", f"--out={tmp_path / 'out'}"]
+    assert run(*asked) == 0
+    assert run(*asked) == 0
+    videos.write(reference, np.full((SIZE.frames, SIZE.height, SIZE.width, 3), 90, np.uint8), SIZE.fps)
+    assert run(*asked) == 2
+    assert "begun with other values of: clips of the suite" in capsys.readouterr().err
 
 
 def test_weights_of_another_digest_cost_their_metric_alone(ready, tmp_path):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
 
 from configs import stage1, stage2
 from configs.errors import RequestError
@@ -25,6 +24,7 @@ from omnitransfer_jax.mesh import make_mesh
 from omnitransfer_jax.methods import omnitransfer, transfer_lora
 from omnitransfer_jax.models.flat_params import with_params
 from omnitransfer_jax.models.omnitransfer import Conditions, denoise, embeds_text
+from tests.train import event_files
 
 SMALL = ["--config=stage1:smoke", "--vae.base_dim=4", "--vae.num_res_blocks=1", "--dit.num_layers=1", "--sampler.steps=2"]
 
@@ -79,15 +79,8 @@ def test_the_grids_of_a_run_are_what_launch_sample_makes(folder, tmp_path, capsy
 
 
 def images_in(folder):
-    """The steps of the image events; a record is its length, a checksum, the event, a checksum."""
-    found = []
-    for path in sorted(folder.glob("events.*")):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            found += [event.step for value in event.summary.value if value.HasField("image") and value.image.width > 0]
-    return found
+    """The steps of the image events."""
+    return [step for step, value in event_files.values(folder) if value.HasField("image") and value.image.width > 0]
 
 
 def same_clips(one, other):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from configs import stage1, stage2, stage3, wan
+from omnitransfer_jax.methods import transfer_lora
 from omnitransfer_jax.methods.omnitransfer import objective
 from omnitransfer_jax.train import flops
 
@@ -46,3 +47,9 @@ def test_a_frozen_transformer_has_no_gradients_of_weights_and_none_of_references
     once = 2.558 + 1.525
     assert objective(stage2.get_config()).flops / 1e15 == pytest.approx(16 * (once + 2.558), rel=5e-4)
     assert objective(stage3.get_config()).flops / 1e15 == pytest.approx(16 * 3 * once, rel=5e-4)
+
+
+def test_adapters_have_gradients_of_activations_in_references_too():
+    lora = stage1.get_config("lora")
+    assert lora.train.batch_size == 1
+    assert transfer_lora.objective(lora).flops / 1e15 == pytest.approx(2 * (2.558 + 1.525), rel=5e-4)

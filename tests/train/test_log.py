@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from configs.errors import RequestError
 from configs.run import TrainConfig
 from omnitransfer_jax.train.log import RunLog, read_lines
+from tests.train import event_files
 
 METRICS = {"loss": 0.5, "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": 0}
 
@@ -93,15 +93,8 @@ def test_the_console_line(tmp_path, monkeypatch, capsys):
 
 
 def scalars(folder):
-    """(step, tag, value) of every scalar event; a record is its length, a checksum, the event, a checksum."""
-    found = []
-    for path in sorted(folder.glob("events.*")):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    return found
+    """(step, tag, value) of every scalar event."""
+    return [(step, value.tag, value.simple_value) for step, value in event_files.values(folder)]
 
 
 def test_tensorboard_events(tmp_path):
