@@ -77,7 +77,8 @@ def extremes(found: Evaluation, task: str, name: str, cases: Sequence[Case]) -> 
     sign = -1 if name and found.scores[name].better == "lower" else 1
     ordered = sorted(known, key=lambda case: (sign * (known[case] or 0), tie.get(case) or 0.0))
     by_id = {case.id: case for case in cases}
-    worst, best = ordered[:EACH], [case for case in ordered[-EACH:][::-1] if case not in ordered[:EACH]]
+    each = min(EACH, (len(ordered) + 1) // 2)
+    worst, best = ordered[:each], ordered[each:][::-1][:each]
 
     def label(kind: str, case: str) -> str:
         return f"{kind}: {case}, {name} {results.number(known[case] or 0.0)}"
