@@ -171,7 +171,10 @@ def fit(shape: Shape, config: Any, name: str, device: str, compiled: str) -> str
             found["fits"],
             f"--compile={compiled}: it does not fit: {found.get('refused', '')}; divide it with --mesh.data",
         )
-        return f"{found['hbm_gib_per_device']} of {found['hbm_limit_gib']} GiB a device, compiled for {compiled}, {shape.devices} devices"
+        mesh = " ".join(f"--mesh.{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
+        return (
+            f"{found['hbm_gib_per_device']} of {found['hbm_limit_gib']} GiB a device, compiled for {compiled} with {mesh or 'one device'}"
+        )
     limit = CHIPS[device].memory if device in CHIPS else 0
     require(
         not limit or shape.state_gib < limit,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import RequestError
-from launch.sweeping.trials import ENDED, LOG_FILE, PROGRAMS, State, Sweep, Trial
+from launch.sweeping.trials import LOG_FILE, PROGRAMS, State, Sweep, Trial
 from omnitransfer_jax.train.log import METRICS_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -49,8 +49,6 @@ def run(
 ) -> State:
     """Brings a trial to step `until`, or to its end, and returns its state. `report` is given each line of its log once."""
     state, misses, until = trial.state, 0, min(until, trial.steps)
-    if state.status in ENDED or state.until >= until:
-        return state
     furthest = (_last_line(trial) or {}).get("step", 0)
     while True:
         trial.set(replace(state, status="running"))

@@ -1,6 +1,7 @@
 """What a sweep needs of launch.train, in milliseconds: a process that writes metrics.jsonl, obeys STOP and goes on.
 
-A file KILL in the workdir's parent ends it by SIGKILL at the step that is written in it; a rate above 0.5 is not finite at step 3.
+A file KILL in the workdir's parent ends it by SIGKILL at the step that is written in it, the variable DIES_FROM at every step from that on;
+a rate above 0.5 is not finite at step 3.
 """
 
 import json
@@ -15,6 +16,10 @@ workdir, rate, steps = Path(given["--workdir".lstrip("-")]), float(given["optimi
 workdir.mkdir(parents=True, exist_ok=True)
 log, kill, stop = workdir / "metrics.jsonl", workdir.parent / "KILL", workdir / "STOP"
 done = len(log.read_text().splitlines()) if log.exists() else 0
+print("started", flush=True)  # in the trial's log.txt
+dies_from = int(os.environ.get("DIES_FROM", steps + 1))
+if done >= dies_from:
+    os.kill(os.getpid(), signal.SIGKILL)
 with log.open("a") as file:
     for step in range(done + 1, steps + 1):
         if rate > 0.5 and step == 3:
@@ -24,6 +29,8 @@ with log.open("a") as file:
         file.flush()
         if kill.exists() and int(kill.read_text()) == step:
             kill.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step >= dies_from:
             os.kill(os.getpid(), signal.SIGKILL)
         if stop.exists():
             stop.unlink()

@@ -144,6 +144,29 @@ def test_the_plan_is_counted(tmp_path):
     assert costs.flops == sum(60 * flops.train_step(sizes.at(point)) for point in sizes.grid())
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"fits": False, "refused": "Ran out of memory"}, "it does not fit: Ran out of memory"),
+        ({"fits": True, "hbm_gib_per_device": 3.5, "hbm_limit_gib": 15.75, "mesh": {"data": 1, "heads": 4}}, "3.5 of 15.75 GiB a device"),
+    ],
+)
+def test_the_plan_may_be_compiled(found, expected, stand_in, monkeypatch, capsys):
+    """What launch.compile finds is in the plan, with the mesh it is of; what it refuses starts nothing. The compiler itself is not here."""
+
+    def compiled(command, **options):
+        flag = next(arg for arg in command if arg.startswith("--json="))
+        Path(flag.removeprefix("--json=")).write_text(json.dumps(found))
+        assert {"launch.compile", "--topology=v5e:2x2", "--config=stage1:smoke"} <= set(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(plan.subprocess, "run", compiled)
+    assert stand_in("--trials=2", "--compile=v5e:2x2", "--dry_run") == (0 if found["fits"] else 2)
+    said = capsys.readouterr()
+    assert expected in said.out + said.err
+    assert not found["fits"] or "with --mesh.heads=4" in said.out
+
+
 def made(tmp_path, found, count, rungs, halving, **others):
     return trials.Sweep(
         config="stage1:smoke", base=(), space=proposals.definition(found), search="random", trials=count, seed=0, rungs=rungs,
@@ -200,9 +223,9 @@ def test_killed_diverged_and_halved_trials(stand_in, tmp_path, capsys):
         assert until >= (60, 30)[n]
         assert logs[0].splitlines()[:until] == logs[1].splitlines()[:until]
         assert trials.Trial(whole / "trials" / f"000{n}").state.values == states[n].values
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    before = {path: path.read_text() for path in out.rglob("log.txt")}
     assert stand_in(*flags, text=text) == 0
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == before
+    assert {path: path.read_text() for path in out.rglob("log.txt")} == before, "no process was started"
     rows = list(csv.DictReader((out / "sweep.csv").read_text().splitlines()))
     assert (rows[0]["trial"], rows[0]["status"]) == ("0", "finished")
     assert float(rows[0]["loss"]) == states[0].values["60"]
@@ -210,8 +233,17 @@ def test_killed_diverged_and_halved_trials(stand_in, tmp_path, capsys):
     assert "was begun with rungs" in capsys.readouterr().err
 
 
-def test_a_trial_that_always_dies_fails_alone(stand_in, tmp_path, monkeypatch):
-    """Killed again and again at one step, or refused: the others run."""
+def test_a_trial_that_always_dies_is_not_started_for_ever(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIES_FROM", "20")
+    assert stand_in("--trials=1") == 0
+    state = trials.Trial(tmp_path / "out" / "trials" / "0000").state
+    assert state.status == "failed"
+    assert f"ended {runner.PATIENCE} times by SIGKILL without a new step" in state.reason
+    assert state.restarts == runner.PATIENCE  # the first start made 20 steps
+
+
+def test_a_trial_that_cannot_start_fails_alone(stand_in, tmp_path, monkeypatch):
+    """The others run."""
     monkeypatch.setattr(runner, "TRAINING", "tests.launch.no_such_training")
     assert stand_in("--trials=2") == 0
     states = [trials.Trial(tmp_path / "out" / "trials" / f"000{n}").state for n in range(2)]
@@ -262,10 +294,11 @@ def test_a_sweep_that_is_stopped_goes_on(number, tmp_path):
     done = [len(log.read_text().splitlines()) if log.exists() else 0 for log in logs]
     assert done[0] == 60
     assert done[1] < 60
-    finished = logs[0].stat().st_mtime_ns
+    finished = tmp_path / "out" / "trials" / "0000" / "log.txt"
+    said = finished.read_text()
     assert subprocess.run(args, cwd=root, stdout=subprocess.DEVNULL).returncode == 0
     assert [len(log.read_text().splitlines()) for log in logs] == [60, 60, 60]
-    assert logs[0].stat().st_mtime_ns == finished
+    assert finished.read_text() == said, "no process was started"
 
 
 def test_tpe_proposes_from_what_is_known(stand_in, tmp_path):
