@@ -1,7 +1,11 @@
-"""Any request ends in 0 or 2 and at most two lines on stderr: 2,000 random ones, drawn from a fixed seed."""
+"""Any request ends in 0 or 2 and at most two lines on stderr: 1,000 random ones, drawn from a fixed seed.
+
+As many as one likes: REQUEST_FUZZ=10000 python -m pytest -n 0 -o faulthandler_timeout=0 tests/launch/test_requests.py
+"""
 
 import io
 import json
+import os
 import random
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -135,7 +139,7 @@ def test_random_requests(tmp_path):
     (tmp_path / "empty").mkdir()
     Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(tmp_path / "picture.png")
     draw, ends = random.Random(14), Counter()
-    for number in range(2_000):
+    for number in range(int(os.environ.get("REQUEST_FUZZ", 1_000))):
         module, args = random_request(draw, tmp_path)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
             try:
@@ -147,4 +151,4 @@ def test_random_requests(tmp_path):
         assert len(lines) <= (2 if code else 0), f"request {number}: {module.__name__} {args}: {lines}"
         ends[module.__name__, code] += 1
     both = [ends[module.__name__, code] for module in (train, sample, encode) for code in (0, 2)]
-    assert min(both) > 30, ends  # right and wrong requests
+    assert min(both) > 15, ends  # right and wrong requests

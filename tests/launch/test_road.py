@@ -1,7 +1,11 @@
-"""All commands in turn: clips -> records -> training, stopped and continued -> a video for every task and a combination."""
+"""All commands in turn: clips -> records -> training, stopped and continued -> a video for every task and a combination.
+
+On real clips: python -m pytest -n 0 -m slow tests/launch/test_road.py
+"""
 
 import json
 
+import pytest
 from PIL import Image
 
 from data_pipelines import clips, example
@@ -80,5 +84,6 @@ def test_on_clips_the_project_makes(tmp_path):
     travel(tmp_path, manifest, example_pairs(manifest, tmp_path))
 
 
+@pytest.mark.slow  # a minute: the same as on clips the project makes
 def test_on_real_clips(shared, tmp_path):
     travel(tmp_path, *real_manifest(shared, tmp_path))
