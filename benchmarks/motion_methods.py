@@ -7,16 +7,18 @@
 
 Rows and what they are: evaluation/motion_methods.py. Without `--suite` the cases are held-out motion pairs of the procedural world, where
 the true clip is known; the form of a suite is in evaluation/motion_cases.py. All rows have the models, sampler, size and seed of
-`--config`, and each case has one noise. Gains are over the backbone, case by case, with 95 % bootstrap intervals over the cases.
+`--config`, and each case has one noise. Gains are over the backbone (or `--against=still`: over the frozen first frame), case by case, with
+95 % bootstrap intervals over the cases.
 
 DIR/results/METHOD-REFERENCE/CASE.json holds the scores of a clip, the clip lies beside it; what is there is not made again. Several
-processes may work on one DIR. Written at the end: motion_methods.md, motion_methods.png. Results: docs/methods.md.
+processes may work on one DIR. Written at the end: motion_methods.md, .png and .csv (a line a clip). Results: docs/methods.md.
 
 Seconds are those of learning and sampling, the median of the cases; the first one of a row compiles. Memory is the
 largest resident memory of the process (VmHWM of Linux, set back before each row): it holds the encoders and all that is loaded.
 Text similarity is left out: the package has no text-and-image CLIP to import.
 """
 
+import csv
 import io
 import json
 import re
@@ -60,9 +62,11 @@ FEATURES = flags.DEFINE_integer("features_block", None, "block of SMM and MOFT; 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of imported weights; train.init_from if not given", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "out/motion_methods", "folder of clips, scores and results", flag_values=FLAGS)
 PAIRS = flags.DEFINE_integer("pairs", 40, "pairs of the procedural world", lower_bound=1, flag_values=FLAGS)
+FIRST = flags.DEFINE_integer("first", 0, "the first of these pairs: tune on others than you report", lower_bound=0, flag_values=FLAGS)
 SUITE = flags.DEFINE_string("suite", "", "JSON lines file of real clips and prompts, in place of the world", flag_values=FLAGS)
 LEVEL = flags.DEFINE_enum("level", "hard", motion_cases.LEVELS, "which prompt of a suite", flag_values=FLAGS)
 ROWS = flags.DEFINE_list("methods", [*METHODS], "rows to make", flag_values=FLAGS)
+AGAINST = flags.DEFINE_enum("against", "backbone", ("backbone", "still"), "the row that gains are over", flag_values=FLAGS)
 GIVEN = flags.DEFINE_list("references", [*REFERENCES], "references to give: own, and the controls reversed, other", flag_values=FLAGS)
 REPORT = flags.DEFINE_bool("report", False, "write the results of what is done, and make nothing", flag_values=FLAGS)
 SHOWN = flags.DEFINE_integer("shown", 3, "cases in the figure", lower_bound=1, flag_values=FLAGS)
@@ -114,9 +118,10 @@ def main(config: DiTFlow) -> None:
             require_settings(job.folder / SETTINGS_FILE, settings(job.method, config, configs))
         work(Backbone(config, config.train.init_from), configs, jobs, cases)
     results = read_results(cases)
-    require(bool(results.get(("backbone", "own"))), f"--out={OUT.value}: no clip of the backbone yet; make that row")
-    page = table(results, len(cases))
+    require((AGAINST.value, "own") in results, f"--out={OUT.value}: no clip of the row {AGAINST.value} yet; make it")
+    page = table(results, AGAINST.value, len(cases))
     write_whole(Path(OUT.value) / "motion_methods.md", page.encode())
+    write_whole(Path(OUT.value) / "motion_methods.csv", clip_scores(results).encode())
     write_whole(Path(OUT.value) / "motion_methods.png", png(figure(results, cases[: SHOWN.value])))
     print(page)
 
@@ -128,7 +133,7 @@ def folder_of(config: Config) -> str:
 def all_cases(config: DiTFlow) -> list[Case]:
     """The cases of --suite, or of the world."""
     if not SUITE.value:
-        return motion_cases.of_world(config.video, PAIRS.value)
+        return motion_cases.of_world(config.video, PAIRS.value, FIRST.value)
     return motion_cases.of_suite(SUITE.value, LEVEL.value, config.video, config.dit.image_to_video)
 
 
@@ -208,7 +213,7 @@ def work(backbone: Backbone, configs: Configs, jobs: Sequence[Job], cases: Seque
                 jax.clear_caches()  # no row uses the programs of another
                 make, prepared = METHODS[job.method].prepare(backbone, configs), job.method
                 reset_memory()
-            seconds = run_job(backbone, make, job, cases[i], backbone.noise(i))
+            seconds = run_job(backbone, make, job, cases[i], backbone.noise(FIRST.value + i))
         to_go = timedelta(seconds=round((time.monotonic() - started) / (done + 1) * (len(left) - done - 1)))
         print(f"[{done + 1} of {len(left)}] {job.title}, {cases[i].id}: {seconds:.1f} s, {to_go} to go at this rate", flush=True)
 
@@ -279,16 +284,29 @@ def read_results(cases: Sequence[Case]) -> Results:
     return found
 
 
-def table(results: Results, count: int) -> str:
-    """One row for each method and reference: means, gains over the backbone, and in controls the gain of the own reference over them."""
-    base = results["backbone", "own"]
+def clip_scores(results: Results) -> str:
+    """A line for each clip: row, reference, case, then its scores, seconds and memory."""
+    names = [*next(iter(next(iter(results.values())).values()))["scores"]]
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(["method", "reference", "case", *names, "seconds", "MB"])
+    for (method, reference), rows in results.items():
+        for case, row in rows.items():
+            figures = [*(row["scores"][name] for name in names), row["seconds"], row["memory"]]
+            lines.writerow([method, reference, case, *(f"{figure:.6g}" for figure in figures)])
+    return file.getvalue()
+
+
+def table(results: Results, against: str, count: int) -> str:
+    """One row for each method and reference: means, gains over the row `against`, and in controls the gain of the own reference over them."""
+    base = results[against, "own"]
     names = [*next(iter(base.values()))["scores"]]
     gained = [name for name in GAINS if name in names]
     head = ["", "cases", *names, *(f"gain in {name}" for name in gained), f"own above it, {names[0]}", "s a clip", "MB"]
     lines = [head, ["---"] * len(head)]
     for (method, reference), rows in results.items():
         means = [f"{np.mean([row['scores'][name] for row in rows.values()]):.3g}" for name in names]
-        gains = ["" if method == "backbone" else gain(rows, base, name) for name in gained]
+        gains = ["" if method == against else gain(rows, base, name) for name in gained]
         own = "" if reference == "own" else gain(results.get((method, "own"), {}), rows, names[0])
         seconds = [row["seconds"] for row in rows.values()]
         memory = max(row["memory"] for row in rows.values())
@@ -298,7 +316,7 @@ def table(results: Results, count: int) -> str:
         )  # fmt: skip
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     what = f"--suite={SUITE.value}, prompts {LEVEL.value}" if SUITE.value else "held-out motion pairs of the procedural world"
-    return f"{count} cases: {what}. Backbone `{CONFIG.value}`. Gains: positive is better, 95 % intervals over cases.\n\n{body}\n"
+    return f"{count} cases: {what}. Backbone `{CONFIG.value}`. Gains over {METHODS[against].title}: positive is better, 95 % intervals over cases.\n\n{body}\n"
 
 
 def gain(rows: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], name: str) -> str:

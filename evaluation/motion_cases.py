@@ -47,10 +47,10 @@ class Case(NamedTuple):
     """What is to be made, where it is known."""
 
 
-def of_world(video: VideoConfig, count: int) -> list[Case]:
-    """The first `count` held-out motion pairs; prompts and captions are empty, so the first frame and the reference tell everything."""
+def of_world(video: VideoConfig, count: int, first: int = 0) -> list[Case]:
+    """`count` held-out motion pairs from `first` on; prompts and captions are empty, so the first frame and the reference tell everything."""
     found = []
-    for index in range(count):
+    for index in range(first, first + count):
         pair = drawn(index)
         other = next(each for each in map(drawn, count_from(index + 1)) if each.reference.motion != pair.reference.motion)
         found.append(

@@ -54,6 +54,10 @@ def test_a_suite_is_made_once(suite, tmp_path, monkeypatch, capsys):
     ]
     assert "nan" not in page
     assert clips.read_image(tmp_path / "out" / "motion_methods.png").std() > 0
+    lines = Path(tmp_path, "out", "motion_methods.csv").read_text().splitlines()
+    assert lines[0] == "method,reference,case,MF-LK,leak (colours),consistency (pixels),seconds,MB"
+    cases = ("000-0-hard", "001-1-hard")
+    assert [line.split(",")[:3] for line in lines[1:]] == [[row, "own", case] for row in ("backbone", "still", "copied") for case in cases]
     copied = bench.read_results(bench.all_cases(ditflow.get_config("smoke")))["copied", "own"]
     assert all(row["scores"]["MF-LK"] == pytest.approx(1) for row in copied.values())
     made = sorted(Path(tmp_path, "out").rglob("*.json"))
@@ -61,6 +65,10 @@ def test_a_suite_is_made_once(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("made again"))
     assert run(suite, out, rows, "--references=own,reversed") == 0
     assert run(suite, out, "--report") == 0
+    assert run(suite, out, "--report", "--against=still") == 0
+    page = Path(tmp_path, "out", "motion_methods.md").read_text()
+    assert "Gains over first frame, frozen:" in page
+    assert page.splitlines()[5].split(" | ")[5] == ""
     assert [path.stat().st_mtime_ns for path in made] == times
     assert run(suite, out, rows, "--seed=3") == 2
     assert "begun with other settings (backbone.seed=0 there, 3 now)" in capsys.readouterr().err
@@ -96,7 +104,7 @@ def test_a_run_of_omnitransfer():
         ("--sampler.solver=unipc", "sampler.solver=unipc: euler"),
         ("--suite=none.jsonl", "--suite=none.jsonl: cannot be read"),
         ("--motion_inversion=wan", "the configuration of another command"),
-        ("--report", "no clip of the backbone yet"),
+        ("--report", "no clip of the row backbone yet; make it"),
         ("--checkpoint=none", "none"),
     ],
 )
@@ -119,6 +127,21 @@ def test_gains_are_case_by_case_and_positive_is_better():
     assert bench.gain(row | {"9": {"scores": {"path": 0.0}}}, base, "path") == "+1.00 (+1.00 to +1.00)"
     assert bench.gain({"9": {"scores": {"path": 0.0}}}, base, "path") == ""
     assert bench.gain(rows_of(10.0, 16.0), rows_of(10.0, 20.0), "path") == "+2.00 (+0.00 to +4.00)"
+
+
+def test_later_pairs_are_those_of_a_longer_run(monkeypatch, tmp_path):
+    """The same pairs with the same noise, so tuning on some and reporting others is one numbering."""
+    config, made = ditflow.get_config("tiny"), {}
+    fake = SimpleNamespace(noise=lambda index: index)
+    monkeypatch.setattr(bench, "run_job", lambda _, make, job, case, noise: made.update({case.id: noise}) or 0.0)
+    for given in (["--pairs=5"], ["--pairs=2", "--first=3"]):
+        made.clear()
+        bench.FLAGS(["", f"--out={tmp_path / given[-1]}", *given])
+        bench.work(fake, None, [bench.Job("still", "own")], bench.all_cases(config))
+        if "--first=3" not in given:
+            later = dict([*made.items()][3:])
+    assert list(made.values()) == [3, 4]
+    assert made == later
 
 
 def test_a_control_gets_another_clip():
