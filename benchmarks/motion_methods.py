@@ -13,6 +13,8 @@ the true clip is known; the form of a suite is in evaluation/motion_cases.py. Al
 DIR/results/METHOD-REFERENCE/CASE.json holds the scores of a clip, the clip lies beside it; what is there is not made again. Several
 processes may work on one DIR. Written at the end: motion_methods.md, .png and .csv (a line a clip). Results: docs/methods.md.
 
+A reference that is the same clip backwards (a path out and back) is no control, so such a case is in no row of reversed references.
+
 Seconds are those of learning and sampling, the median of the cases; the first one of a row compiles. Memory is the
 largest resident memory of the process (VmHWM of Linux, set back before each row): it holds the encoders and all that is loaded.
 Text similarity is left out: the package has no text-and-image CLIP to import.
@@ -44,7 +46,7 @@ from configs.run import Config, plain
 from evaluation import motion_cases
 from evaluation.metrics import motion_fidelity, tracks
 from evaluation.motion_cases import Case, Clip
-from evaluation.motion_methods import METHODS, REFERENCES, Backbone, Configs, Make, given, measure, without_network
+from evaluation.motion_methods import METHODS, REFERENCES, Backbone, Configs, Make, given, is_control, measure, without_network
 from evaluation.report.curve import STYLE
 from launch import command
 from omnitransfer_jax import load_models
@@ -203,7 +205,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def work(backbone: Backbone, configs: Configs, jobs: Sequence[Job], cases: Sequence[Case]) -> None:
     """Makes and measures what is not there yet."""
-    left = [(job, i) for job in jobs for i, case in enumerate(cases) if not job.path(case).exists()]
+    wanted = {reference: given_to(reference, cases) for reference in {job.reference for job in jobs}}
+    left = [(job, i) for job in jobs for i in wanted[job.reference] if not job.path(cases[i]).exists()]
     started, prepared, make = time.monotonic(), "", None
     for done, (job, i) in enumerate(left):
         with claimed(job.path(cases[i]).with_suffix(".lock")) as held:
@@ -216,6 +219,11 @@ def work(backbone: Backbone, configs: Configs, jobs: Sequence[Job], cases: Seque
             seconds = run_job(backbone, make, job, cases[i], backbone.noise(FIRST.value + i))
         to_go = timedelta(seconds=round((time.monotonic() - started) / (done + 1) * (len(left) - done - 1)))
         print(f"[{done + 1} of {len(left)}] {job.title}, {cases[i].id}: {seconds:.1f} s, {to_go} to go at this rate", flush=True)
+
+
+def given_to(reference: str, cases: Sequence[Case]) -> list[int]:
+    """The cases of a row: all, or those for which the reference is a control."""
+    return [i for i, case in enumerate(cases) if reference == "own" or is_control(case, reference)]
 
 
 def run_job(backbone: Backbone, make: Make | None, job: Job, case: Case, noise: jax.Array) -> float:
@@ -275,9 +283,10 @@ def peak_memory() -> float:
 def read_results(cases: Sequence[Case]) -> Results:
     """What is done of `cases`, in the order of the rows."""
     found: Results = {}
+    asked = {reference: [cases[i] for i in given_to(reference, cases)] for reference in REFERENCES}
     for name in METHODS:
         for reference in REFERENCES:
-            paths = {case.id: Job(name, reference).path(case) for case in cases}
+            paths = {case.id: Job(name, reference).path(case) for case in asked[reference]}
             read = {case: read_json(path, "remove it: it is made again") for case, path in paths.items() if path.exists()}
             if read:
                 found[name, reference] = read
@@ -298,7 +307,7 @@ def clip_scores(results: Results) -> str:
 
 
 def table(results: Results, against: str, count: int) -> str:
-    """One row for each method and reference: means, gains over the row `against`, and in controls the gain of the own reference over them."""
+    """A line for each method and reference: means, gains over the row `against`, in controls the gain of the own reference over them."""
     base = results[against, "own"]
     names = [*next(iter(base.values()))["scores"]]
     gained = [name for name in GAINS if name in names]
@@ -316,7 +325,8 @@ def table(results: Results, against: str, count: int) -> str:
         )  # fmt: skip
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     what = f"--suite={SUITE.value}, prompts {LEVEL.value}" if SUITE.value else "held-out motion pairs of the procedural world"
-    return f"{count} cases: {what}. Backbone `{CONFIG.value}`. Gains over {METHODS[against].title}: positive is better, 95 % intervals over cases.\n\n{body}\n"
+    gains = f"Gains over {METHODS[against].title}: positive is better, 95 % intervals over cases."
+    return f"{count} cases: {what}. Backbone `{CONFIG.value}`. {gains}\n\n{body}\n"
 
 
 def gain(rows: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], name: str) -> str:

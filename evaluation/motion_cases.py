@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 
 def of_world(video: VideoConfig, count: int, first: int = 0) -> list[Case]:
-    """`count` held-out motion pairs from `first` on; prompts and captions are empty, so the first frame and the reference tell everything."""
+    """`count` held-out motion pairs from `first` on; prompts and captions are empty: first frame and reference tell everything."""
     found = []
     for index in range(first, first + count):
         pair = drawn(index)

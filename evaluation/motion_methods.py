@@ -229,6 +229,12 @@ def given(case: Case, reference: str) -> Clip:
     return case.other() if reference == "other" else case.reference()[:: -1 if reference == "reversed" else 1]
 
 
+def is_control(case: Case, reference: str) -> bool:
+    """Whether this reference shows another motion than the case's own. A path out and back is the same backwards."""
+    own = case.reference()
+    return reference == "other" or (reference == "reversed" and np.abs(own[::-1].astype(int) - own).mean() > 1)  # grey level
+
+
 def measure(case: Case, clip: Clip, config: Config) -> dict[str, float]:
     """All scores of a clip, against the case's own reference and, where it is known, the truth (world/scores.py)."""
     reference = case.reference()

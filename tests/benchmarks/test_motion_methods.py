@@ -11,7 +11,7 @@ import pytest
 from benchmarks import motion_methods as bench
 from configs import ditflow, stage1
 from data_pipelines import clips
-from evaluation import motion_methods
+from evaluation import motion_cases, motion_methods
 from launch import command
 from omnitransfer_jax.flow import time_grid
 
@@ -149,6 +149,15 @@ def test_a_control_gets_another_clip():
     assert motion_methods.given(case, "own").ravel().tolist() == [0, 1, 2]
     assert motion_methods.given(case, "reversed").ravel().tolist() == [2, 1, 0]
     assert motion_methods.given(case, "other").ravel().tolist() == [9, 9, 9]
+
+
+def test_a_path_out_and_back_is_no_control_backwards():
+    """In the world those are the swings; the rows of reversed references leave them out."""
+    cases = motion_cases.of_world(ditflow.get_config("tiny").video, 40)
+    swings = [i for i, case in enumerate(cases) if case.pair.reference.motion.path == "swings"]
+    assert 0 < len(swings) < 40
+    assert bench.given_to("reversed", cases) == [i for i in range(40) if i not in swings]
+    assert bench.given_to("own", cases) == bench.given_to("other", cases) == list(range(40))
 
 
 def test_the_noised_reference_starts_where_its_strength_says(monkeypatch):

@@ -66,6 +66,7 @@ def test_a_clip_without_sound_to_its_end(tmp_path):
         assert not container.streams.audio
 
 
+@pytest.mark.slow  # the same way as on what the project makes: pytest -n 0 -m slow -k real
 def test_real_clips(tmp_path, shared):
     clip, person = shared / "clips/omnitransfer/Motion__ref1.mp4", shared / "clips/omnitransfer/Motion__ref1.jpg"
     out = tmp_path / "o.mp4"

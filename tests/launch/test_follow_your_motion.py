@@ -216,6 +216,7 @@ def test_wrong_requests_are_one_line(whole, clip, tmp_path, capsys):
     assert "its temporal stage has not begun" in refused(sample, f"--checkpoint={tmp_path / 'begun'}", f"--out={tmp_path / 'a.mp4'}")
 
 
+@pytest.mark.slow  # the same way as on what the project makes: pytest -n 0 -m slow -k real
 def test_a_real_clip(shared, tmp_path):
     clip = shared / "clips" / "davis" / "bmx-trees.mp4"
     assert run([*SMALL, "--motion.spatial_steps=2", "--train.steps=2"], clip, tmp_path / "run") == 0

@@ -136,6 +136,7 @@ def test_a_run_of_tokens_is_no_transformer(whole, made, tmp_path, capsys):
     assert "a run of the tokens of a motion's training; give one of the transformer's" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # the same way as on what the project makes: pytest -n 0 -m slow -k real
 def test_a_real_clip(shared, tmp_path):
     clip, image = shared / "clips" / "davis" / "bmx-trees.mp4", tmp_path / "first.png"
     Image.fromarray(clips.read_clip(shared / "clips" / "davis" / "lucia.mp4", frames=1, fps=8, height=64, width=96)[0]).save(image)

@@ -163,6 +163,7 @@ def test_no_large_network_is_drawn_at_random():
         load_models.load_text_encoder("", wan.get_config())
 
 
+@pytest.mark.slow  # the same way as on what the project makes: pytest -n 0 -m slow -k real
 def test_a_real_picture(shared, tmp_path):
     image = shared / "clips" / "misc" / "wan_i2v_input.jpg"
     assert run(f"--first_frame={image}", f"--out={tmp_path / 'a.mp4'}") == 0
