@@ -8,7 +8,7 @@ from configs.base import MASK_CHANNELS, AlignmentConfig, CLIPVisionConfig, DiTCo
 from configs.buckets import require_buckets
 from configs.errors import require
 from configs.kinds import FIXED, RUN, Kind, select
-from configs.ranges import BELOW_1, FROM_0, FROM_1, PATTERNS, SEED, require_ranges
+from configs.ranges import BELOW_1, FROM_0, FROM_1, PATTERNS, SEED, SHARE, require_ranges
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 ReferenceCache = Literal["full", "activations", "float8", "int8", "none"]
@@ -210,8 +210,11 @@ class OptimizerConfig:
     """Factor on these rates for the language model's adapters and the queries."""
     warmup_steps: int = field(default=100, metadata=FROM_0)
     """Steps of the linear rise to the highest rate."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up the rate stays, or falls to 0 at the last step along half a cosine."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After the warm-up the rate stays, falls to 0 at the last step along half a cosine, or (warm-up, stable, decay) stays until the last
+    `decay_share` of the steps and falls to 0 in them, along a line."""
+    decay_share: float = field(default=0.2, metadata=SHARE)
+    """With `wsd`, the share of the steps in which the rate falls."""
     b1: float = field(default=0.9, metadata=BELOW_1)
     """Decay of the first moment of AdamW; Muon's momentum on matrices is 0.95."""
     b2: float = field(default=0.999, metadata=BELOW_1)
@@ -300,6 +303,12 @@ class RunConfig:
         require(
             self.optimizer.schedule == "constant" or self.optimizer.warmup_steps < self.train.steps,
             f"optimizer.warmup_steps={self.optimizer.warmup_steps}: below train.steps={self.train.steps}, so that the rate can fall",
+        )
+        stable = self.train.steps * (1 - self.optimizer.decay_share)
+        require(
+            self.optimizer.schedule != "wsd" or self.optimizer.warmup_steps <= stable,
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps}: at most {stable:g}, for with optimizer.decay_share="
+            f"{self.optimizer.decay_share} the rate falls from there on",
         )
 
 

@@ -3,9 +3,10 @@
 Goal    a small transformer that makes clips of the procedural world from a first frame, a prompt or both; stage 1 starts from it.
 Trains  every parameter of the transformer, from random weights; autoencoder and encoders are those of the folder in train.init_from.
 Size    `tiny` alone. At full size stage 0 is Wan2.1 itself, imported: python -m launch.import_weights --source=DIR --out=DIR
-Cost    0.30 s a step of 16 samples on two CPU cores, 9 frames of 32 x 32 pixels (docs/world.md).
+Cost    0.30 s a step of 16 samples on two CPU cores, 9 frames of 32 x 32 pixels (docs/world.md); the larger sizes were not timed.
 
     python -m launch.embed --config=stage0:tiny --vae=VAE --out=ENCODERS
+    python -m launch.encode_world --config=stage0:tiny --train.init_from=ENCODERS --pairs=8000 --two --out=RECORDS
     python -m launch.train --config=stage0:tiny --workdir=DIR --data.path=RECORDS --train.init_from=ENCODERS
     python -m launch.embed --config=stage0:tiny --base=DIR --out=omnitransfer_jax/embedded
 """
@@ -22,10 +23,14 @@ TINY_OPTIMIZER = OptimizerConfig(
 )
 TINY_TRAIN = TransferTrainConfig(init_from="embedded", ema=0.99, weighting="clean", shift=wan.TINY_SHIFT)
 
+# One grid would be all the base knows; these have other lengths, shapes and widths, and room for two columns and for two shots.
+TINY_SIZES = ("9x32x32", "9x32x64", "17x32x32", "9x32x48", "9x48x48", "5x32x32")
+TINY_WITH = wan.get_config("tiny")
 TINY = replace(
-    wan.get_config("tiny"),
-    train=replace(TINY_TRAIN, init_from="", steps=6_636, references=False),
-    optimizer=TINY_OPTIMIZER,
+    TINY_WITH,
+    data=replace(TINY_WITH.data, buckets=TINY_SIZES),
+    train=replace(TINY_TRAIN, init_from="", steps=8_000, references=False),
+    optimizer=replace(TINY_OPTIMIZER, schedule="wsd", decay_share=0.25),
 )
 VARIANTS = {"tiny": TINY}
 

@@ -59,7 +59,7 @@ def lora(config: Config, adapter: LoRAConfig, train: TransferTrainConfig, learni
 
 VARIANTS: dict[str, Config] = {
     "": FULL,
-    "tiny": replace(stage0.TINY, train=replace(stage0.TINY_TRAIN, steps=560)),
+    "tiny": replace(wan.get_config("tiny"), train=replace(stage0.TINY_TRAIN, steps=560), optimizer=stage0.TINY_OPTIMIZER),
     "smoke": replace(
         wan.get_config("smoke"),
         video=SMOKE_VIDEO,

@@ -9,7 +9,7 @@ then with the most pixels. If its clips are too short for all, it goes to the on
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,8 +86,8 @@ def measure(clip: Clip) -> Size:
     return Size(width / height, max(0.0, until - clip.start))
 
 
-def write(folder: Path, config: Config, rows: Sequence[Row], source: Mapping[str, Any]) -> dict[str, str]:
-    """The buckets of all rows, as an earlier process has written them, or found now. Those of another request are a `RequestError`."""
+def write(folder: Path, config: Config, source: Mapping[str, Any], assign: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """The buckets of all rows, as an earlier process has written them, or assigned now. Those of another request are a `RequestError`."""
     made = {"buckets": list(bucket_configs(config)), "source": json.loads(json.dumps(source))}
     path = folder / BUCKETS_FILE
     if path.exists():
@@ -95,7 +95,7 @@ def write(folder: Path, config: Config, rows: Sequence[Row], source: Mapping[str
         same = before["buckets"] == made["buckets"] and before["source"] == made["source"]
         require(same, f"{folder}: begun with other buckets, another manifest or other weights; give another folder, or remove this one")
         return before["rows"]
-    found = assign(rows, config)
+    found = assign()
     write_whole(path, json.dumps(made | {"rows": found}))
     return found
 

@@ -38,7 +38,7 @@ from omnitransfer_jax.models.alignment import ASSISTANT, USER
 from omnitransfer_jax.models.flat_params import flat_params
 from omnitransfer_jax.tokenizer import word_tokenizer
 from omnitransfer_jax.weights.parts import MLLM, MLLM_TOKENIZER, PARTS, TOKENIZERS, Part
-from world.scenes import WORDS
+from world import scenes, screens
 
 FLAGS = flags.FlagValues()
 OUT = flags.DEFINE_string("out", None, "folder to write; new or empty", required=True, flag_values=FLAGS)
@@ -190,7 +190,7 @@ def write_vocabularies(out: Path, vocabulary: PreTrainedTokenizerFast, origin: s
 
 def world_vocabulary(config: Config) -> PreTrainedTokenizerFast:
     """A vocabulary of all words in captions, task templates and the marks of the language model's turns."""
-    vocabulary = word_tokenizer([*WORDS, *(task.template for task in tasks.TASKS), USER, ASSISTANT])
+    vocabulary = word_tokenizer([*scenes.WORDS, *screens.WORDS, *(task.template for task in tasks.TASKS), USER, ASSISTANT])
     room = min(config.text.vocab_size, config.mllm.vocab_size)
     require(len(vocabulary) <= room, f"{len(vocabulary)} words: the configuration's vocab_size has room for {room}; raise it")
     return vocabulary

@@ -68,7 +68,8 @@ def main(config: Config) -> None:
     load_models.require_weights(config.train.init_from, config, encoder_names(config))
     weights = weights_of(config)
     source = {"manifest": sha256(manifest), "weights": weights, "records_per_shard": RECORDS_PER_SHARD.value}
-    bucket_of = buckets.write(folder, config, rows, source) if config.data.buckets else {row.id: "" for row in rows}
+    assign = partial(buckets.assign, rows, config)
+    bucket_of = buckets.write(folder, config, source, assign) if config.data.buckets else assign()
     works = [
         Work(each, folder / name, [row for row in rows if bucket_of[row.id] == name])
         for name, each in bucket_configs(config).items()

@@ -11,19 +11,23 @@ from data_pipelines.clips import to_unit
 from data_pipelines.encoders import Encoders
 from data_pipelines.pairs import Clips, encode_batch
 from data_pipelines.records import to_record
-from world import pixels, scenes
+from world import pixels, screens
 from world.pairs import Example, Split, draw_pair
 
 
-def example(config: Config, key: int, index: int, split: Split, task: str | None = None) -> Example:
-    """Pair `index` of the world; for a network that reads no reference, the prompt describes all of the target."""
+def example(config: Config, key: int, index: int, split: Split, task: str | None = None, two: bool = False) -> Example:
+    """Pair `index` of the world; for a network that reads no reference, the prompt describes all of the target.
+
+    With `two`, such a network sees both clips of the pair where the screen has room (world/screens.py)."""
     pair = draw_pair(key, index, split, task)
-    return pair if config.train.references else pair._replace(prompt=scenes.caption(pair.target))
+    if config.train.references:
+        return pair
+    return pair._replace(prompt=screens.prompt(pair, two and screens.has_room(pair, config.video)))
 
 
-def render(config: Config, pairs: Sequence[Example]) -> Clips:
+def render(config: Config, pairs: Sequence[Example], two: bool = False) -> Clips:
     """The clips of `pairs`; no accelerator takes part, so that one batch can be rendered while another is encoded."""
-    targets = to_unit(np.stack([pixels.render(pair.target, config.video) for pair in pairs]))
+    targets = to_unit(np.stack([screens.render(pair, config.video, two and screens.has_room(pair, config.video)) for pair in pairs]))
     references = np.stack([pixels.render(pair.reference, config.data.reference) for pair in pairs]) if config.train.references else None
     has_first_frame = np.array([pair.is_temporal for pair in pairs], np.float32)
     return Clips(targets, None if references is None else to_unit(references), targets[:, 0], has_first_frame)

@@ -159,9 +159,12 @@ def caption(scene: Scene, without: Collection[str] = ()) -> str:
     A factor always takes the same number of words, and no word serves two factors.
     """
 
-    def phrase(factor: str) -> str:
-        value = getattr(scene, factor)
-        return SAME[factor] if factor in without else ABSENT[factor] if value is None else " ".join(value)
+    said = {factor: SAME[factor] if factor in without else phrase(scene, factor) for factor in FACTORS}
+    start = " ".join(scene.start)
+    return "{identity} {motion} {start}, {background}, {camera}, {effect}, {style}".format(start=start, **said)
 
-    start, background = " ".join(scene.start), " ".join(scene.background)
-    return f"{phrase('identity')} {phrase('motion')} {start}, {background}, {phrase('camera')}, {phrase('effect')}, {phrase('style')}"
+
+def phrase(scene: Scene, factor: str) -> str:
+    """What a caption says of a factor."""
+    value = getattr(scene, factor)
+    return ABSENT[factor] if value is None else " ".join(value)

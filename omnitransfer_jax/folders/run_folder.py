@@ -207,7 +207,7 @@ def require_same_run(workdir: epath.PathLike, config: RunConfig, data_digest: st
         moved |= {name, name.replace("data.path", "data.more")} if digest and now else set()
         require(name not in moved or digest == now, f"{workdir}: was started with {what}; give those, or another --workdir")
     changed = [each for each in kinds.differences(before, config, kinds.FIXED) if each[0] not in moved]
-    if config.optimizer.schedule == "cosine":  # the rate falls to 0 at the last step, so all rates depend on their number
+    if config.optimizer.schedule != "constant":  # the rate falls to 0 at the last step, so all rates depend on their number
         steps = kinds.differences(before.train, config.train, ("run",), "train.")
         changed += [each for each in steps if each[0] == "train.steps"]
     for name, value, now in changed:

@@ -68,14 +68,18 @@ def learning_rate(updates: Int32[Array, ""], config: OptimizerConfig, steps: int
 
 
 def schedule(highest: float, updates: Int32[Array, ""], config: OptimizerConfig, steps: int) -> Float[Array, ""]:
-    """The rate after so many updates of `steps`: a linear rise to `highest`, then that, or half a cosine down to 0 (`cosine`).
+    """The rate after so many updates of `steps`: a linear rise to `highest`, then that, half a cosine down to 0 (`cosine`), or that and at
+    the end a line down to 0 (`wsd`).
 
-    With a constant rate the first update already moves and the last of the warm-up has the full rate.
+    Without a cosine the first update already moves and the last of the warm-up has the full rate.
     """
     if config.schedule == "cosine":
         with jax.numpy_dtype_promotion("standard"):
             return jnp.asarray(optax.warmup_cosine_decay_schedule(0.0, highest, config.warmup_steps, steps)(updates))
-    return highest * jnp.minimum(1.0, (updates + 1) / max(1, config.warmup_steps))
+    share = jnp.minimum(1.0, (updates + 1) / max(1, config.warmup_steps))
+    if config.schedule == "wsd":
+        share = jnp.minimum(share, (steps - updates) / max(1, round(config.decay_share * steps)))
+    return highest * share
 
 
 def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:

@@ -106,6 +106,13 @@ def test_the_rate_falls_along_half_a_cosine():
     np.testing.assert_allclose(moved, 0.5 * nesterov * expected[:-1], rtol=1e-3, atol=1e-6)
 
 
+def test_the_rate_stays_and_then_falls_along_a_line():
+    """Warm-up, stable, decay: of 10 updates 2 rise, 4 stay and 4 fall; the last one still moves."""
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=2, schedule="wsd", decay_share=0.4)
+    rates = [float(learning_rate(jnp.int32(done), config, 10)) for done in range(11)]
+    np.testing.assert_allclose(rates, [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0], atol=1e-6)
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (0.0, [3.0, 4.0])])
 def test_gradients_are_clipped_by_their_norm(limit, expected):
     """`clip_norm=0` does not clip; AdamW's first moment is a tenth of the gradient after one update."""

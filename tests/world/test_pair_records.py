@@ -1,6 +1,7 @@
 """Pairs of the world, encoded many at a time, give the records that launch.encode makes of the same pixels, and training reads them."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 
 from configs import stage0, stage3
+from configs.buckets import bucket_configs
 from configs.errors import RequestError
 from data_pipelines import batches, pairs, records
+from data_pipelines.clips import to_unit
 from data_pipelines.encoders import Encoders
 from data_pipelines.manifest import Clip, Row
 from data_pipelines.pairs import encode_batch
 from launch import encode_world
 from omnitransfer_jax import tasks
 from omnitransfer_jax.folders import model_folder
-from world import pixels, scenes
+from world import pixels, scenes, screens
 from world.pair_records import encode, example, render
 from world.pairs import draw_pair
 
@@ -125,6 +128,35 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(write, tmp_path, 
         write(tmp_path / "stopped")
     assert [name.rsplit("-", 1)[1] for name in calls] == ["0", "5", "5", "10"]  # the first shard is made once, the second again
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_sizes_of_stage_0(encoders, monkeypatch, tmp_path):
+    """Training reads batches of every size; a columns' record is that of the two clips side by side; what is there is kept."""
+    config = stage0.get_config("tiny")
+    config = replace(config, data=replace(config.data, buckets=("9x32x32", "9x32x64", "17x32x32"), path=str(tmp_path)))
+    config = replace(config, train=replace(config.train, init_from=model_folder.EMBEDDED, batch_size=2))
+    monkeypatch.setattr(encoders, "config", config)
+    monkeypatch.setattr(encode_world, "Encoders", lambda config, folder: encoders)
+    monkeypatch.setattr(screens, "WORDS", ("above", "nowhere"))
+    with pytest.raises(RequestError, match=r"its vocabulary lacks nowhere; make the folder anew with launch\.embed"):
+        encode_world.write(config, tmp_path, 20, 3, two=True)
+    monkeypatch.setattr(screens, "WORDS", ("above",))
+    encode_world.write(config, tmp_path, 20, 3, two=True)
+    kept = contents(tmp_path)
+    monkeypatch.setattr(encode_world, "encode", lambda *_: pytest.fail("made again"))
+    encode_world.write(config, tmp_path, 20, 3, two=True)
+    assert contents(tmp_path) == kept
+    with pytest.raises(RequestError, match="begun with other buckets"):
+        encode_world.write(config, tmp_path, 20, 3)
+    drawn = batches.batches(config, seed=0)
+    shapes = {next(drawn).target.shape for _ in range(20)}
+    assert shapes == {(2, *each.video.latent_shape(config.vae)) for each in bucket_configs(config).values()}
+    wide = replace(bucket_configs(config)["9x32x64_9x32x32"], data=replace(config.data, buckets=()))
+    dataset = records.Records(tmp_path / "9x32x64_9x32x32", wide)
+    pair = next(pair for pair in map(partial(draw_pair, 3, split="train"), range(20)) if pair.id == dataset[0]["id"].decode())
+    sides = np.concatenate([pixels.render(scene, config.video) for scene in (pair.target, pair.reference)], axis=2)
+    expected = encoders.of_size(wide).vae.encode(jnp.asarray(to_unit(sides)[None]))[0]
+    np.testing.assert_array_equal(dataset[0]["target"], np.asarray(expected.astype(jnp.bfloat16)).view(np.uint16))
 
 
 def test_other_pairs_in_the_same_folder_are_refused(write, tmp_path):
