@@ -1,5 +1,6 @@
 # make env: the environment; make test: the whole suite; make test-newest: a part of it on Python 3.12 with the newest jax and flax;
-# make demo: three stages at tiny size and a report. Each works in a fresh clone.
+# make test-slurm: jobs in a real Slurm of one node, which needs Debian's slurm-wlm and munge; make demo: three stages at tiny size and a
+# report. Each works in a fresh clone.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ LAWS := $(addprefix tests/models/,test_wan_dit.py test_references.py test_attend
 	tests/data_pipelines/test_encode.py tests/launch/test_road.py tests/test_mesh.py tests/test_dependencies.py \
 	tests/train/test_loop.py::test_resumed_equals_uninterrupted tests/test_samplers.py tests/weights/test_convert.py
 
-.PHONY: env test test-newest demo lint
+.PHONY: env test test-newest test-slurm demo lint
 
 env: $(VENV)/ready
 
@@ -36,6 +37,9 @@ $(NEWEST)/ready: pyproject.toml
 test-newest:
 	@if [ -z "$$($(FIND_NEWEST))" ]; then echo "make test-newest: skipped, no Python 3.12 is installed"; else \
 		$(MAKE) --no-print-directory $(NEWEST)/ready && $(NEWEST)/bin/python -m pytest $(LAWS); fi
+
+test-slurm: env
+	tests/launch/with_slurm.sh $(BIN)/python -m pytest -n 0 -s -o faulthandler_timeout=0 -m slow tests/launch/test_slurm.py
 
 demo: env
 	$(BIN)/python -m launch.demo --out=out/demo

@@ -22,7 +22,7 @@ from configs.run import Config
 from configs.vae import VAETraining
 from data_pipelines.batches import data_digest
 from launch import command
-from launch.sweeping import local, page, plan, proposals
+from launch.sweeping import local, page, plan, proposals, ray, slurm
 from launch.sweeping import space as spaces
 from launch.sweeping.trials import BY_TIME, ENDED, Objective, Sweep, locked, rungs
 from launch.train import ONE_CLIP, objective
@@ -33,7 +33,10 @@ FLAGS = flags.FlagValues()
 SPACE = flags.DEFINE_string("space", None, "TOML file of the fields and what each may be", required=True, flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "", "folder of the sweep", flag_values=FLAGS)
 TRIALS = flags.DEFINE_integer("trials", 0, "how many; of a grid all if it is left out", lower_bound=0, flag_values=FLAGS)
-ENGINE = flags.DEFINE_enum("engine", "local", ["local"], "what runs the trials", flag_values=FLAGS)
+ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray", "slurm"], "what runs the trials", flag_values=FLAGS)
+ADDRESS = flags.DEFINE_string("address", "", "of a Ray cluster, as HOST:6379 or auto; without it Ray has this machine", flag_values=FLAGS)
+NEEDS = flags.DEFINE_list("resources", [], "of a trial: Ray's, as GPU=1,CPU=4; or of sbatch, as gpus=1,partition=P", flag_values=FLAGS)
+AT_ONCE = flags.DEFINE_integer("at_once", 0, "trials at most, of ray and slurm; 0: as there is room", lower_bound=0, flag_values=FLAGS)
 SEARCH = flags.DEFINE_enum("search", "random", ["random", "grid", "tpe"], "how points are taken from the space", flag_values=FLAGS)
 SEARCH_SEED = flags.DEFINE_integer("search_seed", 0, "of the points", lower_bound=0, upper_bound=2**31 - 1, flag_values=FLAGS)
 HALVING = flags.DEFINE_integer("halving", 0, "of so many trials one goes on after a rung; 0: all", lower_bound=0, flag_values=FLAGS)
@@ -71,13 +74,14 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
     outputs.require_folder("--out", OUT.value, [config.train.init_from, getattr(getattr(config, "data", None), "path", "")])
     plan.require_storage(found, sweep.folder)
     sweep.require_same()
-    bring = engine()
     first = space.at(shown[0])
     loop.require_weights(objective(first), first)
     if isinstance(first, Config):
         data_digest(first)  # reads a few records
+    bring = engine(max(shape.devices for _, shape in found.shapes))
     with locked(sweep.folder, f"{sweep.folder}: a sweep runs there; wait for its end or stop it, or give another --out"):
         sweep.write()
+        sweep.stop_file.unlink(missing_ok=True)
         for number, point in enumerate(points):
             if not sweep.trial(number).exists:
                 proposals.begin(sweep, sweep.trial(number), space, point)
@@ -126,16 +130,25 @@ def notes(space: spaces.Space) -> list[str]:
     return [f"note           the loss of trials with another {', '.join(changed)} is not the same measure; {words}"]
 
 
-def engine() -> Callable[..., None]:
-    """What brings trials to a step; a `RequestError` if a library of it is absent."""
-    return local.bring
+def engine(devices: int) -> Callable[..., None]:
+    """What brings trials of at most so many devices to a step; a `RequestError` if a library of it is absent, or the cluster."""
+    name, needs = ENGINE.value, {}
+    for each in NEEDS.value:
+        key, sign, value = each.partition("=")
+        require(bool(key and sign and value), f"--resources={each}: expected NAME=VALUE, and commas between several")
+        needs[key] = value
+    require(name == "ray" or not ADDRESS.value, f"--address={ADDRESS.value}: of a Ray cluster; give --engine=ray, or leave it out")
+    require(name != "local" or not (needs or AT_ONCE.value), "--resources, --at_once: --engine=local runs one trial with all there is")
+    if name == "ray":
+        return ray.connected(ADDRESS.value, needs, devices, AT_ONCE.value)
+    return slurm.submitting(needs, AT_ONCE.value) if name == "slurm" else local.bring
 
 
 def run(sweep: Sweep, bring: Callable[..., None], planned: str) -> None:
     """All rungs of a sweep, then its page."""
     numbers, watch = list(range(sweep.trials)), Watch(sweep, planned)
     for index, rung in enumerate(sweep.rungs):
-        ahead = [number for number in numbers if _is_ahead(sweep, number, rung)]
+        ahead = [number for number in numbers if sweep.is_ahead(number, rung)]
         watch.begin(index, len(ahead))
         bring(sweep, ahead, rung, watch.done)
         if rung != sweep.rungs[-1]:
@@ -143,12 +156,6 @@ def run(sweep: Sweep, bring: Callable[..., None], planned: str) -> None:
     watch.write()
     print(page.summary(sweep), flush=True)
     print(f"\nOpen {sweep.folder / page.PAGE} in a browser; {sweep.folder / page.TABLE} has the numbers.")
-
-
-def _is_ahead(sweep: Sweep, number: int, rung: int) -> bool:
-    """Whether a trial is still to reach a rung."""
-    trial = sweep.trial(number)
-    return not trial.exists or (trial.state.status not in ENDED and trial.state.until < min(rung, trial.steps))
 
 
 def halve(sweep: Sweep, numbers: Sequence[int], rung: int) -> list[int]:

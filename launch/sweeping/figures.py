@@ -19,15 +19,18 @@ from launch.sweeping.trials import Objective
 BEST, BAD, GOOD = SERIES[0], SERIES[1], SERIES[2]
 QUARTER = 4  # the best 1/4 of the trials stand out
 MOST_LABELS = 8  # of listed values at an axis
+FEW = 30  # trials whose lines are drawn strongly
+CARD = "#ffffff"  # behind labels, so that no line crosses them; in the page the colour of its cards
 
 
-def colour_of(row: Row, is_best: bool) -> tuple[str, float, float]:
-    """Colour, opacity and width of a trial's line."""
+def colour_of(row: Row, is_best: bool, count: int) -> tuple[str, float, float]:
+    """Colour, opacity and width of a trial's line, one of so many."""
     if is_best:
         return BEST, 1.0, 2.4
+    alpha, width = (0.9, 1.5) if count <= FEW else (0.45, 1.1)
     if row.state.status in ("diverged", "failed"):
-        return BAD, 0.6, 1.2
-    return (GOOD, 0.45, 1.2) if row.state.status == "finished" else (TEXT, 0.4, 1.0)
+        return BAD, alpha, width
+    return GOOD if row.state.status == "finished" else TEXT, alpha, width
 
 
 @mpl.rc_context(STYLE)
@@ -43,7 +46,7 @@ def curves(rows: Sequence[Row], metric: str, kind: str) -> Markup:
     for row in reversed(drawn):
         x, y = np.array(row.curve, float).T
         y = moving_average(y, len(y) // 20, log=False)
-        colour, alpha, width = colour_of(row, row is drawn[0] and row.state.status == "finished")
+        colour, alpha, width = colour_of(row, row is drawn[0] and row.state.status == "finished", len(drawn))
         axes.plot(x * scale(row), y, color=colour, alpha=alpha, linewidth=width, marker="o" if len(y) == 1 else "", markersize=3)
         sound += [] if row.state.status in ("diverged", "failed") else [y]
     if sound:  # what diverges leaves the frame
@@ -71,32 +74,40 @@ def plain_logarithm(axis: Any) -> None:
 def parallel(rows: Sequence[Row], dimensions: Sequence[Dimension], objective: Objective) -> Markup:
     """A line for each trial through its value of every field, and at the right `Row.compared`, the best at the top."""
     columns = len(dimensions) + 1
-    figure = Figure((max(620, 150 * columns) / 72, 360 / 72))
-    axes = figure.add_axes((0.1, 0.08, 0.8, 0.8))
+    figure = Figure((max(1000, 150 * columns) / 72, 380 / 72))
+    axes = figure.add_axes((0.1, 0.08, 0.84, 0.8))
+
+    def label(column: int, height: float, text: str) -> None:
+        side, align = (-8, "right") if column == 0 else (8, "left")
+        box = {"facecolor": CARD, "edgecolor": "none", "pad": 1.5}
+        axes.annotate(
+            text, (column, height), (side, 0), textcoords="offset points", va="center", ha=align, fontsize=13, color=TEXT, bbox=box
+        )
+
     values = [row.compared for row in rows if row.compared is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     low, high = (low, high) if objective.goal == "max" else (high, low)
     for column, dimension in enumerate(dimensions):
         axes.axvline(column, color=LINE, linewidth=1)
         for height, text in ticks(dimension):
-            axes.annotate(text, (column, height), (4, 0), textcoords="offset points", va="center", fontsize=11, color=TEXT)
+            label(column, height, text)
     axes.axvline(columns - 1, color=LINE, linewidth=1)
     for height, text in ((0.0, low), (1.0, high)):
-        axes.annotate(f"{text:.4g}", (columns - 1, height), (4, 0), textcoords="offset points", va="center", fontsize=11, color=TEXT)
+        label(columns - 1, height, f"{text:.4g}")
     for place, row in reversed(list(enumerate(rows))):
         heights = [place_of(dimension, row.point[dimension.name]) for dimension in dimensions]
         if row.compared is not None:
             heights.append((row.compared - low) / ((high - low) or 1))
         first = row.state.status == "finished" and place < math.ceil(len(rows) / QUARTER)
-        colour, alpha, width = colour_of(row, False)
+        colour, alpha, width = colour_of(row, False, len(rows))
         colour, alpha, width = (BEST, 0.9, 2.2 if place == 0 else 1.5) if first else (TEXT if colour == GOOD else colour, alpha, width)
         axes.plot(range(len(heights)), heights, color=colour, alpha=alpha, linewidth=width)
     axes.set_xticks(range(columns), [*(each.name for each in dimensions), objective.metric])
     axes.xaxis.tick_top()
     axes.set_yticks([])
-    axes.set_xlim(-0.05, columns - 0.7)
+    axes.set_xlim(-0.05, columns - 0.9)
     axes.set_ylim(-0.06, 1.06)
-    return svg(figure, "parallel coordinates")
+    return Markup(svg(figure, "parallel coordinates").replace(f": {CARD}", ": var(--card)"))
 
 
 def place_of(dimension: Dimension, value: Any) -> float:

@@ -6,6 +6,7 @@ OUT/trials/0003/state.json    what became of it
 OUT/trials/0003/log.txt       what launch.train printed
 OUT/trials/0003/run/          its workdir
 OUT/programs/                 programs that were compiled, for all trials
+OUT/STOP                      made by a person or a signal: all trials save and end
 OUT/sweep.html, sweep.csv     what came out
 """
 
@@ -23,7 +24,7 @@ from omnitransfer_jax.folders.atomic import read_json, write_whole
 from omnitransfer_jax.train.log import LOSS, read_lines
 
 SWEEP_FILE, TRIAL_FILE, STATE_FILE, LOG_FILE, LOCK_FILE = "sweep.json", "trial.json", "state.json", "log.txt", "sweep.lock"
-TRIALS, RUN, PROGRAMS = "trials", "run", "programs"
+TRIALS, RUN, PROGRAMS, STOP = "trials", "run", "programs", "STOP"
 BY_TIME = "loss_by_time"
 """The objective that is the mean of the losses by ranges of time: it does not depend on how often each time is drawn."""
 TIMES = f"{LOSS}t0"
@@ -181,6 +182,19 @@ class Sweep:
     def all(self) -> list[Trial]:
         """Those that were begun."""
         return [trial for trial in map(self.trial, range(self.trials)) if trial.exists]
+
+    def is_ahead(self, number: int, until: int) -> bool:
+        """Whether a trial is still to reach a step, or its end."""
+        trial = self.trial(number)
+        return not trial.exists or (trial.state.status not in ENDED and trial.state.until < min(until, trial.steps))
+
+    @property
+    def stop_file(self) -> Path:
+        return self.folder / STOP
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        return self.stop_file.exists()
 
     @classmethod
     def read(cls, folder: Path) -> "Sweep":

@@ -73,6 +73,9 @@ def test_a_skypilot_task_is_what_skypilot_takes(written):
     sky = pytest.importorskip("sky")
     task = sky.Task.from_yaml(str(written / "skypilot" / "task.yaml"))
     assert "launch.train" in task.run
+    content = yaml.safe_load((written / "skypilot" / "task.yaml").read_text())
+    with pytest.raises(ValueError, match="resorces"):
+        sky.Task.from_yaml_config({**content, "resorces": {}})
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def test_two_hundred_trials_are_read_in_seconds(tmp_path):
     links = Links()
     links.feed(text)
     assert all(link.startswith(("#", "data:")) for link in links.found)
-    assert "95% interval of the exponent" in text
+    assert "its 95% interval is" in text
     assert text.count('<th scope="row">') == 201
     assert len(list(csv.DictReader((made_.folder / "sweep.csv").read_text().splitlines()))) == 200
 
