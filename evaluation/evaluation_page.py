@@ -17,7 +17,7 @@ from evaluation.tables import Evaluation
 Clip = UInt8[np.ndarray, "T H W 3"]
 SIDE, FRAMES = 176, 25  # of a clip on the page, at most
 EACH = 2  # worst and best clips of a task
-FIRST = ("retrieval", "identity (mean)", "style (mean)", "MF-LK")  # a task's clips are ordered by the first of these that it has
+FIRST = ("retrieval", "identity mean", "style mean", "MF")  # a task's clips are ordered by the first metric that begins with one of these
 LISTED = 200  # failures on the page; scores.csv has all
 
 
@@ -47,7 +47,7 @@ def page(
     sections.append(Section("Failures", (f"{len(failed)} in all.{more}" if failed else "None."), (), listed if failed else None))
     return Report(
         f"Evaluation: {found.suite}",
-        f"{sum(len({line.case for line in found.lines if line.task == task}) for task in results.tasks_of(found.lines))} cases of "
+        f"{len({(line.task, line.case) for line in found.lines if line.case != results.ALL})} cases of "
         f"{len(results.tasks_of(found.lines))} tasks; every table has the controls that a sound metric must not prefer.",
         (),
         (),
@@ -61,9 +61,9 @@ def page(
 
 def ordering(found: Evaluation, task: str) -> str:
     """The metric by which the clips of a task are ordered; empty if it has none."""
-    names = results.metrics_of(found.lines, task, found.scores)
+    names = results.metrics_of([line for line in found.lines if line.case != results.ALL], task, found.scores)
     better = [name for name in names if found.scores[name].better]
-    return next((name for name in FIRST if name in names), better[0] if better else "")
+    return next((name for first in FIRST for name in names if name.startswith(first)), better[0] if better else "")
 
 
 def extremes(found: Evaluation, task: str, name: str, cases: Sequence[Case]) -> list[tuple[str, Case]]:
@@ -71,7 +71,7 @@ def extremes(found: Evaluation, task: str, name: str, cases: Sequence[Case]) -> 
     known = {
         line.case: line.value
         for line in found.lines
-        if (line.row, line.task, line.metric) == (TRANSFER, task, name) and line.value is not None
+        if (line.row, line.task, line.metric) == (TRANSFER, task, name) and line.value is not None and line.case != results.ALL
     }
     tie = {line.case: line.value for line in found.lines if (line.row, line.task, line.metric) == (TRANSFER, task, "psnr")}
     sign = -1 if name and found.scores[name].better == "lower" else 1

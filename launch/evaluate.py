@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from configs.errors import RequestError, require
 from configs.run import Config, VideoConfig
-from evaluation import evaluation_page, measures, results, suites, tables, videos
+from evaluation import evaluation_page, given_files, measures, results, suites, tables, videos
 from evaluation.measures import Metric, Sample
 from evaluation.report import page
 from evaluation.results import Line
@@ -49,7 +49,10 @@ SUITE = flags.DEFINE_string("suite", None, "`world`, `world:N` or a file of JSON
 OUT = flags.DEFINE_string("out", None, "folder of clips, scores and report", required=True, flag_values=FLAGS)
 VIDEOS = flags.DEFINE_string("videos", "", "folder of ready clips, CASE.mp4; nothing is sampled", flag_values=FLAGS)
 AGAINST = flags.DEFINE_string("against", "", "folder of another launch.evaluate of the suite: paired gains over it", flag_values=FLAGS)
-LPIPS = flags.DEFINE_string("lpips", "", "weights of LPIPS, FILE or FILE@SHA256 (evaluation/metrics/lpips.py)", flag_values=FLAGS)
+GIVEN = {
+    name: flags.DEFINE_string(name, "", f"{given.about}; FILE or FILE@SHA256", flag_values=FLAGS)
+    for name, given in given_files.FLAGS.items()
+}
 ROWS_MADE = flags.DEFINE_list("controls", [*CONTROLS], "controls to make beside the transfer", flag_values=FLAGS)
 SHARD_INDEX = flags.DEFINE_integer("shard_index", None, "this process among those that share the work", flag_values=FLAGS)
 SHARD_COUNT = flags.DEFINE_integer("shard_count", None, "number of processes that share the work", flag_values=FLAGS)
@@ -143,10 +146,8 @@ def main(config: Config) -> None:
         print(f"left out: {problem}", flush=True)
     against = results.read(Path(AGAINST.value, results.FILE)) if AGAINST.value else None
     metrics, missing = measures.without_weights()
-    try:
-        metrics += measures.with_lpips(LPIPS.value) if LPIPS.value else []
-    except RequestError as error:
-        missing["LPIPS"] = str(error)
+    given_metrics, absent = given_files.load({name: flag.value or "" for name, flag in GIVEN.items()})
+    metrics, missing = [*metrics, *given_metrics], missing | absent
     for name, reason in missing.items():
         print(f"not measured: {name}: {reason}", flush=True)
     clips = Ready(Path(VIDEOS.value), config.video, suite.cases) if VIDEOS.value else Made(out, config, suite.cases)
@@ -165,6 +166,7 @@ def main(config: Config) -> None:
         print(f"{len(left)} of {len(everything)} parts are not done; the last process to finish writes {results.FILE} and {PAGE}")
         return
     lines = measure(metrics, config.video, clips, everything, quiet=True)
+    lines += results.of_sets(metrics, suite.cases, rows, lambda row, case: scores_path(out, row, case))
     name = Path(AGAINST.value).name if AGAINST.value else ""
     found = Evaluation(suite.name, lines, measures.score_of(metrics), suites.protocols(suite), missing, suite.problems, against, name)
     report(found, config, suite, clips, environment(config, folder, suite, metrics, missing))
@@ -262,8 +264,8 @@ def lines_of(metrics: Sequence[Metric], sample: Sample, file: Path | None, kept:
     lines = []
     for metric in metrics:
         if (measured := found.get(metric.name)) is not None:
-            scores = metric.scores if measured.failure else measured.values
-            lines += [line(name, measured.values.get(name), measured.failure) for name in scores]
+            names = [name for name in metric.scores if measured.failure or name in measured.values]
+            lines += [line(name, measured.values.get(name), measured.failure) for name in names]
     return lines
 
 

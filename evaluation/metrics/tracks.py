@@ -25,16 +25,20 @@ class Tracks(NamedTuple):
     seen: Bool[np.ndarray, "N T"]
     """Whether the point has been followed up to this frame."""
 
+    def standing(self) -> "Tracks":
+        """The tracks of the first frame held."""
+        return Tracks(np.repeat(self.places[:, :1], self.places.shape[1], 1), np.ones_like(self.seen))
 
-def track(clip: UInt8[np.ndarray, "T H W 3"]) -> Tracks:
-    """The tracks of a grid of points. Without OpenCV a `RequestError`."""
+
+def track(clip: UInt8[np.ndarray, "T H W 3"], points: Float[np.ndarray, "N 2"] | None = None) -> Tracks:
+    """The tracks of points of the first frame, columns and rows, a grid if not given. Without OpenCV a `RequestError`."""
     cv2 = opencv()
     frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip]
     side = window(clip.shape[1:3])
     options = dict(
         winSize=(side, side), maxLevel=3, criteria=(cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 50, 1e-3), minEigThreshold=1e-5
     )
-    places = [grid(clip.shape[1:3])]
+    places = [grid(clip.shape[1:3]) if points is None else points.astype(np.float32)]
     seen = [np.ones(len(places[0]), bool)]
     limits = np.array([clip.shape[2], clip.shape[1]], np.float32) - 1
     for before, after in itertools.pairwise(frames):

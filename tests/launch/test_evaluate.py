@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs import stage1
-from evaluation import results, sampling, suites, videos
+from evaluation import given_files, results, sampling, suites, videos
 from evaluation.transfer import Transfer, held_out
 from launch import evaluate
 from launch.command import execute
@@ -103,17 +103,58 @@ def test_another_clip_under_the_same_name_needs_another_folder(tmp_path, capsys)
     assert "begun with other values of: clips of the suite" in capsys.readouterr().err
 
 
-def test_weights_of_another_digest_cost_their_metric_alone(ready, tmp_path):
+@pytest.fixture(scope="module")
+def one(ready, tmp_path_factory):
+    """A suite of one motion, given as a file, with its truth made by another system."""
+    folder = tmp_path_factory.mktemp("one")
+    case = next(case for case in suites.load("world:2", CONFIG).cases if case.task == "motion")
+    videos.write(folder / "reference.mp4", case.reference(SIZE), SIZE.fps)
+    (folder / "target.mp4").write_bytes((ready / f"{case.id}.mp4").read_bytes())
+    (folder / "made").mkdir()
+    (folder / "made" / "a.mp4").write_bytes((folder / "target.mp4").read_bytes())
+    (folder / "suite.jsonl").write_text(json.dumps({"id": "a", "task": "motion", "reference": "reference.mp4", "target": "target.mp4"}))
+    return folder
+
+
+def test_weights_of_another_digest_cost_their_metric_alone(one, tmp_path):
     save_file(random_weights(), tmp_path / "lpips.safetensors")
-    flags = [f"--videos={ready}", "--controls=copied"]
-    assert run(*flags, f"--out={tmp_path / 'a'}", f"--lpips={tmp_path}/lpips.safetensors@{'0' * 64}") == 0
-    assert f"{'0' * 64} expected" in json.loads((tmp_path / "a" / "environment.json").read_text())["absent"]["LPIPS"]
+    flags = [f"--suite={one / 'suite.jsonl'}", f"--videos={one / 'made'}", "--controls=copied", f"--out={tmp_path / 'a'}"]
+    others = [f"--{name}={tmp_path / 'absent'}" for name in given_files.FLAGS if name != "lpips"]
+    assert run(*flags, f"--lpips={tmp_path}/lpips.safetensors@{'0' * 64}", *others) == 0
+    absent = json.loads((tmp_path / "a" / "environment.json").read_text())["absent"]
+    assert f"{'0' * 64} expected" in absent["LPIPS"]
+    assert set(absent) >= {given.title for given in given_files.FLAGS.values()}
+    assert all("\n" not in reason for reason in absent.values())
     assert scores(tmp_path / "a", "transfer", "LPIPS to the truth") == {}
-    assert run(*flags, f"--out={tmp_path / 'a'}", f"--lpips={tmp_path}/lpips.safetensors") == 0  # only what is absent is measured
+    assert scores(tmp_path / "a", "transfer", "consistency (pixels)")
+    assert run(*flags, f"--lpips={tmp_path}/lpips.safetensors") == 0  # only what is absent is measured
     assert set(scores(tmp_path / "a", "transfer", "LPIPS to the truth").values()) == {0}
     assert min(scores(tmp_path / "a", "copied", "LPIPS to the truth").values()) > 0
     digest = atomic.sha256(tmp_path / "lpips.safetensors")
     assert json.loads((tmp_path / "a" / "environment.json").read_text())["weights"]["LPIPS to the truth"] == digest
+
+
+def test_tracks_and_camera_paths_in_files(one, tmp_path):
+    """A clip whose files are the reference's has no error, a held frame has all of it, a row without a folder is not measured."""
+    frames, random = SIZE.frames, np.random.default_rng(0)
+    places = random.uniform(0, 30, (1, 20, 2)) + np.arange(frames)[:, None, None] * [1.5, 0.5]
+    path = [" ".join(map(str, [1, 0, 0, t, 0, 1, 0, 0, 0, 0, 1, 0])) for t in range(frames)]
+    for name in ("reference", "transfer"):
+        for kind in ("cotracker", "poses"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        np.savez(tmp_path / "cotracker" / name / "a.npz", tracks=places)
+        (tmp_path / "poses" / name / "a.txt").write_text("\n".join(path))
+    flags = [f"--suite={one / 'suite.jsonl'}", f"--videos={one / 'made'}", f"--out={tmp_path / 'out'}"]
+    flags += [f"--tracks={tmp_path / 'cotracker'}", f"--cameras={tmp_path / 'poses'}"]
+    assert run(*flags) == 0
+    for row, fidelity, translation in (("transfer", 1, 0), ("copied", 1, 0), ("still", 0, 1)):
+        assert scores(tmp_path / "out", row, "MF (cotracker)") == {"a": pytest.approx(fidelity)}
+        assert scores(tmp_path / "out", row, "camera translation error (poses)") == {"a": pytest.approx(translation)}
+    (tmp_path / "poses" / "transfer" / "a.txt").write_text("1 2 3")
+    assert run(*flags) == 0
+    (line,) = [line for line in results.read(tmp_path / "out" / "scores.csv")
+               if (line.row, line.metric) == ("transfer", "camera rotation error (poses)")]  # fmt: skip
+    assert "no camera path" in line.failure
 
 
 @pytest.mark.slow
