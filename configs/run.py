@@ -261,6 +261,8 @@ class MeshConfig:
     """Devices that divide the tokens too, and gather all keys and values in self-attention."""
     slices: int = 1
     """Groups of data * heads * keys devices with a slow network between them, which divide the batch; each has all parameters."""
+    auto: bool = False
+    """Whether launch.train, launch.sample and launch.evaluate take the mesh that is documented for the devices they find (docs/pods.md)."""
 
     @property
     def devices(self) -> int:
@@ -269,6 +271,10 @@ class MeshConfig:
 
     def validate(self) -> None:
         require_ranges(self, "mesh")
+        given = " and ".join(
+            f"mesh.{name}={getattr(self, name)}" for name in ("slices", "data", "heads", "keys") if getattr(self, name) > 1
+        )
+        require(not (self.auto and given), f"mesh.auto=True chooses the mesh, and {given} was given; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ from launch.encode import process
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import fingerprint, outputs, run_folder
 from omnitransfer_jax.folders.atomic import read_json, sha256, write_whole
+from omnitransfer_jax.mesh import with_found_mesh
 
 FLAGS = flags.FlagValues()
 CHECKPOINT = flags.DEFINE_string(
@@ -141,6 +142,7 @@ def given(row: str, case: Case, size: VideoConfig) -> Clip:
 def main(config: Config) -> None:
     out, folder = Path(OUT.value or ""), config.train.init_from if CHECKPOINT.value is None else CHECKPOINT.value
     check(config, folder)
+    config = with_found_mesh(config)
     suite = suites.load(SUITE.value or "", config)
     for problem in suite.problems:
         print(f"left out: {problem}", flush=True)

@@ -18,9 +18,9 @@ from typing import cast
 from absl import flags
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from configs.chips import MESHES, chip_of
+from configs.chips import chip_of, documented_mesh
 from configs.errors import require
-from configs.run import Config, MeshConfig
+from configs.run import Config
 from launch import command
 from launch.sweeping.plan import Shapes
 from launch.sweeping.proposals import arguments_of
@@ -130,10 +130,9 @@ def slice_of(topology: str) -> Slice:
 
 def with_mesh(config: Config, topology: str, tpus: Slice) -> Config:
     """The configuration on all chips of a topology: its own mesh, or the recommended one if that is one device."""
-    if config.mesh != MeshConfig() or tpus.chips == 1:
+    if config.mesh.devices > 1 or tpus.chips == 1:
         return config
-    require(topology in MESHES, f"--topology={topology}: no mesh is recommended for it; give --mesh.data, --mesh.heads and --mesh.keys")
-    return replace(config, mesh=MESHES[topology])
+    return replace(config, mesh=documented_mesh(topology))
 
 
 def settings(config: Config, hosts: int) -> dict[str, object]:

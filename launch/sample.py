@@ -36,7 +36,7 @@ from launch.sampling import animation, guidance
 from launch.sampling.stages import StepBar, stage
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import outputs, run_folder, saved_guidance
-from omnitransfer_jax.mesh import make_mesh, replicated
+from omnitransfer_jax.mesh import make_mesh, replicated, with_found_mesh
 from omnitransfer_jax.methods import ditflow, motion_inversion
 from omnitransfer_jax.methods.ditflow import Source
 from omnitransfer_jax.models import omnitransfer
@@ -90,6 +90,7 @@ def main(config: Config) -> None:
     given = load_models.INIT_FROM if CHECKPOINT.value is None and config.train.init_from else "--checkpoint"
     of_networks = plain(config) if isinstance(config, MotionInversion) else config
     load_models.require_weights(weights(config), of_networks, networks, given)
+    config = with_found_mesh(config)
     if isinstance(config, WanAnimate2):
         return animate(config)
     finish = None

@@ -33,7 +33,7 @@ from launch import command
 from launch.sampling.training import TrainingSamples
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
-from omnitransfer_jax.mesh import data_share, make_mesh
+from omnitransfer_jax.mesh import data_share, make_mesh, with_found_mesh
 from omnitransfer_jax.methods import follow_your_motion, omnitransfer, transfer_lora
 from omnitransfer_jax.train import flops, loop
 from omnitransfer_jax.train.objective import Objective
@@ -56,6 +56,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
     require(not isinstance(config, DiTFlow), "--config=ditflow: it trains nothing; give it to launch.sample, with --reference=CLIP")
     prompts = require_prompts(config) if isinstance(config, Config) else []
     if DRY_RUN.value:
+        config = with_found_mesh(config)
         print(describe(objective(config), config))
         if isinstance(config, Config) and config.data.buckets:
             print(sizes(config))
@@ -79,6 +80,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
     asked = [(prompt, read_pictures(prompt, config)) for prompt in prompts] if isinstance(config, Config) else []
     if DISTRIBUTED.value:
         jax.distributed.initialize()
+    config = with_found_mesh(config)
     mesh, workdir = make_mesh(config.mesh), Path(WORKDIR.value)
     match config:
         case VAETraining():

@@ -13,8 +13,9 @@ model's file) and receive a `Shard`; the commands take a mesh and pass it on.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
+from configs.chips import KINDS, MESHES, documented_mesh
 from configs.errors import require
-from configs.run import MeshConfig
+from configs.run import MeshConfig, RunConfig
 
 SLICES, DATA, HEADS, KEYS = AXES = "slices", "data", "heads", "keys"
 BATCH = (SLICES, DATA)
@@ -37,6 +39,7 @@ MESH_AXES = {"in": SPREAD, "out": (), "layers": (), "vector": (), None: ()}
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 """(regular expression of a path, its axes' names)."""
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
 Specs = Mapping[str, P]
 """Where each parameter lives, by path."""
 
@@ -99,12 +102,57 @@ UNSHARDED = Shard()
 """One device computes everything."""
 
 
+def with_found_mesh(config: AnyRun) -> AnyRun:
+    """The configuration; with `mesh.auto` it has the documented mesh of the devices that JAX finds, which is printed."""
+    if not config.mesh.auto:
+        return config
+    devices = jax.devices()
+    slices = len({place_of(device)[0] for device in devices})
+    topology = topology_of(devices, slices)
+    found = MeshConfig() if len(devices) == 1 else documented_mesh(topology, slices)
+    several = f"{slices} x {topology}" if slices > 1 else topology
+    if jax.process_index() == 0:
+        print(f"mesh.auto: {several} is found, the mesh is {described(found)}; --mesh.data and so on choose another", flush=True)
+    config = replace(config, mesh=found)
+    config.validate()
+    return config
+
+
+def topology_of(devices: Sequence[Any], slices: int) -> str:
+    """What `configs.chips.MESHES` calls such devices: `v5p:4x4x4`, or `H100:8`."""
+    kind = devices[0].device_kind
+    if kind not in KINDS:
+        name = next((name for name in ("H100", "H200") if name in kind), kind)
+        return f"{name}:{len(devices)}"
+    axes = zip(*(place_of(device)[1:] for device in devices), strict=True)
+    sides = sorted(len(set(axis)) for axis in axes)
+    grids = {topology: topology.partition(":")[2].split("x") for topology in MESHES if topology.startswith(f"{KINDS[kind]}:")}
+    alike = [topology for topology, grid in grids.items() if sorted(map(int, [*grid, "1"][:3])) == sides]
+    return alike[0] if alike else f"{KINDS[kind]}:{'x'.join(map(str, sides))}"
+
+
+def place_of(device: Any) -> tuple[int, ...]:
+    """The slice of a device, and its coordinates in the torus of that slice."""
+    return getattr(device, "slice_index", 0) or 0, *(getattr(device, "coords", None) or ())
+
+
+def described(config: MeshConfig) -> str:
+    """A mesh for people."""
+    slices = f"slices {config.slices} x " if config.slices > 1 else ""
+    return f"{slices}data {config.data} x heads {config.heads} x keys {config.keys}"
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a run over the first of `devices`, or of those of this machine; neighbours in it are neighbours in the network."""
+    require(not config.auto, "mesh.auto=True: this command does not choose a mesh; give --mesh.data, --mesh.heads and --mesh.keys")
     devices = jax.devices() if devices is None else devices
     shape, needed = (config.slices, config.data, config.heads, config.keys), config.devices
     names = " times ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, shape, strict=True) if size > 1 or axis == DATA)
     require(needed <= len(devices), f"{names} is {needed} devices: this machine has {len(devices)}")
+    together = jax.process_count() == 1 or needed == len(devices)
+    require(
+        together, f"{names} is {needed} devices, and {jax.process_count()} processes have {len(devices)}; give --mesh.auto=True, or others"
+    )
     devices = list(devices[:needed])
     found = len({getattr(device, "slice_index", 0) for device in devices})
     require(found in (1, config.slices), f"mesh.slices={config.slices}: the devices are of {found} slices; give --mesh.slices={found}")

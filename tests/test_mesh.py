@@ -1,8 +1,8 @@
 """What a mesh may not change: the step. And where parameters lie. The devices are simulated, in a process of their own.
 
-The quick tests take some meshes of eight devices; all of them, with stages 1 and 3, are
+The quick tests take some meshes of eight devices; all of them, with stages 1 and 3, and their figures are
 
-    python -m pytest -m slow -n 0 tests/test_mesh.py
+    python -m pytest -o faulthandler_timeout=0 -s -m slow -n 0 tests/test_mesh.py
 """
 
 import json
@@ -172,6 +172,7 @@ def test_the_language_model_is_sharded_too():
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_every_mesh_of_eight_devices(stage):
     report = on_eight_devices("tests.test_mesh", stage, "all")
+    print(stage, json.dumps(report["cases"], indent=1))
     assert_one_step(report)
     assert len(report["cases"]) == len(ALL) == 19
 

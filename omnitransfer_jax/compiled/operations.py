@@ -34,8 +34,8 @@ def operations(text: str) -> Operations:
 def _convolution(run: Run) -> int:
     """A TPU's compiler writes every product as a convolution.
 
-    Its sum is over the features of the left side and over the window, but for a window that slides over padding: that one is a product's
-    other axis, and of its places one counts.
+    Its sum is over the features of the left side and over the window. A window that slides over as much padding as it is wide, or over
+    dilated rows, is a product's other axis, and of its places one counts; that of a picture's convolution has less padding.
     """
     (left, *_), rest = run.operands, run.instruction.rest
     labels = re.search(r"dim_labels=(\w+)_", rest)
@@ -43,11 +43,11 @@ def _convolution(run: Run) -> int:
     summed = left.sizes[labels[1].index("f")]
     if window := re.search(r"window=\{([^}]*)\}", rest):
         fields = dict(field.split("=") for field in window[1].split())
-        sizes = [int(n) for n in fields["size"].split("x")]
+        sizes = fields["size"].split("x")
         pads = fields.get("pad", "x".join(["0_0"] * len(sizes))).split("x")
         spread = fields.get("lhs_dilate", "x".join(["1"] * len(sizes))).split("x")
         for size, pad, apart in zip(sizes, pads, spread, strict=True):
-            summed *= size if pad == "0_0" and apart == "1" else 1
+            summed *= 1 if pad == f"{int(size) - 1}_{int(size) - 1}" or apart != "1" else int(size)
     return 2 * shapes(run.instruction.type)[0].elements * summed
 
 

@@ -27,7 +27,7 @@ class Roofline(NamedTuple):
 
 
 def roofline(chip: Chip, useful: float, executed: Operations, sent: Sequence[Collective], coordinates: Sequence[Any]) -> Roofline:
-    """`useful` operations of all devices, those `executed` by one, what it sends, and every device's place in the torus."""
+    """`useful` operations of all devices, those `executed` by one, what it sends, and every device's place (`mesh.place_of`)."""
 
     def compute(attention: float) -> float:
         return (executed.products / PRODUCTS + executed.attention / attention) / (chip.peak * 1e12)
@@ -49,9 +49,12 @@ def seconds(sent: Collective, chip: Chip, coordinates: Sequence[Any]) -> float:
     """Time of a collective on a torus, alone in it.
 
     Gathers and reductions use every axis that their group extends along. In an all-to-all each axis carries everything, a quarter of its
-    devices far on average.
+    devices far on average. Between slices a device has its own share of the network, which is so slow that the torus does not count.
     """
-    extents = [len(set(axis)) for axis in zip(*(coordinates[i] for i in sent.group), strict=True)]
+    slices, *extents = [len(set(axis)) for axis in zip(*(coordinates[i] for i in sent.group), strict=True)]
+    if slices > 1:
+        passes = 2 if sent.kind == "all-reduce" else 1
+        return sent.count * passes * sent.bytes * (slices - 1) / slices / (chip.between_slices * 1e9)
     axes, longest, size = max(1, sum(n > 1 for n in extents)), max(extents, default=1), len(sent.group)
     share, rate = (size - 1) / size, chip.link * 1e9
     match sent.kind:

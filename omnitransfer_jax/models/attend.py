@@ -18,7 +18,9 @@ target other keys and values. Kernels of softmax attention, whose memory grows w
     splash    TPU: the Pallas splash kernel, head width a multiple of 128
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -38,7 +40,10 @@ Kind = Literal["auto", "chunked", "cudnn", "splash"]
 
 CHUNK = 256  # queries at a time: one head's scores against 2,304 keys fit a 2 MB cache; 64 to 256 were within 10 % of each other
 SPLASH_BLOCK, SPLASH_COMPUTE = 1024, 512  # rows of one splash tile, and of what it computes at a time
+SPLASH_WIDTHS = (128, 256)  # of heads; at the autoencoder's 384 TPU's compiler does not come to an end
 TILE = 128  # its lengths are multiples of this
+
+_BACKEND: ContextVar[str | None] = ContextVar("backend", default=None)
 
 ANSWER, PROJECTED = "attention", "qkv"
 """Names under which the self-attention's answers, and its queries, keys and values, can be saved for the backward pass."""
@@ -320,14 +325,24 @@ def one_directional_attention(
     return jnp.split(out, np.cumsum(mask.queries)[:-1].tolist(), axis=1)
 
 
+@contextmanager
+def compiled_for(backend: str) -> Iterator[None]:
+    """What is traced here will run on `backend`, whatever this machine has: `auto` is that one's kernel."""
+    before = _BACKEND.set(backend)
+    try:
+        yield
+    finally:
+        _BACKEND.reset(before)
+
+
 def _resolve(kind: Kind, q: Array) -> Kind:
     """What `auto` means for these queries on this backend: the fused kernel if it takes them."""
     if kind != "auto":
         return kind
-    backend, half = jax.default_backend(), q.dtype in (jnp.bfloat16, jnp.float16)
+    backend, half = _BACKEND.get() or jax.default_backend(), q.dtype in (jnp.bfloat16, jnp.float16)
     if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
         return "cudnn"
-    if backend == "tpu" and q.shape[-1] % 128 == 0:
+    if backend == "tpu" and q.shape[-1] in SPLASH_WIDTHS:
         return "splash"
     return "chunked"
 

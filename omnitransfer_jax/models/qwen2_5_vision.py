@@ -92,7 +92,7 @@ class QwenVision(nnx.Module):
         config = self.config
         total = sum(t * h * w for t, h, w in grids)
         require(patches.shape[0] == total, f"{patches.shape[0]} patches: the grids {grids} have {total}; give the grids of these patches")
-        windows, frames = Segments.of(_windows(grids, config)), Segments.of(_frames(grids))
+        windows, frames = Segments.of(window_patches(grids, config)), Segments.of(_frames(grids))
         back = np.argsort(windows.order)
         to_frames = back[frames.order]
         from_frames = np.argsort(to_frames)
@@ -229,7 +229,7 @@ def _frames(grids: Sequence[Grid]) -> Iterator[np.ndarray]:
         start += t * h * w
 
 
-def _windows(grids: Sequence[Grid], config: QwenVisionConfig) -> Iterator[np.ndarray]:
+def window_patches(grids: Sequence[Grid], config: QwenVisionConfig) -> Iterator[np.ndarray]:
     """The patches of each window; windows at the right and lower edge of a frame may be smaller."""
     square, side = config.merge**2, config.window // (config.patch * config.merge)
     start = 0

@@ -8,7 +8,7 @@ Started again on the same workdir it goes on after its latest checkpoint, as if 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from configs.chips import compiler_options
+from configs.kinds import flat
 from configs.run import Config, RunConfig
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, run_folder
 from omnitransfer_jax.folders.lock import alone
+from omnitransfer_jax.folders.processes import require_same
 from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
 from omnitransfer_jax.train import report
 from omnitransfer_jax.train.control import Control
@@ -63,6 +65,8 @@ def train(
     when the file SAMPLE asks for it.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
+    fields = {f"--{name}": value for name, value in flat(asdict(config)).items()}
+    require_same({**fields, "--workdir": workdir, "digest of the data": data_digest})
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
     spec = specs({**objective.params, **objective.base}, objective.sharding, config.mesh)
     like = placed_state(objective, config, optimizer, mesh, spec)

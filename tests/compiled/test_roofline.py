@@ -12,8 +12,8 @@ from omnitransfer_jax.compiled.collectives import Collective
 from omnitransfer_jax.compiled.operations import Operations
 from omnitransfer_jax.compiled.roofline import roofline, seconds
 
-CHIP = Chip(memory=1, peak=1, link=1, attention=0.3)  # TFLOP/s, GB/s
-SQUARE = [(x, y, 0) for x in range(4) for y in range(4)]
+CHIP = Chip(memory=1, peak=1, link=1, between_slices=0.1, attention=0.3)  # TFLOP/s, GB/s
+SQUARE = [(0, x, y, 0) for x in range(4) for y in range(4)]  # a slice, and places in it
 
 
 def sent(kind: str, group: tuple[int, ...], overlaps: bool = False) -> Collective:
@@ -27,6 +27,13 @@ def test_seconds_on_a_torus():
     assert seconds(sent("all-reduce", line), CHIP, SQUARE) == pytest.approx(2 * 2 * 3 / 4)
     assert seconds(sent("all-to-all", line), CHIP, SQUARE) == pytest.approx(2 * 4 / 4)
     assert seconds(sent("collective-permute", (0, 1)), CHIP, SQUARE) == pytest.approx(2)
+
+
+def test_seconds_between_slices():
+    both = [*SQUARE, *((1, *place[1:]) for place in SQUARE)]
+    assert seconds(sent("all-reduce", (0, 16)), CHIP, both) == pytest.approx(2 * 2 * (1 / 2) / 0.1)
+    assert seconds(sent("all-gather", (0, 16)), CHIP, both) == pytest.approx(2 * (1 / 2) / 0.1)
+    assert seconds(sent("all-gather", (16, 17, 18, 19)), CHIP, both) == pytest.approx(2 * 3 / 4)  # within the second
 
 
 def test_the_share_of_the_peak():

@@ -1,4 +1,9 @@
-"""launch.compile: refusals anywhere, and a small program where TPU's compiler is installed: pip install -e '.[tpu]'."""
+"""launch.compile: refusals anywhere, and a small program where TPU's compiler is installed: pip install -e '.[tpu]'.
+
+The encoders, of which the autoencoder alone compiles for half a minute, and two slices are
+
+    python -m pytest -m slow -n 0 tests/launch/test_compile.py
+"""
 
 import importlib.util
 import json
@@ -33,6 +38,32 @@ def test_a_small_program(program, tmp_path, capsys):
 
 
 @needs_compiler
+@pytest.mark.slow
+def test_the_encoders(tmp_path, capsys):
+    stage3 = ["--config=stage3:smoke", "--topology=v5p:2x2x1", "--program=encode"]
+    assert command.execute(compile.main, compile.FLAGS, [*stage3, f"--json={tmp_path / 'found.json'}"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["programs"]) == ["clips", "text", "image", "vision"]
+    assert found["fits"]
+    assert found["model_flops"] == sum(each["times"] * each["model_flops"] for each in found["programs"].values())
+    for name in ("clips", "text"):  # the others are so small here that resizing pictures weighs more
+        assert found["programs"][name]["executed_flops"] == pytest.approx(found["programs"][name]["model_flops"], rel=0.2)
+    assert "all in memory together" in capsys.readouterr().out
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_slices(tmp_path, capsys):
+    args = ["--topology=v5p:2x2x1", "--slices=2", "--train.batch_size=8", f"--json={tmp_path / 'found.json'}"]
+    assert execute(*args, "--mesh.slices=2", "--mesh.data=2", "--mesh.heads=2") == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["devices"], found["slices"]) == (8, 2)
+    assert "mesh slices 2 x data 2 x heads 2 x keys 1" in capsys.readouterr().out
+    gathers = [each for each in found["collectives_by_group"] if each["kind"] in ("all-gather", "all-to-all")]
+    assert {each["group"] for each in gathers} == {2}  # weights and tokens stay inside of a slice
+
+
+@needs_compiler
 def test_several_meshes(tmp_path, capsys):
     assert execute("--topology=v5p:2x2x1", "--meshes=4x1x1 2x2x1", f"--json={tmp_path / 'found.json'}") == 0
     assert [each["mesh"]["data"] for each in json.loads((tmp_path / "found.json").read_text())] == [4, 2]
@@ -44,6 +75,7 @@ def test_several_meshes(tmp_path, capsys):
     ("args", "words"),
     [
         (["--topology=v5p:2x2x1", "--meshes=2x1x1"], "4 devices, but the mesh has 2"),
+        (["--topology=v5p:2x2x1", "--program=encode", "--meshes=4x1x1"], "--meshes: the encoders run on one device"),
         (["--topology=v5p:2x2x1", "--meshes=2x2"], "--meshes=2x2: expected data x heads x keys, as 16x4x1"),
         (["--topology=v5p:2x2x2"], "no mesh is recommended for it"),
         (["--topology=v5p:many"], "a generation with the chips along each axis"),

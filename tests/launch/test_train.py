@@ -15,7 +15,7 @@ def test_a_dry_run_of_the_full_size(capsys):
     assert execute("--config=stage1", "--dry_run", "--mesh.data=16", "--mesh.heads=4", "--train.ema=0.99") == 0
     out = capsys.readouterr().out
     config, _, rest = out.partition("\n\n")
-    assert json.loads(config)["mesh"] == {"data": 16, "heads": 4, "keys": 1, "slices": 1}
+    assert json.loads(config)["mesh"] == {"data": 16, "heads": 4, "keys": 1, "slices": 1, "auto": False}
     rows = {line.split()[0]: line.split()[1:] for line in rest.splitlines() if line}
     assert rows["total"] == ["16,394,878,784", "0"]
     blocks = sum(int(count[0].replace(",", "")) for name, count in rows.items() if name.startswith("dit/blocks."))

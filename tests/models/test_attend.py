@@ -80,3 +80,22 @@ def test_one_direction_equals_separate_calls(kernel, monkeypatch):
         assert relative_l2(ours, wanted) <= 1e-5
     for ours, wanted in zip(jax.tree.leaves(gradients(masked)), jax.tree.leaves(gradients(separate)), strict=True):
         assert relative_l2(ours, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("backend", "width", "dtype", "kernel"),
+    [
+        ("tpu", 128, jnp.bfloat16, "splash"),
+        ("tpu", 384, jnp.float32, "chunked"),  # the autoencoder
+        ("tpu", 80, jnp.bfloat16, "chunked"),  # CLIP
+        ("gpu", 128, jnp.bfloat16, "cudnn"),
+        ("gpu", 384, jnp.bfloat16, "chunked"),
+        ("cpu", 128, jnp.bfloat16, "chunked"),
+    ],
+)
+def test_auto_is_the_kernel_of_the_backend_that_is_compiled_for(backend, width, dtype, kernel):
+    queries = jnp.zeros((1, 1, 1, width), dtype)
+    with attend.compiled_for(backend):
+        assert attend._resolve("auto", queries) == kernel
+        assert attend._resolve("chunked", queries) == "chunked"
+    assert attend._resolve("auto", queries) == "chunked"  # on this machine

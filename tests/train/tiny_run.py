@@ -17,6 +17,7 @@ from configs.base import DiTConfig
 from configs.run import CheckpointConfig, Config, DataConfig, MeshConfig, TransferTrainConfig, VideoConfig
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch
+from omnitransfer_jax.folders import processes
 from omnitransfer_jax.mesh import data_share, make_mesh
 from omnitransfer_jax.methods import omnitransfer
 from omnitransfer_jax.train import loop
@@ -72,9 +73,11 @@ def batches(config: Config, make=sample, share: tuple[int, int] = (0, 1)) -> gra
     return iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=1)))
 
 
-def train(config: Config, workdir: Path, make=sample) -> None:
+def train(config: Config, workdir: Path, make=sample, digest: str = "") -> None:
     mesh = make_mesh(config.mesh)
-    loop.train(omnitransfer.objective(config, EMPTY_TEXT), config, workdir, mesh, batches(config, make, data_share(mesh)))
+    loop.train(
+        omnitransfer.objective(config, EMPTY_TEXT), config, workdir, mesh, batches(config, make, data_share(mesh)), data_digest=digest
+    )
 
 
 if __name__ == "__main__":
@@ -87,6 +90,9 @@ if __name__ == "__main__":
         time.sleep(given.get("milliseconds", 0) / 1000)
         return sample(i)
 
+    if "code" in given:
+        processes.code = lambda: str(given["code"])
     mesh = MeshConfig(**{axis: given.get(axis, 1) for axis in ("slices", "data", "heads", "keys")})
-    config = replace(TINY, train=replace(TINY.train, batch_size=given.get("batch_size", 2)), mesh=mesh)
-    train(config, Path(folder), slowly)
+    numbers = {name: given.get(name, getattr(TINY.train, name)) for name in ("steps", "batch_size")}
+    config = replace(TINY, train=replace(TINY.train, **numbers), mesh=mesh, seed=given.get("seed", 0))
+    train(config, Path(folder), slowly, str(given.get("data_digest", "")))
