@@ -3,12 +3,15 @@
     python -m benchmarks.loader [--records=200] [--rounds=5]
 
     raw        the shards' bytes, file by file
-    records    `data_pipelines.batches`, from the shards to batches of float32, one thread
-    pyav       the same clip decoded to the last frame that is needed and scaled to RGB, by PyAV alone
+    pieces     the same bytes in pieces as large as a record
+    shards     ArrayRecord alone: the bytes of each record, compared with their hash
+    records    `data_pipelines.batches`, from the shards to batches, one thread
+    pyav       the same clip decoded to the last frame that is needed, scaled to RGB to cover the size, and cut, by PyAV alone
     clips      `data_pipelines.clips.read_clip` in this process
     limited    the same in a process with limits (`data_pipelines.decoding`), as launch.encode does it
 
-All alternate within one run, on one pinned core; files are in the page cache, so no disk is measured. Only ratios are meaningful.
+All alternate within one run, on one pinned core; files are in the page cache, so no disk is measured. Seconds are those of the processor,
+of all threads and of the process with limits, so that other work on the machine counts less. Only ratios are meaningful.
 """
 
 import os
@@ -50,33 +53,34 @@ def main() -> None:
         size = {"frames": VIDEO.frames, "fps": VIDEO.fps, "height": VIDEO.height, "width": VIDEO.width}
         shards = sorted((Path(folder) / "records").glob("records-*"))
         gigabytes = sum(path.stat().st_size for path in shards) / 1e9
-        decoder = decoding.Decoder()
+        opened, decoder = records.Records(Path(folder) / "records", config), decoding.Decoder()
         seconds = timed({
             "raw": lambda: [path.read_bytes() for path in shards],
+            "pieces": lambda: [in_pieces(path, round(gigabytes * 1e9 / RECORDS.value)) for path in shards],
+            "shards": lambda: [len(opened.serialized(index)) for index in range(RECORDS.value)],
             "records": lambda: read(config),
             "pyav": lambda: alone(clip),
             "clips": lambda: clips.read_clip(clip, **size),
             "limited": lambda: decoder.clip(clip, **size),
-        })  # fmt: skip
+        }, lambda: time.process_time() + decoder.cpu_seconds)  # fmt: skip
     size_of_one = gigabytes * 1000 / RECORDS.value
     print(f"{RECORDS.value} records of {size_of_one:.1f} MB; a clip of {VIDEO.frames} frames; medians of {ROUNDS.value}")
-    for name, against in (("raw", "raw"), ("records", "raw"), ("pyav", "pyav"), ("clips", "pyav"), ("limited", "pyav")):
-        ratio = seconds[against] / seconds[name]
-        if against == "raw":
-            print(f"{name:10} {RECORDS.value / seconds[name]:9.1f} records/s {gigabytes / seconds[name]:7.2f} GB/s  {ratio:5.2f} of raw")
-        else:
-            print(f"{name:10} {VIDEO.frames / seconds[name]:9.1f} frames/s  {'':12} {ratio:5.2f} of PyAV")
+    for name in ("raw", "pieces", "shards", "records"):
+        speed = f"{RECORDS.value / seconds[name]:9.1f} records/s {gigabytes / seconds[name]:7.2f} GB/s"
+        print(f"{name:10} {speed}  {seconds['raw'] / seconds[name]:5.2f} of raw {seconds['pieces'] / seconds[name]:5.2f} of pieces")
+    for name in ("pyav", "clips", "limited"):
+        print(f"{name:10} {VIDEO.frames / seconds[name]:9.1f} frames/s  {'':12} {seconds['pyav'] / seconds[name]:5.2f} of PyAV")
 
 
-def timed(forms: dict[str, Callable[[], object]]) -> dict[str, float]:
+def timed(forms: dict[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds of each, in turns."""
     found: dict[str, list[float]] = {name: [] for name in forms}
     for number in range(ROUNDS.value + 1):
         for name, form in forms.items():
-            started = time.perf_counter()
+            started = clock()
             form()
             if number:
-                found[name].append(time.perf_counter() - started)
+                found[name].append(clock() - started)
     return {name: statistics.median(each) for name, each in found.items()}
 
 
@@ -107,6 +111,11 @@ def record(number: int, config: Config) -> dict:
     return records.to_record(f"n{number}", sample._replace(task=np.int32(number % 5)), 4)
 
 
+def in_pieces(path: Path, size: int) -> int:
+    with path.open("rb", buffering=0) as file:
+        return sum(len(piece) for piece in iter(lambda: file.read(size), b""))
+
+
 def read(config: Config) -> int:
     """All records once, in the order of a training."""
     iterator: Iterator = batches.batches(config, seed=0)
@@ -122,13 +131,17 @@ def write_clip(path: Path) -> Path:
 
 
 def alone(path: Path) -> np.ndarray:
-    """The frames by PyAV, scaled by swscale to the same size; without times, colours, orientation and checks."""
+    """The frames by PyAV, scaled by swscale to cover the same size and cut; without times, colours, orientation and checks."""
     frames = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
+        scale = max(VIDEO.height / stream.height, VIDEO.width / stream.width)
+        height, width = round(stream.height * scale), round(stream.width * scale)
+        top, left = (height - VIDEO.height) // 2, (width - VIDEO.width) // 2
         for frame in container.decode(stream):
-            frames.append(frame.to_ndarray(width=VIDEO.width, height=VIDEO.height, format="rgb24", interpolation="BICUBIC"))
+            picture = frame.to_ndarray(width=width, height=height, format="rgb24", interpolation="BICUBIC")
+            frames.append(picture[top : top + VIDEO.height, left : left + VIDEO.width])
             if len(frames) == VIDEO.frames:
                 break
     return np.stack(frames)

@@ -122,6 +122,8 @@ class DataConfig:
     """Whether every epoch has a random order."""
     threads: int = field(default=4, metadata=RUN)
     """Reader threads."""
+    quarantine: int = field(default=10, metadata=RUN | FROM_0)
+    """Damaged records that a training sets aside, reading others in their places; one more ends it."""
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -164,9 +166,24 @@ class TrainConfig:
     """Steps between evaluations on held-out data, for trainings that have one; with 0 there is one at the end alone."""
     sample_every: int = field(default=500, metadata=RUN | FROM_0)
     """Steps between samples, for a training with `sample_prompts`; with 0 there are some before the first step and after the last alone."""
+    profile: str = field(default="", metadata=RUN)
+    """FIRST:LAST, the steps to profile, for TensorBoard's profiler; empty for none."""
+    wandb: str = field(default="", metadata=RUN)
+    """The project of Weights & Biases that gets the lines of the log too; empty for none."""
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """The first and the last step to profile."""
+        if not self.profile:
+            return None
+        first, _, last = self.profile.partition(":")
+        is_window = first.isdecimal() and last.isdecimal() and len(self.profile) < 24 and 1 <= int(first) <= int(last)
+        require(is_window, f"train.profile={self.profile!r}: FIRST:LAST, the steps to profile, such as 20:24")
+        return int(first), int(last)
 
     def validate(self) -> None:
         require_ranges(self, "train")
+        _ = self.profile_window
         require(
             self.evaluate_every % self.log_every == 0,
             f"train.evaluate_every={self.evaluate_every}: 0, or a multiple of train.log_every={self.log_every}",

@@ -44,7 +44,7 @@ def read_clip(
     too short is a `RequestError` that begins with its path.
     """
     wanted = [Fraction(i) / Fraction(fps).limit_denominator(10**6) for i in range(MOST_FRAMES if frames is None else frames)]
-    picked: list[np.ndarray] = []
+    picked = Pictures(frames, height, width)
     try:
         with streams.open_clip(path) as container:
             stream = streams.video_stream(container, path)
@@ -55,12 +55,12 @@ def read_clip(
                 if previous is None:
                     wanted = _stretch(wanted, times, start, end)
                 while previous is not None and len(picked) < len(wanted) and wanted[len(picked)] < now - EARLIER:
-                    picked.append(screen.picture(previous))
+                    picked.add(screen.picture(previous))
                 if len(picked) == len(wanted):
                     break
                 previous = seen
             while previous is not None and len(picked) < len(wanted) and wanted[len(picked)] < times.until - EARLIER:
-                picked.append(screen.picture(previous))
+                picked.add(screen.picture(previous))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except FFmpegError as error:
@@ -68,7 +68,31 @@ def read_clip(
     if len(picked) < (frames or 1):
         span = f"from {start:g} s" + ("" if end is None else f" to {end:g} s")
         raise RequestError(f"{path}: {len(picked)} frames at {fps:g} fps {span}, {frames or 1} needed; take a longer clip or fewer frames")
-    return np.stack(picked)
+    return picked.all
+
+
+class Pictures:
+    """The pictures of a clip as they come, each copied at once to its place, so that the decoder's memory is used again."""
+
+    def __init__(self, count: int | None, height: int, width: int):
+        """`count` is how many there will be, None if that is not known."""
+        self._place = None if count is None else np.empty((count, height, width, 3), np.uint8)
+        self._list: list[np.ndarray] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, picture: np.ndarray) -> None:
+        if self._place is None:
+            self._list.append(np.ascontiguousarray(picture))
+        else:
+            self._place[self._count] = picture
+        self._count += 1
+
+    @property
+    def all(self) -> np.ndarray:
+        return np.stack(self._list) if self._place is None else self._place
 
 
 def measure(path: str | Path) -> tuple[int, int, float]:

@@ -48,6 +48,14 @@ class Decoder:
         height, width, seconds = self._answer({"kind": "measure", "path": str(path)})[0]["measured"]
         return int(height), int(width), float(seconds)
 
+    @property
+    def cpu_seconds(self) -> float:
+        """What the child has spent of the processor (Linux)."""
+        if self._child is None:
+            return 0.0
+        user, system = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         if self._child is not None:
             self._child.kill()
@@ -63,9 +71,9 @@ class Decoder:
     def _ask(self, request: dict[str, Any]) -> np.ndarray:
         """The pixels that were asked for."""
         answer, content = self._answer(request)
-        return np.frombuffer(content, np.uint8).reshape(answer["shape"])
+        return content.reshape(answer["shape"])
 
-    def _answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray]:
+    def _answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
         """The line of JSON that answers a request, and the bytes behind it."""
         path, until = request["path"], time.monotonic() + self.seconds
         child = self._child = self._child or _start()
@@ -91,16 +99,16 @@ class Decoder:
     def _read_line(self, until: float) -> bytes:
         line = b""
         while not line.endswith(b"\n"):
-            line += self._read(1, until)
+            line += self._read(1, until).tobytes()
             if len(line) > LINE:
                 raise ValueError("no answer")
         return line
 
-    def _read(self, size: int, until: float) -> bytearray:
-        """Exactly so many bytes."""
+    def _read(self, size: int, until: float) -> np.ndarray:
+        """Exactly so many bytes: uint8."""
         assert self._child is not None
         assert self._child.stdout is not None
-        file, found, place = self._child.stdout.fileno(), bytearray(size), 0
+        file, found, place = self._child.stdout.fileno(), np.empty(size, np.uint8), 0
         while place < size:
             left = until - time.monotonic()
             if left <= 0 or not select.select([file], [], [], left)[0]:

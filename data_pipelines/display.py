@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from configs.errors import RequestError, require
 from data_pipelines import hdr
@@ -41,6 +42,7 @@ class Screen:
         self._turn = QUARTERS[0]
         self._peak: float | None = None
         self._said = False
+        self._scaler = VideoReformatter()  # its tables are made once for all frames
 
     def see(self, frame: av.VideoFrame) -> Seen:
         """Takes the next frame of the clip, shown or not; refuses one that would be shown wrong."""
@@ -92,7 +94,7 @@ class Screen:
         is_hdr = hdr.is_hdr(frame)
         layout = ("rgba64le" if alpha else "rgb48le") if is_hdr else "rgba" if alpha else "rgb24"
         matrix = "bt2020" if is_hdr and frame.colorspace == UNSPECIFIED else None
-        pixels = frame.reformat(width=width, height=height, format=layout, interpolation="BICUBIC", src_colorspace=matrix).to_ndarray()
+        pixels = self._scaler.reformat(frame, width, height, layout, src_colorspace=matrix, interpolation="BICUBIC").to_ndarray()
         colours = pixels[..., :3]
         if frame.color_range == LIMITED and frame.format.name.startswith(("gray", "ya")):  # libswscale takes grey for full range
             colours = full_range(colours)

@@ -4,7 +4,7 @@ pairs.py: pixels and prompts of pairs -> Batch -> records         (launch.encode
 contexts, first frame, latents -> place_references -> Conditions  (launch.sample, evaluation)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from configs.run import Config, VideoConfig, encoder_names
 from data_pipelines import mllm_inputs
 from data_pipelines.records import RANDOM
+from data_pipelines.spread import Spread
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.batch import sample_spec
 from omnitransfer_jax.folders import fingerprint, model_folder, run_folder
@@ -48,10 +49,13 @@ class Encoders:
     A network is loaded when it is first needed and kept until `release`; it is compiled once for every shape.
     """
 
-    def __init__(self, config: Config, folder: str):
-        """`folder` as in `load_models`. Weights of other models than those of `config`, templates that do not fit and a wrong vocabulary
-        are a `RequestError` before anything is loaded."""
+    def __init__(self, config: Config, folder: str, devices: Sequence[jax.Device] = ()):
+        """`folder` as in `load_models`. With several `devices` each encodes samples of its own (spread.py).
+
+        Weights of other models than those of `config`, templates that do not fit and a wrong vocabulary are a `RequestError` before
+        anything is loaded."""
         self.config, self.folder = config, folder
+        self.spread = Spread(devices) if len(devices) > 1 else None
         if source := run_folder.imported_weights(folder):
             model_folder.require_model(source, config)
         if config.alignment.enabled:
@@ -62,24 +66,30 @@ class Encoders:
         """The same networks, as far as they are loaded, for videos of the sizes of `config`, which differs in nothing else."""
         found = copy(self)
         found.config = config
+        found.spread = self.spread and Spread(self.spread.mesh.devices.tolist())
         vars(found).pop("no_condition", None)
         return found
 
+    @property
+    def together(self) -> int:
+        """How many samples are best given at once."""
+        return 1 if self.spread is None else self.spread.mesh.size
+
     @cached_property
     def vae(self) -> WanVAE:
-        return load_models.load_vae(self.folder, self.config)
+        return self._placed(load_models.load_vae(self.folder, self.config))
 
     @cached_property
     def text_encoder(self) -> UMT5Encoder:
-        return load_models.load_text_encoder(self.folder, self.config)
+        return self._placed(load_models.load_text_encoder(self.folder, self.config))
 
     @cached_property
     def image_encoder(self) -> CLIPVision:
-        return load_models.load_image_encoder(self.folder, self.config)
+        return self._placed(load_models.load_image_encoder(self.folder, self.config))
 
     @cached_property
     def vision(self) -> QwenVision:
-        return load_models.load_mllm(self.folder, self.config).vision
+        return self._placed(load_models.load_mllm(self.folder, self.config).vision)
 
     @cached_property
     def vocabulary(self) -> PreTrainedTokenizerFast:
@@ -103,9 +113,18 @@ class Encoders:
             if name not in keep:
                 vars(self).pop(name, None)
 
+    def _placed(self, network: Any) -> Any:
+        return network if self.spread is None else self.spread.place(network)
+
+    def _run(self, function: Callable[..., Any], network: Any, *batch: np.ndarray) -> np.ndarray:
+        """`function(network, *batch)`, one of those above, on the devices."""
+        if self.spread is None:
+            return np.asarray(function(network, *map(jnp.asarray, batch)))
+        return self.spread(function, function, network, *batch)
+
     def latents(self, videos: Float[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
         """Clips to latents."""
-        return np.asarray(encode_clips(self.vae, jnp.asarray(videos)))
+        return self._run(encode_clips, self.vae, videos)
 
     def decode(self, latents: Float[Array, "B F h w C"]) -> Float[np.ndarray, "B T H W 3"]:
         """Latents to clips."""
@@ -114,7 +133,7 @@ class Encoders:
     def text(self, prompts: Sequence[str]) -> tuple[Float[np.ndarray, "B S E"], Int[np.ndarray, " B"]]:
         """UMT5's features, zero rows beyond a prompt's end, and how many rows each prompt has."""
         tokens, mask = tokenize(self.vocabulary, [clean_prompt(prompt) for prompt in prompts], self.config.dit.text_len)
-        return np.asarray(encode_text(self.text_encoder, jnp.asarray(tokens), jnp.asarray(mask))), mask.sum(1)
+        return self._run(encode_text, self.text_encoder, tokens, mask), mask.sum(1)
 
     def cut_prompts(self, prompts: Mapping[str, str], task: str | None = None) -> list[str]:
         """A sentence for each of `prompts`, by the name it has there, that is longer than what its encoder reads.
@@ -134,18 +153,23 @@ class Encoders:
 
     def image(self, frames: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B I J"]:
         """CLIP's features of first frames."""
-        return np.asarray(encode_images(self.image_encoder, jnp.asarray(frames)))
+        return self._run(encode_images, self.image_encoder, frames)
 
     def condition(self, frames: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B F h w c"]:
         """Mask and latents of videos that start with these frames."""
-        shape = (len(frames), self.config.video.frames, *frames.shape[1:3])
-        return np.asarray(encode_first_frames(self.vae, jnp.asarray(frames), shape=shape))
+        shape = (self.config.video.frames, *frames.shape[1:3])
+        if self.spread is None:
+            return np.asarray(encode_first_frames(self.vae, jnp.asarray(frames), shape=(len(frames), *shape)))
+        return self.spread("condition", lambda vae, frame: encode_first_frames(vae, frame, shape=(1, *shape)), self.vae, frames)
 
     @cached_property
     def no_condition(self) -> Float[np.ndarray, "1 F h w c"]:
         """Mask and latents of a video without a first frame: the mask is 0, and all frames are grey."""
         size = self.config.video
-        return np.asarray(encode_first_frames(self.vae, None, shape=(1, size.frames, size.height, size.width)))
+        shape = (1, size.frames, size.height, size.width)
+        if self.spread is None:
+            return np.asarray(encode_first_frames(self.vae, None, shape=shape))
+        return self.spread("no condition", lambda vae, _: encode_first_frames(vae, None, shape=shape), self.vae, np.zeros((1, 1)))
 
     def first_frames(
         self, frames: Float[np.ndarray, "B H W 3"], has_frame: Float[np.ndarray, " B"]
@@ -169,15 +193,31 @@ class Encoders:
         references: Float[np.ndarray, "B T h w 3"],
     ) -> MLLMInputs:
         """What the language model reads of each sample; the first frame is left out where `has_frame` is 0."""
-        given = (jnp.asarray(frames), jnp.asarray(has_frame)) if has_frame.any() else (None, None)
         picked = references[:, mllm_inputs.picked_frames(references.shape[1], self.config.alignment.frames)]
-        features: Any = np.asarray(encode_vision(self.config, self.vision, *given, jnp.asarray(picked)))
+        features: Any = self._vision(frames, has_frame, picked)
         texts = [
             mllm_inputs.token_inputs(self.config, self.mllm_vocabulary, tasks.NAMES[index], prompt, bool(has))
             for index, prompt, has in zip(task, prompts, has_frame, strict=True)
         ]
         stacked: dict[str, Any] = {name: np.stack([text[name] for text in texts]) for name in texts[0]}
         return MLLMInputs(**stacked, features=features)
+
+    def _vision(self, frames: np.ndarray, has_frame: np.ndarray, picked: np.ndarray) -> np.ndarray:
+        """Features of the vision tower, of references and of the first frames that there are."""
+        if self.spread is None:
+            given = (jnp.asarray(frames), jnp.asarray(has_frame)) if has_frame.any() else (None, None)
+            return np.asarray(encode_vision(self.config, self.vision, *given, jnp.asarray(picked)))
+        features: Any = None
+        for name, rows in (("frame and reference", np.flatnonzero(has_frame)), ("reference", np.flatnonzero(has_frame == 0))):
+            if len(rows):  # alone, a sample without a frame would not be computed with one either
+
+                def vision(network: Any, frame: Any, has: Any, clip: Any, name: str = name) -> Any:
+                    return encode_vision(self.config, network, *((frame, has) if name != "reference" else (None, None)), clip)
+
+                found = self.spread(name, vision, self.vision, frames[rows], has_frame[rows], picked[rows])
+                features = np.zeros((len(frames), *found.shape[1:]), found.dtype) if features is None else features
+                features[rows] = found
+        return features
 
     def contexts(
         self,

@@ -76,15 +76,30 @@ def read_pixels(row: Row, config: Config) -> Pixels:
 
 def encode(row: Row, pixels: Pixels, encoders: Encoders) -> dict[str, Any]:
     """The record of a row (`records.schema`). Encodings that are not finite are a `RequestError`."""
-    frame = pixels.target[0] if pixels.first_frame is None else pixels.first_frame
-    target, reference, first_frame = (clips.to_unit(each)[None] for each in (pixels.target, pixels.reference, frame))
-    videos = Clips(target, reference, first_frame, np.array([pixels.first_frame is not None], np.float32))
-    batch, rows = encode_batch(encoders, [row.task], [row.prompt], videos)
-    sample = jax.tree.map(lambda x: x[0], batch)
+    (found,) = encode_together([(row, pixels)], encoders)
+    if isinstance(found, RequestError):
+        raise found
+    return found
+
+
+def encode_together(pairs: Sequence[tuple[Row, Pixels]], encoders: Encoders) -> list[dict[str, Any] | RequestError]:
+    """The records of some rows, as `encode` makes each of them, or what it raises."""
+    frames = [pixels.target[0] if pixels.first_frame is None else pixels.first_frame for _, pixels in pairs]
+    videos = Clips(
+        targets=np.stack([clips.to_unit(pixels.target) for _, pixels in pairs]),
+        references=np.stack([clips.to_unit(pixels.reference) for _, pixels in pairs]),
+        first_frames=np.stack([clips.to_unit(frame) for frame in frames]),
+        has_first_frame=np.array([pixels.first_frame is not None for _, pixels in pairs], np.float32),
+    )
+    batch, rows = encode_batch(encoders, [row.task for row, _ in pairs], [row.prompt for row, _ in pairs], videos)
+    return [_record(row, jax.tree.map(lambda x, i=i: x[i], batch), rows[i]) for i, (row, _) in enumerate(pairs)]
+
+
+def _record(row: Row, sample: Batch, text_rows: int) -> dict[str, Any] | RequestError:
     for name, array in named(sample).items():
         if not np.isfinite(array).all():
-            raise RequestError(f"{row.target.path}: the {name} of {row.id!r} is encoded as NaN or infinity; encode in float32")
-    return to_record(row.id, sample, rows[0])
+            return RequestError(f"{row.target.path}: the {name} of {row.id!r} is encoded as NaN or infinity; encode in float32")
+    return to_record(row.id, sample, text_rows)
 
 
 def _read(clip: Clip, size: VideoConfig) -> np.ndarray:

@@ -29,6 +29,7 @@ from etils import epath
 from configs.errors import RequestError, require
 from configs.kinds import flat
 from configs.run import Config, record_fields
+from data_pipelines import examples
 from omnitransfer_jax import tasks
 from omnitransfer_jax.batch import Batch, sample_spec
 from omnitransfer_jax.folders.atomic import place, read_json, sha256, write_whole
@@ -75,12 +76,11 @@ def to_record(id: str, sample: Batch, text_rows: int) -> dict[str, Any]:
     return {"id": id} | {name: to_bits(array) if _as_bits(array) else array for name, array in arrays.items()}
 
 
-def from_record(record: Mapping[str, Any], config: Config) -> Batch:
-    """One sample of a batch from its record."""
-    spec = sample_spec(config)
+def from_record(record: Mapping[str, Any], spec: Batch) -> Batch:
+    """One sample of a batch, a `sample_spec`, from its record; real numbers stay bfloat16, but for scalars (`mesh.to_mesh` widens them)."""
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        array = from_bits(record[name]) if _as_bits(leaf) else np.asarray(record[name], leaf.dtype)
+        array = record[name].view(jnp.bfloat16) if _as_bits(leaf) else np.asarray(record[name], leaf.dtype)
         return pad_rows(array, leaf.shape[0]) if name == "text" else array
 
     return jax.tree.map(read, _names(spec), spec)
@@ -242,6 +242,10 @@ def _listed(names: Iterable[str]) -> str:
     return " and ".join(sorted(names))
 
 
+class DamagedRecordError(RequestError):
+    """The bytes of one record are not those that were written; others of its shard can be read."""
+
+
 class Records:
     """The records of a folder by number: dictionaries of NumPy arrays, as in `schema`."""
 
@@ -275,21 +279,26 @@ class Records:
             )
         require_same_encoding(folder, made, config)
         self.folder, self.split = folder, builder.info.splits[SPLIT]
-        self._source = builder.as_data_source(SPLIT)
+        self._shapes, self._dtypes = found, builder.info.features.np_dtype
+        self._shards = builder.as_data_source(SPLIT).data_source
         count = self.split.num_examples
         require(len(self.ids) in (0, count), f"{folder}: {count} records, {CONTENTS_FILE} names {len(self.ids)}; remove it, {AGAIN}")
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._shards)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            record = self._source[index]
+            record = {name: self._array(name, value) for name, value in examples.fields(self.serialized(index)).items()}
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # of many types
-            raise RequestError(
-                f"{self.shard(index)}: record {index} of the dataset cannot be read ({str(error)[:200]}); remove this shard, {AGAIN}"
+            reason = str(error)
+            one = (
+                reason.startswith("Corrupted") and "Failed to read" not in reason
+            )  # not the end of the shard, which says where records are
+            raise (DamagedRecordError if one else RequestError)(
+                f"{self.shard(index)}: record {index} of the dataset cannot be read ({reason[:200]}); remove this shard, {AGAIN}"
             ) from None
         if self.ids and record["id"] != self.ids[index].encode():
             raise RequestError(
@@ -297,6 +306,21 @@ class Records:
                 f"another shard's file, or changed; remove this shard, {AGAIN}"
             )
         return record
+
+    def name(self, index: int) -> str:
+        """The id of a record that may not be readable."""
+        return self.ids[index] if self.ids else f"record {index}"
+
+    def serialized(self, index: int) -> bytes:
+        """The bytes of a record, which ArrayRecord has compared with their hash."""
+        return self._shards[index]
+
+    def _array(self, name: str, value: memoryview | float | int) -> Any:
+        """What TFDS makes of a field, but that arrays are not copied."""
+        if not isinstance(value, memoryview):
+            return value
+        shape = self._shapes[name]
+        return np.frombuffer(value, self._dtypes[name]).reshape([-1 if size is None else size for size in shape]) if shape else bytes(value)
 
     def shard(self, index: int) -> str:
         """The file that record `index` is in."""

@@ -13,9 +13,11 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from configs.run import Config, encoder_names
 from data_pipelines import buckets, check, records, sources
 from data_pipelines.encoders import Encoders, weights_of
 from data_pipelines.manifest import Row, read_manifest, require_inside
-from data_pipelines.pairs import Pixels, encode, prefetch, read_pixels
+from data_pipelines.pairs import Pixels, encode_together, prefetch, read_pixels
 from launch import command
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.folders import outputs
@@ -79,7 +81,7 @@ def main(config: Config) -> None:
     if any(missing.values()) or not all((work.folder / records.EMPTY_TEXT_FILE).exists() for work in works):
         if weights == records.RANDOM:
             print("no weights in train.init_from: the encoders are random, so these records only show that every part runs")
-        encoders = Encoders(config, config.train.init_from)
+        encoders = Encoders(config, config.train.init_from, jax.local_devices())
         encoders.load()
         (text,), (rows_of_text,) = encoders.text([""])
         with tqdm(total=sum(len(work.shards[i]) for work in works for i in missing[work.folder]), unit="pair", disable=None) as bar:
@@ -127,27 +129,39 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
     started, kept, rejected, ids, files = time.monotonic(), Counter(), [], [], {}
     tally_path(path).unlink(missing_ok=True)  # what is made anew is not done meanwhile
     with records.shard_writer(path, records.schema(config)) as write:
-        for row, future in prefetch(partial(read, config=config), rows, config.data.threads):
-            files[row.id], pixels = future.result()
-            try:
-                if isinstance(pixels, RequestError):
-                    raise pixels
-                write(encode(row, pixels, encoders))
+        for group in groups(prefetch(partial(read, config=config), rows, config.data.threads), encoders.together):
+            files |= {row.id: described for row, (described, _) in group}
+            sound = [(row, pixels) for row, (_, pixels) in group if not isinstance(pixels, RequestError)]
+            found = dict(zip([row.id for row, _ in sound], encode_together(sound, encoders) if sound else [], strict=True))
+            for row, (_, pixels) in group:
+                record = found.get(row.id, pixels)
+                if isinstance(record, RequestError):
+                    rejected.append({"id": row.id, "task": row.task, "shard": path.name, **path_and_reason(record, row)})
+                    print_line(f"refused {row.id}: {record}")
+                    continue
+                write(record)
                 kept[row.task] += 1
                 ids.append(row.id)
                 for note in cut_prompts(row, encoders):
                     print_line(f"{row.id}: {note}")
-            except RequestError as error:
-                rejected.append({"id": row.id, "task": row.task, "shard": path.name, **path_and_reason(error, row)})
-                print_line(f"refused {row.id}: {error}")
-            bar.update()
+            bar.update(len(group))
             bar.set_postfix(refused=len(rejected))
     write_whole(tally_path(path), json.dumps({"kept": kept, "rejected": rejected, "ids": ids, "files": files}))
     print_line(f"{path.name}: {kept.total()} kept, {len(rejected)} refused, {time.monotonic() - started:.1f} s")
 
 
-def read(row: Row, config: Config) -> tuple[dict[str, Any], Pixels | RequestError]:
-    """What the clips of a row are known by, and their pixels, or why there are none."""
+Found = tuple[dict[str, Any], Pixels | RequestError]
+"""What the clips of a row are known by, and their pixels, or why there are none."""
+
+
+def groups(rows: Iterable[tuple[Row, Future[Found]]], size: int) -> Iterator[list[tuple[Row, Found]]]:
+    """So many rows at a time, each read."""
+    rows = iter(rows)
+    while group := [(row, future.result()) for row, future in islice(rows, size)]:
+        yield group
+
+
+def read(row: Row, config: Config) -> Found:
     described = sources.describe(row)
     try:
         sources.require_stated(row, described)

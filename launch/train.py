@@ -35,6 +35,7 @@ from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
 from omnitransfer_jax.mesh import data_share, make_mesh, with_found_mesh
 from omnitransfer_jax.methods import follow_your_motion, omnitransfer, transfer_lora
+from omnitransfer_jax.quarantine import Quarantine
 from omnitransfer_jax.train import flops, loop
 from omnitransfer_jax.train.objective import Objective
 from omnitransfer_jax.train.plan import describe
@@ -94,7 +95,8 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
         case Config():
             load_models.require_expert(config)
             index, count = data_share(mesh)
-            data = batches(config, seed=config.seed, process_index=index, process_count=count)
+            aside = Quarantine(config.data.quarantine)
+            data = batches(config, seed=config.seed, process_index=index, process_count=count, quarantine=aside)
             base = None
             if isinstance(config, TransferLoRA):
                 transfer_lora.require_imported(config)
@@ -103,8 +105,9 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
             else:
                 trained = omnitransfer.objective(config, empty_text(config))
             sample = TrainingSamples(config, asked, mesh, workdir, base) if asked else None
-            known = data_digest(config)
-            loop.train(trained, config, workdir, mesh, data, data_digest=known, base=base, identify=identify(config), sample=sample)
+            known = data_digest(config, run_folder.is_run(WORKDIR.value))
+            hooks = {"identify": identify(config, aside), "sample": sample, "quarantine": aside}
+            loop.train(trained, config, workdir, mesh, data, data_digest=known, base=base, **hooks)
 
 
 def sizes(config: Config) -> str:

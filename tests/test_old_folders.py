@@ -17,6 +17,7 @@ from data_pipelines import clips
 from data_pipelines.batches import batches
 from launch import command, sample, train
 from omnitransfer_jax.folders import model_folder, run_folder
+from omnitransfer_jax.mesh import make_mesh, to_mesh
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "before_layout" / "folders.tar.xz"
 WRITTEN_AT = "/srv/before_layout"  # the paths in config.json begin so
@@ -107,7 +108,8 @@ def test_the_configuration_and_parameters_of_a_run(old, stage):
 
 @STAGES
 def test_records(old, stage):
-    batch = next(batches(run_folder.read_config(old / stage), seed=0))
+    config = run_folder.read_config(old / stage)
+    batch = to_mesh(next(batches(config, seed=0)), make_mesh(config.mesh))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(batch)}
     assert {name: sha256({"": x}) for name, x in arrays.items()} == digests(old)["records"][stage]
 

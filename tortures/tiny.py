@@ -111,4 +111,4 @@ def difference(workdir: Path, other: Path) -> str:
 def sample_order(data: Path, steps: int) -> list[int]:
     """Tasks and sums that tell the samples of the first batches apart."""
     read = batches.batches(replace(config(), data=replace(config().data, path=str(data))), seed=0)
-    return [int(np.abs(next(read).target).sum() * 1000) for _ in range(steps)]
+    return [int(np.abs(next(read).target.astype(np.float32)).sum() * 1000) for _ in range(steps)]

@@ -1,7 +1,8 @@
 """The folder of a training run: its configuration, and checkpoints that it, another run and sampling start from.
 
     WORKDIR/config.json          which training wrote it, digests of its data and of the weights it started from, the whole configuration
-    WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped), data, and checksums
+    WORKDIR/checkpoints/STEP/    trainable, frozen, ema (parameters by path), progress (step, moments, skipped), data, quarantine if any
+                                 record was damaged, and checksums
 
 Parameters of another folder that a training only reads are not in it (`Objective.base`).
 
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 import grain
 import jax
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -31,6 +33,7 @@ from omnitransfer_jax.folders.finite import require_finite
 from omnitransfer_jax.folders.processes import first_text, wait_for_all
 from omnitransfer_jax.folders.typed import require_type
 from omnitransfer_jax.folders.whole import METADATA, damage
+from omnitransfer_jax.quarantine import Quarantine
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
 DATA_DIGEST, ORIGIN_DIGEST = "data_digest", "origin_digest"  # in config.json, beside the fields of the configuration
@@ -39,6 +42,7 @@ REMEDY = "restore it from a copy, or give another folder"
 # Fields of `Config` and its kinds; the last three belong to the alignment.
 NETWORKS = ("dit", "vae", "text", "image", "motion", "mllm", "lora", "alignment")
 PARAMETERS = ("trainable", "frozen", "ema")
+ASIDE = "quarantine"
 # The name of a training: what it trains, and the configurations that name it.
 TRAININGS = {
     "transfer": ("transformer", "stage1, stage2 or stage3"),
@@ -77,16 +81,26 @@ def open_checkpoints(workdir: epath.PathLike, config: CheckpointConfig) -> Check
     return Checkpoints(epath.Path(workdir).absolute() / CHECKPOINTS, config.keep)
 
 
-def save(checkpoints: Checkpoints, step: int, state: tuple, data: grain.DatasetIterator) -> None:
-    """Starts to write the state and the position in the data; when it returns, both may change again. `checkpoints.refusal` says if not."""
-    checkpoints.save(step, _items(state) | {"data": data.get_state()})
+def save(checkpoints: Checkpoints, step: int, state: tuple, data: grain.DatasetIterator, quarantine: Quarantine | None = None) -> None:
+    """Starts to write the state, the position in the data and what of these is set aside; when it returns, all may change again.
+
+    `checkpoints.refusal` says if not.
+    """
+    aside = {ASIDE: {"places": quarantine.state}} if quarantine is not None and quarantine.places else {}
+    checkpoints.save(step, _items(state) | {"data": data.get_state()} | aside)
 
 
-def restore(checkpoints: Checkpoints, like: State, data: grain.DatasetIterator) -> State:
+def restore(checkpoints: Checkpoints, like: State, data: grain.DatasetIterator, quarantine: Quarantine | None = None) -> State:
     """The latest state, with the shapes and shardings of `like`; `data` goes on behind the last batch that was read."""
-    with _readable(checkpoints.folder / str(checkpoints.latest)):
-        items = checkpoints.orbax.load_checkpointables(abstract_checkpointables=_items(like) | {"data": data.get_state()})
+    folder, wanted = checkpoints.folder / str(checkpoints.latest), _items(like) | {"data": data.get_state()}
+    with _readable(folder):
+        if quarantine is not None and (folder / ASIDE).exists():
+            shape = ocp.metadata(folder, checkpointable_name=ASIDE).metadata["places"].shape
+            wanted[ASIDE] = {"places": np.empty(shape, np.int64)}
+        items = checkpoints.orbax.load_checkpointables(abstract_checkpointables=wanted)
     data.set_state(items["data"])
+    if quarantine is not None and ASIDE in items:
+        quarantine.restore(items[ASIDE]["places"])
     fields: Any = like
     rest = [name for name in fields._fields if name not in PARAMETERS]
     return fields._replace(**{name: items.get(name, {}) for name in PARAMETERS}, **dict(zip(rest, items["progress"], strict=True)))

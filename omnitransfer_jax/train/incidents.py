@@ -1,4 +1,4 @@
-"""What a run met that a person should look at: updates that were left out, and losses far above the others.
+"""What a run met that a person should look at: updates that were left out, losses far above the others, and damaged records.
 
 WORKDIR/incidents.jsonl    {"step": 12, "kind": "skipped", "loss": null, "grad_norm": null, "samples": ["n3", "n5"]}
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from omnitransfer_jax.quarantine import Damage
 from omnitransfer_jax.train.log import Lines, read_lines, truncate
 
 INCIDENTS_FILE = "incidents.jsonl"
@@ -54,6 +55,15 @@ class Incidents:
         if len(self.before) < FEWEST:
             return False
         return loss > statistics.fmean(self.before) + FAR * max(statistics.pstdev(self.before), 1e-6)
+
+    def set_aside(self, step: int, damaged: Sequence[Damage], count: int, most: int) -> None:
+        """Tells of records that fail their check, met on the way to the batch of `step`; every process does of its own."""
+        for damage in damaged:
+            words = f"{damage.name} is set aside, damaged record {count} of at most {most}, and the next good one is read in its place"
+            print(f"step {step}: {words}: {damage.reason}", flush=True)
+            if self.lines is not None:
+                line = {"step": step, "kind": "quarantined", "loss": None, "grad_norm": None, "samples": [damage.name]}
+                self.lines.add(json.dumps(line) + "\n")
 
     def _note(self, step: int, kind: str, metrics: Mapping[str, float], words: str) -> None:
         if self.lines is None:

@@ -1,4 +1,4 @@
-"""The log of a run: a line on the console, a line in WORKDIR/metrics.jsonl, and TensorBoard events.
+"""The log of a run: a line on the console, a line in WORKDIR/metrics.jsonl, TensorBoard events, and W&B if it is asked for.
 
     {"step": 30, "loss": 0.91, "grad_norm": 0.4, "learning_rate": 1e-05, "skipped": 0, "loss/id": 0.8, "seconds": 0.52, "data_wait": 0.01}
 
@@ -25,6 +25,7 @@ from configs.errors import RequestError
 from configs.run import TrainConfig
 from omnitransfer_jax.folders.atomic import write_whole
 from omnitransfer_jax.train.events import Events
+from omnitransfer_jax.train.wandb_sink import WandB
 
 METRICS_FILE = "metrics.jsonl"
 LOSS, SHARE = "loss/", "share/"
@@ -45,7 +46,8 @@ class Work(NamedTuple):
 class RunLog:
     """The log of a run that has done `step` steps; the file keeps no line of a later one, nor one that was cut off."""
 
-    def __init__(self, workdir: Path, config: TrainConfig, step: int, devices: int = 1):
+    def __init__(self, workdir: Path, config: TrainConfig, step: int, devices: int = 1, of: Mapping[str, Any] | None = None):
+        """`of` is the whole configuration, for W&B."""
         self.config, self.devices, self.writes = config, devices, jax.process_index() == 0
         self.work = Work()
         self.logged = self.first = step
@@ -56,6 +58,7 @@ class RunLog:
             truncate(path, step)
             self.lines = Lines(path)
             self.events = Events(workdir, step)
+            self.wandb = WandB(config.wandb, workdir, of or {}) if config.wandb else None
 
     def __enter__(self) -> "RunLog":
         return self
@@ -64,6 +67,8 @@ class RunLog:
         if self.writes:
             self.lines.flush()
             self.events.close()
+            if self.wandb is not None:
+                self.wandb.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -106,6 +111,8 @@ class RunLog:
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self.lines.add(json.dumps(line) + "\n")
         self.events.write(step, {name: value for name, value in line.items() if value is not None and name != "step"})
+        if self.wandb is not None:
+            self.wandb.write(line)
         print(console(line, self.config.steps, left), flush=True)
 
     def picture(self, step: int, content: bytes | None) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,18 @@ from omnitransfer_jax.folders import inputs, model_folder, run_folder
 from omnitransfer_jax.folders.lock import alone
 from omnitransfer_jax.folders.processes import require_same
 from omnitransfer_jax.mesh import Specs, batch_sharding, placed, replicated, specs, to_mesh
+from omnitransfer_jax.quarantine import Quarantine
 from omnitransfer_jax.train import report
 from omnitransfer_jax.train.control import Control
 from omnitransfer_jax.train.incidents import Identify, Incidents
 from omnitransfer_jax.train.log import RunLog, Work, read_lines
 from omnitransfer_jax.train.objective import Objective, Params
 from omnitransfer_jax.train.optimizer import learning_rate, make_optimizer
+from omnitransfer_jax.train.profiling import Profile
 from omnitransfer_jax.train.saving import Saver
 from omnitransfer_jax.train.step import TrainState, init_state, make_train_step, placed_state, split_trainable
 from omnitransfer_jax.train.stopping import Stopped, Stopping, Watchdog, stop_signals
+from omnitransfer_jax.train.wandb_sink import require_installed
 
 REPORT_SECONDS = 60.0  # between two writings of the report
 
@@ -55,6 +59,7 @@ def train(
     base: Params | None = None,
     identify: Identify | None = None,
     sample: Sample | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Params | None:
     """All parameters but `base` after `config.train.steps`; None if a signal stopped the run before.
 
@@ -62,12 +67,14 @@ def train(
     `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`.
     `identify` gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step,
     averaged if there is an average, and may give a JPEG of them: before the first step, every `train.sample_every`, after the last, and
-    when the file SAMPLE asks for it.
+    when the file SAMPLE asks for it. `quarantine` is where `data` sets damaged records aside.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
+    require_installed(config.train.wandb)
     fields = {f"--{name}": value for name, value in flat(asdict(config)).items()}
     require_same({**fields, "--workdir": workdir, "digest of the data": data_digest})
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
+    aside = quarantine if quarantine is not None else Quarantine()
     spec = specs({**objective.params, **objective.base}, objective.sharding, config.mesh)
     like = placed_state(objective, config, optimizer, mesh, spec)
     with (
@@ -75,29 +82,28 @@ def train(
         alone(workdir),
         run_folder.open_checkpoints(workdir, config.checkpoint) as checkpoints,
         Watchdog(config.train.hang_seconds) as watchdog,
+        Profile(workdir, config.train.profile_window) as profile,
     ):
         done, steps = checkpoints.latest, config.train.steps
         origin = checked_origin(objective, config, workdir, data_digest, done)
         if done >= steps:
             print(f"{workdir}: {done} steps are done, {steps} are asked for; raise --train.steps to go on", flush=True)
             return run_folder.restore(checkpoints, like, data).params if done == steps and evaluate else None
-        state = start(objective, config, workdir, checkpoints, like, optimizer, data)
-        run_folder.write_config(workdir, config, data_digest, origin)
+        state = start(objective, config, workdir, checkpoints, like, optimizer, data, aside)
+        run_folder.write_config(workdir, config, data_digest or known_digest(workdir, done), origin)
         key = jax.jit(objective.root_key, out_shardings=replicated(mesh))()
         step = Program(make_step(objective, config, optimizer, mesh, spec), like, mesh, base or {})
         with stopping.ends_at_once(f"stopped before step {done + 1} of {steps}; the same command goes on from there"):
             compiled = sum(step.compile(placed(mesh, form.batch, batch_sharding(mesh).spec), key) for form in objective.forms)
         works = {form_of(form.batch): Work(form.flops, form.tokens) for form in objective.forms}
-        with RunLog(workdir, config.train, done, mesh.size) as log:
+        with RunLog(workdir, config.train, done, mesh.size, asdict(config)) as log:
             log.compiled = compiled
             incidents = Incidents(workdir, done, int(state.skipped), identify)
-            saver = Saver(checkpoints, config.checkpoint.every, stopping, log.flush)
-            control = Control(workdir)
+            saver = Saver(checkpoints, config.checkpoint.every, stopping, log.flush, aside)
             run = Run(
-                config, workdir, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, control, evaluate, sample, works
-            )
-            if sample is not None and not done:
-                run.sample_now(0)
+                config, workdir, state, data, mesh, step, key, stopping, watchdog, log, incidents, saver, Control(workdir), evaluate,
+                sample, works, aside, profile,
+            )  # fmt: skip
             reached = run.to_the_end(done)
             if reached < steps:
                 print(f"stopped after step {reached} of {steps}; the same command goes on from there", flush=True)
@@ -125,20 +131,29 @@ class Run:
     evaluate: Evaluate | None
     sample: Sample | None
     works: Mapping[Any, Work]
+    quarantine: Quarantine
+    profile: Profile
     next_report: float = 0.0
 
     def to_the_end(self, done: int) -> int:
         """The step after which it ended, saved: the last, or the one after which it was asked to stop."""
         steps, pending = self.config.train.steps, {}
+        if self.sample is not None and not done:
+            self.sample_now(0)
         for n in range(done + 1, steps + 1):
             self.watchdog.progress(f"step {n}, waiting for its batch")
-            batch = self.next_batch()
+            batch = self.next_batch(n)
             if batch is None:  # asked to stop
                 return self.end(n - 1, pending, is_saved=n - 1 == done)
             self.watchdog.progress(f"step {n}")
             with self.log.paused():
                 self.step.compile(batch, self.key)
-            self.state, metrics = self.step(self.state, batch, self.key)
+            with self.log.paused():
+                profiled = self.profile.step(n)
+            with profiled:
+                self.state, metrics = self.step(self.state, batch, self.key)
+            with self.log.paused():
+                self.profile.after(n, partial(jax.block_until_ready, metrics))
             if pending:
                 self.settle(n - 1, pending)
             self.log.add_work(self.works.get(form_of(batch), Work()))
@@ -193,8 +208,8 @@ class Run:
             while self.control.is_paused():
                 self.watchdog.progress(f"step {n}, paused")
 
-    def next_batch(self) -> Any | None:
-        """The next batch on the devices; None if the run was asked to stop while it waited."""
+    def next_batch(self, n: int) -> Any | None:
+        """The batch of step `n`, on its way to the devices while these compute the step before; None if asked to stop while it waited."""
         position = self.data.get_state()
         try:
             with self.log.waiting(), self.stopping.interruptible():
@@ -202,6 +217,8 @@ class Run:
         except Stopped:
             self.data.set_state(position)
             return None
+        if damaged := self.quarantine.news():
+            self.incidents.set_aside(n, damaged, len(self.quarantine.places), self.quarantine.most)
         return to_mesh(batch, self.mesh)
 
     def end(self, n: int, pending: Mapping[str, Array], is_saved: bool) -> int:
@@ -251,6 +268,11 @@ def checked_origin(objective: Objective, config: RunConfig, workdir: Path, data_
     return origin or before
 
 
+def known_digest(workdir: Path, done: int) -> str:
+    """The digest of its data that a run which has done `done` steps was started with."""
+    return run_folder.digests(workdir)[run_folder.DATA_DIGEST] if done else ""
+
+
 def evaluates(config: RunConfig, n: int) -> bool:
     """Whether step `n` is followed by an evaluation."""
     return config.train.evaluate_every > 0 and n % config.train.evaluate_every == 0
@@ -264,13 +286,14 @@ def start(
     like: TrainState,
     optimizer: optax.GradientTransformation,
     data: grain.DatasetIterator[Any],
+    quarantine: Quarantine | None = None,
 ) -> TrainState:
     """The state to go on from, placed as `like`; `data` moves to where it was."""
     params, origin = like.trainable | like.frozen, config.train.init_from
     place, known = {path: leaf.sharding for path, leaf in params.items()}, model_of(origin, objective, config)
     if checkpoints.latest:  # 1. The run's own latest checkpoint,
         print(f"{workdir}: going on after step {checkpoints.latest}", flush=True)
-        return run_folder.restore(checkpoints, like, data)
+        return run_folder.restore(checkpoints, like, data, quarantine)
     weights: Params = {}
     if run_folder.is_run(origin):  # 2. else the weights of another run, averaged if it keeps an average,
         run_folder.require_same_model(origin, known)

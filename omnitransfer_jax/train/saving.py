@@ -13,6 +13,7 @@ import grain
 from omnitransfer_jax.folders import run_folder
 from omnitransfer_jax.folders.checkpoints import Checkpoints
 from omnitransfer_jax.folders.refusals import is_full
+from omnitransfer_jax.quarantine import Quarantine
 from omnitransfer_jax.train.stopping import Stopping
 
 RETRIES = (0.0, 30.0, 120.0, 300.0)  # seconds before each further try
@@ -23,8 +24,11 @@ LAST_TRIES = 3  # of a run that was asked to stop
 class Saver:
     """Saves the state of a run; `flush` says what the system refused of the log, whose lines are to be on the disk before a checkpoint."""
 
-    def __init__(self, checkpoints: Checkpoints, every: int, stopping: Stopping, flush: Callable[[], str]):
+    def __init__(
+        self, checkpoints: Checkpoints, every: int, stopping: Stopping, flush: Callable[[], str], quarantine: Quarantine | None = None
+    ):
         self.checkpoints, self.every, self.stopping, self.flush = checkpoints, every, stopping, flush
+        self.quarantine = quarantine
         self.refusals, self.next_try = 0, 0.0
         self.started = 0  # the step of the save that was started last and whose end is not known
         self.saved = checkpoints.latest
@@ -41,6 +45,8 @@ class Saver:
     def save(self, n: int, state: Any, data: grain.DatasetIterator[Any], last: bool) -> None:
         """Saves step `n`; with `last` it returns when that is done, else while it is written."""
         self.asked = False
+        if self.quarantine is not None:
+            self.quarantine.share()
         self._try(n, state, data)
         tries = 0
         while last or self.refusals > len(RETRIES):
@@ -64,7 +70,7 @@ class Saver:
             self.checkpoints.wait()
             self.checkpoints.refusal = refusal
         else:
-            run_folder.save(self.checkpoints, n, state, data)
+            run_folder.save(self.checkpoints, n, state, data, self.quarantine)
 
     def _note(self, refusal: str) -> None:
         """Takes how the save that was started last ended."""

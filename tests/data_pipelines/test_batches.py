@@ -11,6 +11,7 @@ from configs.errors import RequestError
 from data_pipelines import batches, records
 from launch import command, train
 from omnitransfer_jax.batch import Batch, batch_spec
+from omnitransfer_jax.mesh import make_mesh, to_mesh
 from tests.data_pipelines.conftest import SMOKE, random_record
 
 
@@ -38,13 +39,15 @@ def test_what_a_batch_holds(write_records):
     assert jax.tree.map(lambda x: (x.dtype.name, x.shape), batch) == Batch(
         task=("int32", (4,)),
         has_image=("float32", (4,)),
-        target=("float32", (4, 3, 4, 6, 16)),
-        condition=("float32", (4, 3, 4, 6, 20)),
-        reference=("float32", (4, 3, 4, 6, 16)),
-        text=("float32", (4, 32, 32)),
-        image=("float32", (4, 5, 32)),
+        target=("bfloat16", (4, 3, 4, 6, 16)),
+        condition=("bfloat16", (4, 3, 4, 6, 20)),
+        reference=("bfloat16", (4, 3, 4, 6, 16)),
+        text=("bfloat16", (4, 32, 32)),
+        image=("bfloat16", (4, 5, 32)),
     )
-    assert jax.tree.map(lambda x: (x.dtype, x.shape), batch) == jax.tree.map(lambda x: (x.dtype, x.shape), batch_spec(config))
+    arrived = to_mesh(batch, make_mesh(config.mesh))
+    assert jax.tree.map(lambda x: (x.dtype, x.shape), arrived) == jax.tree.map(lambda x: (x.dtype, x.shape), batch_spec(config))
+    assert jax.tree.all(jax.tree.map(np.array_equal, arrived, batch))
     assert batch.task.tolist() == [0, 1, 2, 3]
     assert batch.has_image.tolist() == [0, 0, 1, 1]
     for number in range(4):

@@ -38,7 +38,7 @@ def encoders():
 @pytest.fixture
 def run(encoders, monkeypatch):
     """A function that runs launch.encode in this process and returns its exit code."""
-    monkeypatch.setattr(launch_encode, "Encoders", lambda config, folder: encoders)
+    monkeypatch.setattr(launch_encode, "Encoders", lambda config, folder, devices: encoders)
 
     def run(manifest, out, *args):
         return command.execute(
@@ -193,16 +193,17 @@ def test_what_cannot_be_used_is_reported_and_left_out(run, mixed_manifest, tmp_p
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(run, mixed_manifest, tmp_path, monkeypatch):
     calls = Counter()
-    encode = launch_encode.encode
+    encode = launch_encode.encode_together
 
-    def counted(row, *args):
+    def counted(pairs, encoders):
+        ((row, _),) = pairs
         calls[row.id] += 1
         if row.id == "motion_1" and calls[row.id] == 1:
             raise KeyboardInterrupt
-        return encode(row, *args)
+        return encode(pairs, encoders)
 
     assert run(mixed_manifest, tmp_path / "whole", "--records_per_shard=2") == 0
-    monkeypatch.setattr(launch_encode, "encode", counted)
+    monkeypatch.setattr(launch_encode, "encode_together", counted)
     assert run(mixed_manifest, tmp_path / "r", "--records_per_shard=2") == 130
     assert shards(tmp_path / "r") == shards(tmp_path / "whole")[:2]
     for _ in range(2):

@@ -19,6 +19,7 @@ from launch import encode as launch_encode
 from omnitransfer_jax import load_models, tasks
 from omnitransfer_jax.batch import batch_spec
 from omnitransfer_jax.folders import model_folder
+from omnitransfer_jax.mesh import make_mesh, to_mesh
 from omnitransfer_jax.models.alignment import MLLMInputs
 from omnitransfer_jax.models.flat_params import abstract, flat_params
 from omnitransfer_jax.models.qwen2_5_vision import QwenVision, patchify
@@ -191,7 +192,7 @@ def test_features_are_the_towers(mllm, config):
 
 
 def test_clips_become_batches(encoders, manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch_encode, "Encoders", lambda config, folder: encoders)
+    monkeypatch.setattr(launch_encode, "Encoders", lambda config, folder, devices: encoders)
     flags = ["--config=stage1:smoke", "--alignment.enabled=True", f"--manifest={manifest}", f"--out={tmp_path / 'r'}"]
     assert command.execute(launch_encode.main, launch_encode.FLAGS, flags) == 0
     rows, folder = read_manifest(manifest), tmp_path / "r"
@@ -200,7 +201,7 @@ def test_clips_become_batches(encoders, manifest, tmp_path, monkeypatch):
         data = replace(config.data, path=str(folder), shuffle=False)
         return replace(config, data=data, train=replace(config.train, batch_size=5))
 
-    batch = next(batches.batches(reading(ALIGNED), seed=0))
+    batch = jax.device_get(to_mesh(next(batches.batches(reading(ALIGNED), seed=0)), make_mesh(ALIGNED.mesh)))
     spec = batch_spec(reading(ALIGNED))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
     for i, row in enumerate(rows):
