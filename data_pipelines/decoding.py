@@ -113,7 +113,7 @@ class Decoder:
             left = until - time.monotonic()
             if left <= 0 or not select.select([file], [], [], left)[0]:
                 raise TimeoutError
-            count = os.readv(file, [memoryview(found)[place:]])
+            count = os.readv(file, [found.data[place:]])
             if not count:
                 raise EOFError
             place += count

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from configs.errors import RequestError, require
 from data_pipelines import hdr
@@ -93,7 +93,7 @@ class Screen:
         """uint8 "H W 3" of BT.709, "H W 4" with `alpha`."""
         is_hdr = hdr.is_hdr(frame)
         layout = ("rgba64le" if alpha else "rgb48le") if is_hdr else "rgba" if alpha else "rgb24"
-        matrix = "bt2020" if is_hdr and frame.colorspace == UNSPECIFIED else None
+        matrix = Colorspace.BT2020 if is_hdr and frame.colorspace == UNSPECIFIED else None
         pixels = self._scaler.reformat(frame, width, height, layout, src_colorspace=matrix, interpolation="BICUBIC").to_ndarray()
         colours = pixels[..., :3]
         if frame.color_range == LIMITED and frame.format.name.startswith(("gray", "ya")):  # libswscale takes grey for full range

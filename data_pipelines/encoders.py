@@ -49,7 +49,7 @@ class Encoders:
     A network is loaded when it is first needed and kept until `release`; it is compiled once for every shape.
     """
 
-    def __init__(self, config: Config, folder: str, devices: Sequence[jax.Device] = ()):
+    def __init__(self, config: Config, folder: str, devices: Sequence[Any] = ()):
         """`folder` as in `load_models`. With several `devices` each encodes samples of its own (spread.py).
 
         Weights of other models than those of `config`, templates that do not fit and a wrong vocabulary are a `RequestError` before

@@ -18,7 +18,7 @@ DEVICES = "devices"
 class Spread:
     """Functions of (network, batch) on devices."""
 
-    def __init__(self, devices: Sequence[jax.Device]):
+    def __init__(self, devices: Sequence[Any]):
         self.mesh = Mesh(np.asarray(devices), (DEVICES,))
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 

@@ -134,7 +134,7 @@ def encode_shard(rows: Sequence[Row], path: Path, config: Config, encoders: Enco
             sound = [(row, pixels) for row, (_, pixels) in group if not isinstance(pixels, RequestError)]
             found = dict(zip([row.id for row, _ in sound], encode_together(sound, encoders) if sound else [], strict=True))
             for row, (_, pixels) in group:
-                record = found.get(row.id, pixels)
+                record = pixels if isinstance(pixels, RequestError) else found[row.id]
                 if isinstance(record, RequestError):
                     rejected.append({"id": row.id, "task": row.task, "shard": path.name, **path_and_reason(record, row)})
                     print_line(f"refused {row.id}: {record}")

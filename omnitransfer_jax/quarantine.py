@@ -50,6 +50,13 @@ class Quarantine:
         news, self._news = self._news, []
         return news
 
+    def take_back(self) -> None:
+        """Forgets what was set aside since `news` was asked: the batch that met it is not used, and will be read again."""
+        for damage in self._news:
+            self.places.remove(damage.place)
+            self._known.remove(damage.place)
+        self._news = []
+
     def require_few(self, reason: str) -> None:
         if len(self.places) > self.most:
             raise RequestError(f"{reason}; {len(self.places)} damaged records are more than data.quarantine={self.most}")

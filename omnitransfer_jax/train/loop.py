@@ -216,6 +216,7 @@ class Run:
                 batch = next(self.data)
         except Stopped:
             self.data.set_state(position)
+            self.quarantine.take_back()
             return None
         if damaged := self.quarantine.news():
             self.incidents.set_aside(n, damaged, len(self.quarantine.places), self.quarantine.most)

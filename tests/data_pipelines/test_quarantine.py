@@ -1,5 +1,11 @@
-"""Damaged records in a training: set aside by name, the same batches for any readers, the list in the checkpoint, and a limit."""
+"""Damaged records in a training: set aside by name, the same batches for any readers, the list in the checkpoint, and a limit.
 
+Two processes that tell each other: python -m pytest -n 0 -m slow tests/data_pipelines/test_quarantine.py
+"""
+
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +17,7 @@ from configs.errors import RequestError
 from configs.run import CheckpointConfig
 from data_pipelines import batches, records
 from omnitransfer_jax.folders import run_folder
-from omnitransfer_jax.quarantine import Quarantine
+from omnitransfer_jax.quarantine import Damage, Quarantine
 from omnitransfer_jax.train.step import TrainState
 from tests.data_pipelines.conftest import random_record
 from tests.data_pipelines.test_batches import equal, numbers, reading, take
@@ -102,3 +108,41 @@ def test_a_shard_that_cannot_be_opened_is_not_set_aside_record_by_record(damaged
     with pytest.raises(RequestError, match="cannot be read") as error:
         stream(reading(config), 9)
     assert not isinstance(error.value, records.DamagedRecordError)
+
+
+def test_what_a_batch_met_that_is_not_used_is_forgotten():
+    aside, used, unused = Quarantine(3), Damage((0, 1), "a", ""), Damage((0, 2), "b", "")
+    aside.take([used])
+    assert aside.news() == [used]
+    aside.take([used, unused])
+    aside.take_back()
+    assert aside.places == [(0, 1)]
+    aside.take([unused])
+    assert aside.news() == [unused]
+
+
+TWO = """
+import sys
+import jax
+from omnitransfer_jax.quarantine import Damage, Quarantine
+index, port = map(int, sys.argv[1:])
+jax.distributed.initialize(f"localhost:{port}", 2, index)
+aside = Quarantine(2)
+aside.take([Damage((0, 5), "a", "r"), *([Damage((1, 2), "b", "r")] if index else [])])
+aside.share()
+print(aside.places, len(aside.news()), flush=True)
+aside.share()
+print(aside.places, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_learn_what_the_others_have_set_aside():
+    """Of one record both know, of the other the second alone; it told of both, the first of one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    jobs = [subprocess.Popen([sys.executable, "-c", TWO, str(i), str(port)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    first, second = ([line for line in job.communicate(timeout=300)[0].splitlines() if line.startswith("[(")] for job in jobs)
+    assert first == ["[(0, 5), (1, 2)] 1", "[(0, 5), (1, 2)]"]
+    assert second == ["[(0, 5), (1, 2)] 2", "[(0, 5), (1, 2)]"]
