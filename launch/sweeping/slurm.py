@@ -53,6 +53,8 @@ def bring(
             queue = _queue()
             for number, job in list(left.items()):
                 state, why = queue.get(job, ("", "")) if queue is not None else ("UNKNOWN", "")
+                if state:
+                    gone.pop(number, None)
                 if not sweep.is_ahead(number, until):
                     done(number)
                     del left[number]

@@ -6,9 +6,11 @@ The trials are tests/launch/stand_in_training.py, which takes milliseconds.
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from html.parser import HTMLParser
@@ -20,7 +22,7 @@ import pytest
 from configs import stage1
 from configs.errors import RequestError
 from launch import command, sweep
-from launch.sweeping import findings, page, plan, proposals, runner, space, trials
+from launch.sweeping import findings, page, plan, proposals, runner, slurm, space, trials
 from omnitransfer_jax.train import flops
 
 RATES = "[fields]\noptimizer.learning_rate = {log = [1e-3, 1e-1]}\ntrain.shift = {range = [1.0, 8.0], points = 2}\n"
@@ -257,6 +259,103 @@ def test_a_file_stops_one_trial(stand_in, tmp_path):
     assert stand_in("--trials=2", "--train.steps=300") == 0
     states = [trials.Trial(tmp_path / "out" / "trials" / f"000{n}").state for n in range(2)]
     assert [state.status for state in states] == ["stopped", "finished"]
+
+
+def test_a_file_stops_the_sweep(stand_in, tmp_path, monkeypatch):
+    """Its trial saves and ends; the same command goes on."""
+    monkeypatch.setenv("STEP_SECONDS", "0.05")
+    log = tmp_path / "out" / "trials" / "0000" / "run" / "metrics.jsonl"
+
+    def stop():
+        while not log.exists():
+            time.sleep(0.01)
+        (tmp_path / "out" / "STOP").touch()
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert stand_in("--trials=2") == 130
+    assert 0 < len(log.read_text().splitlines()) < 60
+    assert trials.Trial(log.parents[1]).state.status == "waiting"
+    monkeypatch.setenv("STEP_SECONDS", "0")
+    assert stand_in("--trials=2") == 0
+    assert trials.Trial(log.parents[1]).state.status == "finished"
+
+
+def test_two_that_bring_one_trial_start_it_once(stand_in, tmp_path):
+    """As jobs of a sweep that was killed, and those of the same sweep again."""
+    assert stand_in("--trials=1", "--train.steps=5", "--optimizer.warmup_steps=1") == 0
+    found = trials.Sweep.read(tmp_path / "out")
+    trial = found.trial(0)
+    shutil.rmtree(trial.workdir)
+    (trial.folder / "state.json").unlink()
+    (trial.folder / "log.txt").unlink()
+    threads = [threading.Thread(target=runner.advance, args=(found, 0, 5)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert trial.state.status == "finished"
+    assert (trial.folder / "log.txt").read_text().count("started") == 1
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    """A queue of Slurm without Slurm: states by job, what was cancelled, and the trials that were submitted."""
+    found = {"states": {}, "cancelled": [], "submitted": []}
+
+    def submitted(sweep, numbers, until, options, at_once):
+        found["submitted"] += numbers
+        return {number: f"7_{number}" for number in numbers}
+
+    monkeypatch.setattr(slurm, "LOOK", 0.01)
+    monkeypatch.setattr(slurm, "_submitted", submitted)
+    monkeypatch.setattr(slurm, "_queue", lambda: {job: (state, "None") for job, state in found["states"].items()})
+    monkeypatch.setattr(slurm, "_state", lambda job: "OUT_OF_MEMORY")
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **options: found["cancelled"].append(command))
+    return found
+
+
+def begun(tmp_path, count):
+    """A sweep whose trials have a point each and have not run."""
+    found = space_of(RATES, tmp_path)
+    sweep_ = made(tmp_path, found, count=count, rungs=(60,), halving=0)
+    sweep_.write()
+    for number, point in enumerate(found.different(0, count)):
+        proposals.begin(sweep_, sweep_.trial(number), found, point)
+    return sweep_
+
+
+def test_the_queue_of_slurm_is_followed(queue, tmp_path, monkeypatch):
+    """A job of a killed sweep is not submitted again; a job that is gone fails its trial, and the others go on."""
+    sweep_, done = begun(tmp_path, 3), []
+    (sweep_.folder / "slurm").mkdir()
+    (sweep_.folder / "slurm" / "jobs.json").write_text('{"0": "5_0", "2": "5_2"}')
+    queue["states"] |= {"5_0": "RUNNING", "7_1": "PENDING"}
+    monkeypatch.setattr(slurm, "LATE", 0.05)
+
+    def end(number):
+        done.append(number)
+        if number == 2:  # it was gone from the start; the others end now
+            for other in (0, 1):
+                sweep_.trial(other).set(trials.State(status="finished", until=60, values={"60": 1.0}))
+
+    slurm.bring(sweep_, [0, 1, 2], 60, end, options={}, at_once=0)
+    assert queue["submitted"] == [1, 2]
+    assert sorted(done) == [0, 1, 2]
+    assert sweep_.trial(2).state.status == "failed"
+    assert "job 7_2 ended (OUT_OF_MEMORY)" in sweep_.trial(2).state.reason
+    assert queue["cancelled"] == []
+
+
+def test_jobs_that_wait_are_cancelled_with_the_sweep(queue, tmp_path):
+    """One that runs is waited for: it saves."""
+    sweep_ = begun(tmp_path, 2)
+    queue["states"] |= {"7_0": "RUNNING", "7_1": "PENDING"}
+    sweep_.stop_file.touch()
+    threading.Timer(0.2, lambda: queue["states"].pop("7_0")).start()
+    with pytest.raises(KeyboardInterrupt):
+        slurm.bring(sweep_, [0, 1], 60, lambda number: None, options={}, at_once=0)
+    assert queue["cancelled"][0] == ["scancel", "7_1"]
+    assert "7_0" not in queue["states"]
 
 
 def test_more_trials_of_the_same_sweep(stand_in, tmp_path):

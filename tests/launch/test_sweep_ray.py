@@ -65,6 +65,16 @@ def test_an_absent_library_is_one_line(name, library, space, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def waited(condition, process=None):
+    """What `condition` returns once it is true; the process has to run until then."""
+    end = time.monotonic() + 30 * MINUTES
+    while not (found := condition()):
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None, "the sweep ended before"
+        time.sleep(0.02)
+    return found
+
+
 # --- a cluster of two nodes -------------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +91,7 @@ def cluster(monkeypatch):
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("STEP_SECONDS", "0.2")
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": engine.STORE, "resources": {"head": 9}})
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": engine.STORE})
     second = found.add_node(num_cpus=2, object_store_memory=engine.STORE)
     environment = {"PYTHONPATH": str(ROOT), "STEP_SECONDS": "0.2"}
     ray.init(found.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": of_the_stand_in, "env_vars": environment})
@@ -90,6 +100,24 @@ def cluster(monkeypatch):
     finally:
         ray.shutdown()
         found.shutdown()
+
+
+@pytest.mark.slow
+def test_a_sweep_on_a_cluster_is_asked_to_stop(cluster, space, tmp_path):
+    """Trials that run save and end, one that waits for a place is not started, and the same command goes on."""
+    logs = [tmp_path / "out" / "trials" / f"{n:04d}" / "run" / "metrics.jsonl" for n in range(4)]
+
+    def stop():
+        waited(lambda: sum(log.exists() for log in logs) == 2)
+        (tmp_path / "out" / "STOP").touch()
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert execute(*space, "--resources=CPU=2") == 130
+    assert [log.exists() for log in logs].count(True) == 2
+    assert all(len(log.read_text().splitlines()) < 60 for log in logs if log.exists())
+    assert execute(*space) == 0
+    states = [trials.Trial(log.parents[1]).state.status for log in logs]
+    assert states == ["finished"] * 3 + ["diverged"]
 
 
 def node_of(pid):
@@ -152,16 +180,6 @@ def test_a_cluster_that_loses_a_node(cluster, space, tmp_path, capsys):
 
 
 # --- real trainings ---------------------------------------------------------------------------------------------------------------------
-
-
-def waited(condition, process=None):
-    """What `condition` returns once it is true; the process has to run until then."""
-    end = time.monotonic() + 30 * MINUTES
-    while not (found := condition()):
-        assert time.monotonic() < end
-        assert process is None or process.poll() is None, "the sweep ended before"
-        time.sleep(0.02)
-    return found
 
 
 @pytest.mark.slow
