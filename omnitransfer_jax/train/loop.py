@@ -71,8 +71,7 @@ def train(
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     require_installed(config.train.wandb)
-    fields = {f"--{name}": value for name, value in flat(asdict(config)).items()}
-    require_same({**fields, "--workdir": workdir, "digest of the data": data_digest})
+    require_same({"--workdir": workdir, "digest of the data": data_digest} | {f"--{k}": v for k, v in flat(asdict(config)).items()})
     optimizer = make_optimizer(config.optimizer, config.train.steps, objective.matrices)
     aside = quarantine if quarantine is not None else Quarantine()
     spec = specs({**objective.params, **objective.base}, objective.sharding, config.mesh)
