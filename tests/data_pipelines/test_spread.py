@@ -1,6 +1,6 @@
 """Encoders on several devices: the records are those of one, byte for byte. Each needs a process of its own with so many simulated devices.
 
-    python -m pytest -n 0 -o faulthandler_timeout=0 -m slow tests/data_pipelines/test_spread.py
+python -m pytest -n 0 -o faulthandler_timeout=0 -m slow tests/data_pipelines/test_spread.py
 """
 
 import os
