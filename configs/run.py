@@ -209,6 +209,8 @@ class TransferTrainConfig(TrainConfig):
     """Which of the two experts in `init_from` (Wan2.2) the training starts from; None where there is one network."""
     sample_prompts: str = field(default="", metadata=RUN)
     """File of JSON lines: what is sampled every `sample_every` steps (docs/training.md); empty for no samples."""
+    evaluate_suite: str = field(default="", metadata=RUN)
+    """Suite of launch.evaluate, a file or `world:N`, that is sampled and measured every `evaluate_every` steps; empty for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

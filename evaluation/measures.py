@@ -251,6 +251,11 @@ def measure(metrics: Sequence[Metric], sample: Sample, path: Path, digest: str =
     return found
 
 
+def of_sample(metrics: Sequence[Metric], sample: Sample) -> dict[str, Measured]:
+    """By metric, what it finds of a clip, nothing kept."""
+    return {metric.name: _try(metric, sample) for metric in metrics if metric.of(sample)}
+
+
 def _try(metric: Metric, sample: Sample) -> Measured:
     """The values of a metric, or why it has none."""
     try:

@@ -30,6 +30,8 @@ from data_pipelines import clips, motion_inversion, motion_training
 from data_pipelines.batches import batches, data_digest, empty_text, identify
 from data_pipelines.prompts import read_pictures, require_prompts
 from launch import command
+from launch.sampling import evaluation
+from launch.sampling.evaluation import TrainingEvaluation, require_suite
 from launch.sampling.training import TrainingSamples
 from omnitransfer_jax import load_models
 from omnitransfer_jax.folders import inputs, model_folder, outputs, run_folder
@@ -56,6 +58,7 @@ ONE_CLIP = (FollowYourMotion, MotionInversion)  # configurations of trainings on
 def main(config: Config | VAETraining | MLLMTraining) -> None:
     require(not isinstance(config, DiTFlow), "--config=ditflow: it trains nothing; give it to launch.sample, with --reference=CLIP")
     prompts = require_prompts(config) if isinstance(config, Config) else []
+    cases = require_suite(config) if isinstance(config, Config) else []
     if DRY_RUN.value:
         config = with_found_mesh(config)
         print(describe(objective(config), config))
@@ -70,7 +73,8 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
     )
     one_clip = isinstance(config, ONE_CLIP)
     require(one_clip or not (REFERENCE.value or PROMPT.value), "--reference, --prompt: this training reads records; leave them out")
-    require(not (one_clip and prompts), "train.sample_prompts: this training makes no samples; launch.sample does, from its checkpoints")
+    beside = "this training makes no samples; launch.sample does, from its checkpoints"
+    require(not (one_clip and (prompts or cases)), f"train.{'sample_prompts' if prompts else 'evaluate_suite'}: {beside}")
     require(bool(WORKDIR.value), "--workdir: not given, and a training needs it; name the folder of the run")
     data = config.data.path if isinstance(config, Config) else ""
     outputs.require_folder("--workdir", WORKDIR.value, [config.train.init_from, data], holds="run", owns=[run_folder.CHECKPOINTS])
@@ -79,6 +83,7 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
     else:
         loop.require_weights(objective(config), config)
     asked = [(prompt, read_pictures(prompt, config)) for prompt in prompts] if isinstance(config, Config) else []
+    asked += [evaluation.asked(case, config) for case in cases] if isinstance(config, Config) else []
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     config = with_found_mesh(config)
@@ -104,10 +109,11 @@ def main(config: Config | VAETraining | MLLMTraining) -> None:
                 base = transfer_lora.load_base(config, trained, mesh)
             else:
                 trained = omnitransfer.objective(config, empty_text(config))
-            sample = TrainingSamples(config, asked, mesh, workdir, base) if asked else None
-            known = data_digest(config, run_folder.is_run(WORKDIR.value))
-            hooks = {"identify": identify(config, aside), "sample": sample, "quarantine": aside}
-            loop.train(trained, config, workdir, mesh, data, data_digest=known, base=base, **hooks)
+            samples = TrainingSamples(config, asked, mesh, workdir, base, len(prompts)) if asked else None
+            evaluate = TrainingEvaluation(samples, cases, workdir) if samples and cases else None
+            shown, known = samples if prompts else None, data_digest(config, run_folder.is_run(WORKDIR.value))
+            beside = {"evaluate": evaluate, "identify": identify(config, aside), "sample": shown, "quarantine": aside}
+            loop.train(trained, config, workdir, mesh, data, data_digest=known, base=base, **beside)
 
 
 def sizes(config: Config) -> str:

@@ -85,12 +85,12 @@ def in_situation(situation: str, given: Sequence[str]) -> None:
     elif situation == "evaluation":
         plain_train = loop.train
 
-        def evaluate(params: Any) -> dict[str, float]:
+        def evaluate(step: int, params: Any) -> dict[str, float]:
             here()
             time.sleep(LONG)
             return {}
 
-        loop.train = lambda *args, **named: plain_train(*args, **named, evaluate=evaluate)
+        loop.train = lambda *args, **named: plain_train(*args, **{**named, "evaluate": evaluate})
     elif situation == "compiling":
         loop.Program.compile = lambda self, batch, key: compile_long(here)
     train(given)

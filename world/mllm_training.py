@@ -70,7 +70,7 @@ def train(config: MLLMTraining, workdir: Path, mesh: Mesh) -> None:
         return {"held_out_accuracy": float(np.concatenate(right).mean())}
 
     data, some = batches(config, vocabulary, *data_share(mesh)), held_out[: len(held_out) // 8]
-    params = loop.train(objective(config, vocabulary), config, workdir, mesh, data, partial(evaluate, lessons=some))
+    params = loop.train(objective(config, vocabulary), config, workdir, mesh, data, lambda step, params: evaluate(params, some))
     if params is not None:
         result = {**evaluate(params, held_out), "held_out_pairs": config.evaluate_clips, "steps": config.train.steps}
         results.write(workdir.absolute(), "mllm", params, result)

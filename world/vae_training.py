@@ -59,7 +59,7 @@ def train(config: VAETraining, workdir: Path, mesh: Mesh) -> None:
     reconstruct = make_reconstruct(config)
     held_out = list(clips(config, "held_out", config.evaluate_clips))
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(step: int, params: Params) -> dict[str, float]:
         return {"held_out_psnr": mean_psnr(reconstruct, params, held_out[: len(held_out) // 8])}
 
     params = loop.train(objective(config), config, workdir, mesh, batches(config, *data_share(mesh)), evaluate)

@@ -1,4 +1,4 @@
-"""How well a clip fits its prompt, and how it looks, by a CLIP or SigLIP folder in transformers' layout that the user names.
+"""How well a clip fits its prompt, and how it looks, by a CLIP folder in transformers' layout that the user names.
 
     text similarity   the mean over frames of the cosine of the frame's and the prompt's vectors
     aesthetic score   a linear head on the frames' vectors of norm 1, a tenth of it, mean over frames (LAION's predictor, as in VBench)
@@ -41,11 +41,9 @@ class TextAndImages:
             raise RequestError(
                 f"{folder}: no CLIP of transformers ({reason}); give a folder with config.json and model.safetensors"
             ) from None
-        right = hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
-        require(right, f"{folder}: {type(self.model).__name__} has no towers of text and images; give a CLIP or SigLIP")
-        config = self.model.config.text_config
-        self.longest: int = config.max_position_embeddings
-        self.padding = "max_length" if "siglip" in self.model.config.model_type else True  # SigLIP was trained with padded texts
+        kind = self.model.config.model_type
+        require(kind == "clip", f"{folder}: a {kind}, a clip is needed, with towers of text and images")
+        self.longest: int = self.model.config.text_config.max_position_embeddings
 
     def images(self, frames: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
         """A vector of norm 1 for each picture."""
@@ -55,7 +53,7 @@ class TextAndImages:
 
     def text(self, prompt: str) -> Float[np.ndarray, " D"]:
         """The vector of norm 1 of a text, cut off where the network's context ends."""
-        tokens = self.tokenizer([prompt], padding=self.padding, truncation=True, max_length=self.longest, return_tensors="pt")
+        tokens = self.tokenizer([prompt], truncation=True, max_length=self.longest, return_tensors="pt")
         with self.torch.inference_mode():
             return unit(self.model.get_text_features(**tokens))[0]
 

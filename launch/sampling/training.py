@@ -6,6 +6,7 @@ at a step             parameters (averaged if there is an average) -> sampler on
 
 import hashlib
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from configs.run import Config, encoder_names
 from configs.stage1 import TransferLoRA
 from data_pipelines import clips
 from data_pipelines.encoders import Encoders, place_references
-from data_pipelines.prompts import Pictures, Prompt
+from data_pipelines.prompts import MOST, Pictures, Prompt
 from launch.sampling import grid
 from omnitransfer_jax import load_models, samplers, tasks
 from omnitransfer_jax.mesh import replicated
@@ -51,10 +52,14 @@ class Encoded(NamedTuple):
 class TrainingSamples:
     """sample(step, params) of a training (train/loop.py). What is asked for is encoded when it is made."""
 
-    def __init__(self, config: Config, asked: list[tuple[Prompt, Pictures]], mesh: Mesh, workdir: Path, base: Params | None = None):
-        """`base` are the weights that the training's adapters stand on. Encoders without weights are a `RequestError`."""
+    def __init__(
+        self, config: Config, asked: list[tuple[Prompt, Pictures]], mesh: Mesh, workdir: Path, base: Params | None = None, shown: int = MOST
+    ):
+        """`base` are the weights that the training's adapters stand on; the first `shown` of `asked` are what a call makes, the others are
+        made for an evaluation. Encoders without weights are a `RequestError`."""
         self.config = replace(config, sampler=replace(config.sampler, boundary=0.0, low_noise_guidance=None))  # one network trains
         self.asked, self.mesh, self.folder, self.base = asked, mesh, workdir / SAMPLES, base or {}
+        self.shown = asked[:shown]
         load_models.require_weights(config.train.init_from, config, encoder_names(config))
         self.encoders = Encoders(config, config.train.init_from)
         self.negative = self.encoders.text([config.sampler.negative_prompt])[0]
@@ -73,29 +78,35 @@ class TrainingSamples:
     def __call__(self, step: int, params: Params) -> bytes | None:
         """Samples with these parameters and writes the grid; its middle frame as a JPEG. Of several processes the first one writes."""
         started = time.perf_counter()
-        latents = self.sample(params)
+        made = self.clips(params, range(len(self.shown)))
         if jax.process_index():
             return None
-        made = [clips.to_bytes(self.encoders.decode(jnp.asarray(each[None]))[0]) for each in latents]
         name = f"step_{step:06d}"
-        for number, ((prompt, _), clip) in enumerate(zip(self.asked, made, strict=True), start=1):
+        for number, ((prompt, _), clip) in enumerate(zip(self.shown, made, strict=True), start=1):
             clips.write_clip(self.folder / name / f"{number}_{prompt.task}.mp4", clip, self.config.video.fps)
         path = self.folder / f"{name}.webp"
         picture = self.draw(path, step, made)
         print(f"step {step}: {len(made)} samples in {time.perf_counter() - started:.1f} s, {path}", flush=True)
         return picture
 
-    def sample(self, params: Params) -> list[np.ndarray]:
-        """The latents of each prompt; as many at once as the devices divide a batch by."""
+    def clips(self, params: Params, numbers: Sequence[int]) -> list[np.ndarray]:
+        """The clips of some of what is asked for; of several processes the first one decodes, the others have none."""
+        latents = self.sample(params, numbers)
+        return [] if jax.process_index() else [clips.to_bytes(self.encoders.decode(jnp.asarray(each[None]))[0]) for each in latents]
+
+    def sample(self, params: Params, numbers: Sequence[int] | None = None) -> list[np.ndarray]:
+        """The latents of each prompt, or of these; as many at once as the devices divide a batch by."""
+        numbers = range(len(self.asked)) if numbers is None else numbers
         dit, found = self.cast(params | self.base), {}
-        for chunk in chunks([prompt.first_frame is not None for prompt, _ in self.asked], self.width):
+        kinds = {number: self.asked[number][1].first_frame is not None for number in numbers}
+        for chunk in chunks(kinds, self.width):
             batch = jax.tree.map(lambda *x: np.concatenate(x), *(self.encoded[i] for i in padded(chunk, self.width)))
             noise = np.concatenate([self.noise(i) for i in padded(chunk, self.width)])
             trees = jax.device_put((self.conditions(batch, params), samplers.start(jnp.asarray(noise))), replicated(self.mesh))
             state = self.run(dit, trees, batched=True, static=(self.expert,)).latents
             whole = multihost_utils.process_allgather(state, tiled=True) if jax.process_count() > 1 else state
             found |= dict(zip(chunk, np.asarray(whole), strict=False))  # the rest is padding
-        return [found[i] for i in range(len(self.asked))]
+        return [found[i] for i in numbers]
 
     @property
     def width(self) -> int:
@@ -103,8 +114,9 @@ class TrainingSamples:
         return self.config.mesh.slices * self.config.mesh.data
 
     def noise(self, number: int) -> np.ndarray:
-        """Always the same for prompt `number`: that of `launch.sample` with the seed `seed + number`."""
-        key = jax.random.key((self.config.seed + number) % 2**32)
+        """Always the same for prompt `number`: that of `launch.sample` with the seed `seed + number`; cases are counted from 0 again."""
+        place = number if number < len(self.shown) else number - len(self.shown)
+        key = jax.random.key((self.config.seed + place) % 2**32)
         return np.asarray(jax.random.normal(key, (1, *self.config.video.latent_shape(self.config.vae))))
 
     def conditions(self, batch: Encoded, params: Params) -> Conditions:
@@ -125,11 +137,11 @@ class TrainingSamples:
         """Writes the grid; before the first step its clips are kept for those of later steps."""
         video, seconds = self.config.video, grid.times(self.config.video.frames, self.config.video.fps)
         now = [grid.small(clip, video.fps, seconds) for clip in made]
-        names = [self.digest(*each) for each in self.asked]
+        names = [self.digest(*each) for each in self.shown]
         if step == 0:
             grid.write_base(self.folder, dict(zip(names, now, strict=True)))
         before, rows = grid.read_base(self.folder), []
-        for (prompt, (reference, frame)), name, clip in zip(self.asked, names, now, strict=True):
+        for (prompt, (reference, frame)), name, clip in zip(self.shown, names, now, strict=True):
             given = None if reference is None else grid.small(reference, self.config.data.reference.fps, seconds)
             first = None if frame is None else grid.small(frame[None], video.fps, [0.0])
             rows.append(grid.Row(f"{prompt.task}  {prompt.prompt}", (given, first, before.get(name), clip)))
@@ -171,9 +183,9 @@ def contexts(model: Alignment, params: Params, inputs: MLLMInputs, task: jax.Arr
     return with_params(model, {path.removeprefix("alignment."): x for path, x in params.items()})(inputs, task)
 
 
-def chunks(kinds: list[bool], width: int) -> list[list[int]]:
+def chunks(kinds: Mapping[int, bool], width: int) -> list[list[int]]:
     """The numbers of the samples in groups of one kind and of at most `width`."""
-    groups = [[i for i, kind in enumerate(kinds) if kind is each] for each in (True, False)]
+    groups = [[i for i, kind in kinds.items() if kind is each] for each in (True, False)]
     return [group[i : i + width] for group in groups for i in range(0, len(group), width)]
 
 

@@ -4,8 +4,9 @@
 
 `seconds` is the time a step took, compilation not counted; `data_wait` the share of it spent waiting for the batch; `tokens_per_second`
 and `mfu`, the share of the devices' peak that the useful operations are, where they are known. `compile_seconds` is in the first line after
-a start. A metric `loss/NAME` is the loss of those samples of the step that NAME describes, left out if there are none. A number that is
-not finite is null. Of several processes the first one writes. A line that the disk refuses is kept and written later.
+a start. `evaluate/METRIC/TASK` is what an evaluation after the step found. A metric `loss/NAME` is the loss of those samples of the step
+that NAME describes, left out if there are none. A number that is not finite is null. Of several processes the first one writes. A line that
+the disk refuses is kept and written later.
 """
 
 import json
@@ -28,7 +29,7 @@ from omnitransfer_jax.train.events import Events
 from omnitransfer_jax.train.wandb_sink import WandB
 
 METRICS_FILE = "metrics.jsonl"
-LOSS, SHARE = "loss/", "share/"
+LOSS, SHARE, EVALUATION = "loss/", "share/", "evaluate/"
 # Dense bfloat16 operations a second of one device, by the beginning of its name in JAX (the makers' data sheets).
 PEAKS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 2307e12,

@@ -44,7 +44,7 @@ from omnitransfer_jax.train.wandb_sink import require_installed
 
 REPORT_SECONDS = 60.0  # between two writings of the report
 
-Evaluate = Callable[[Params], Mapping[str, float]]
+Evaluate = Callable[[int, Params], Mapping[str, float]]
 Sample = Callable[[int, Params], bytes | None]
 
 
@@ -64,10 +64,10 @@ def train(
     """All parameters but `base` after `config.train.steps`; None if a signal stopped the run before.
 
     `data` gives this process's share of each batch (`mesh.data_share`), a tree of numpy arrays; a run goes on if `data_digest` is the same.
-    `evaluate` measures them every `train.evaluate_every` steps, for the log. `base` are the arrays of `objective.base` on `mesh`.
-    `identify` gives the names of the samples of a step, for the log of incidents. `sample` makes samples with the parameters after a step,
-    averaged if there is an average, and may give a JPEG of them: before the first step, every `train.sample_every`, after the last, and
-    when the file SAMPLE asks for it. `quarantine` is where `data` sets damaged records aside.
+    `evaluate` measures the parameters after a step, averaged if there is an average, every `train.evaluate_every` steps, for the log.
+    `base` are the arrays of `objective.base` on `mesh`. `identify` gives the names of the samples of a step, for the log of incidents.
+    `sample` makes samples with the same parameters, and may give a JPEG of them: before the first step, every `train.sample_every`, after
+    the last, and when the file SAMPLE asks for it. `quarantine` is where `data` sets damaged records aside.
     """
     config, workdir = with_absolute_paths(config), workdir.absolute()
     require_installed(config.train.wandb)
@@ -191,14 +191,23 @@ class Run:
         self.watchdog.progress(f"step {n}, samples")
         try:
             with self.log.paused(), self.stopping.interruptible():
-                self.log.picture(n, self.sample(n, self.state.ema | self.state.frozen if self.state.ema else self.state.params))
+                self.log.picture(n, self.sample(n, self.averaged))
             self.next_report = 0.0
         except Stopped:
             print(f"step {n}: its samples are left out, for the run was asked to stop", flush=True)
-        except (OSError, jax.errors.JaxRuntimeError) as error:  # a full disk; no memory for a sampling beside the training
-            if jax.process_count() > 1:
-                raise
-            print(f"step {n}: no samples, {' '.join(str(error).split())[:300]}; training goes on", flush=True)
+        except (OSError, jax.errors.JaxRuntimeError) as error:
+            self.told("samples", n, error)
+
+    @property
+    def averaged(self) -> Params:
+        """All parameters, averaged if there is an average."""
+        return self.state.ema | self.state.frozen if self.state.ema else self.state.params
+
+    def told(self, what: str, n: int, error: Exception) -> None:
+        """Tells that something was refused beside the training, a full disk or no memory; of several processes it ends the run."""
+        if jax.process_count() > 1:
+            raise error
+        print(f"step {n}: no {what}, {' '.join(str(error).split())[:300]}; training goes on", flush=True)
 
     def pause(self, n: int) -> None:
         """Waits while the file PAUSE is there; a signal or the file STOP ends it."""
@@ -235,12 +244,14 @@ class Run:
         if self.evaluate is not None and evaluates(self.config, n):
             self.watchdog.progress(f"step {n}, evaluation")
             try:
-                with self.stopping.interruptible():
-                    measured = self.evaluate(self.state.params)
+                with self.log.paused(), self.stopping.interruptible():
+                    measured = self.evaluate(n, self.averaged)
                 print(f"step {n}  " + "  ".join(f"{name} {value:.4g}" for name, value in measured.items()), flush=True)
                 values |= measured
             except Stopped:
                 print(f"step {n}: its evaluation is left out, for the run was asked to stop", flush=True)
+            except (OSError, jax.errors.JaxRuntimeError) as error:
+                self.told("evaluation", n, error)
         self.log.write(n, values)
         self.incidents.watch(n, values, self.log.is_logged(n))
         if jax.process_index() == 0 and (time.monotonic() > self.next_report or n == self.config.train.steps):
@@ -418,4 +429,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if not isinstance(config, Config):
         return config
     config = replace(config, train=replace(config.train, sample_prompts=absolute(config.train.sample_prompts)))
+    if Path(config.train.evaluate_suite).is_file():  # not the world's
+        config = replace(config, train=replace(config.train, evaluate_suite=absolute(config.train.evaluate_suite)))
     return replace(config, data=replace(config.data, path=absolute(config.data.path), more=tuple(map(absolute, config.data.more))))

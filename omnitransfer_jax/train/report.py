@@ -13,7 +13,7 @@ from jinja2 import Environment
 
 from omnitransfer_jax.folders.atomic import write_whole
 from omnitransfer_jax.train.incidents import INCIDENTS_FILE
-from omnitransfer_jax.train.log import LOSS, read_lines
+from omnitransfer_jax.train.log import EVALUATION, LOSS, read_lines
 
 REPORT_FILE, SAMPLES = "report.html", "samples"
 POINTS, WIDTH, HEIGHT = 600, 560, 180  # of a curve, most; pixels of a plot
@@ -36,6 +36,9 @@ def write(workdir: Path, steps: int) -> None:
         ("seconds a step", ["seconds"]),
         ("share of a step that waits for data", ["data_wait"]),
     ]
+    measured = sorted(name for name in names if name.startswith(EVALUATION))
+    for metric in dict.fromkeys(name.rpartition("/")[0] for name in measured):
+        wanted.append((metric.removeprefix(EVALUATION), [name for name in measured if name.rpartition("/")[0] == metric]))
     last = lines[-1]
     parts = [f"step {last['step']} of {steps}", f"{last.get('seconds', 0):.3g} s a step", f"{last.get('skipped', 0)} updates left out"]
     parts += [f"MFU {last['mfu']:.1%}"] if last.get("mfu") else []
@@ -69,11 +72,21 @@ def plotted(title: str, names: Sequence[str], lines: Sequence[dict[str, Any]]) -
         return " ".join(f"{(x - first) / across * WIDTH:.1f},{HEIGHT - 6 - (y - low) / up * (HEIGHT - 24):.1f}" for x, y in curve)
 
     drawn = [
-        {"name": name.removeprefix(LOSS), "colour": COLOURS[number % len(COLOURS)], "points": points(curve), "last": f"{curve[-1][1]:.3g}"}
+        {
+            "name": label(name),
+            "colour": COLOURS[number % len(COLOURS)],
+            "points": points(curve),
+            "last": f"{curve[-1][1]:.3g}",
+        }
         for number, (name, curve) in enumerate(curves.items())
         if curve
     ]
     return {"title": title, "curves": drawn, "top": f"{high:.3g}", "bottom": f"{low:.3g}  steps {first} to {last}"}
+
+
+def label(name: str) -> str:
+    """What a curve is called beside the others of its plot."""
+    return name.rpartition("/")[2] if name.startswith(EVALUATION) else name.removeprefix(LOSS)
 
 
 def thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:

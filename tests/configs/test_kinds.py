@@ -15,8 +15,8 @@ RUN = {
     "mesh.data", "mesh.heads", "mesh.keys", "mesh.slices", "sampler.boundary",
     "sampler.guidance", "sampler.low_noise_guidance", "sampler.negative_prompt", "sampler.reference_cache", "sampler.shift",
     "sampler.skip_unconditional", "sampler.solver", "sampler.stack_references", "sampler.steps",
-    "train.evaluate_every", "train.hang_seconds", "train.log_every", "train.profile", "train.sample_every", "train.sample_prompts",
-    "train.steps", "train.wandb",
+    "train.evaluate_every", "train.evaluate_suite", "train.hang_seconds", "train.log_every", "train.profile", "train.sample_every",
+    "train.sample_prompts", "train.steps", "train.wandb",
     "vae.decode_frames", "vae.encode_frames",
 }  # fmt: skip
 

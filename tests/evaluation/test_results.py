@@ -1,14 +1,16 @@
 """Means, intervals, marks and paired gains against what they are by hand."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from evaluation import intervals, results, tables
-from evaluation.measures import Score
+from evaluation.measures import Metric, Score
 from evaluation.results import Line
+from evaluation.suites import Case
 from evaluation.tables import Evaluation
 from world import scores as world_scores
 
@@ -103,3 +105,26 @@ def test_a_gain_is_paired():
     assert (found.value, found.count) == (pytest.approx(0.35), 2)
     assert (found.low, found.high) == pytest.approx((0.3, 0.4))
     assert results.gain(LINES, base, "transfer", "motion", "m", "lower").value == pytest.approx(-0.35)
+
+
+def test_a_metric_of_all_clips_together(tmp_path):
+    """It reads what was kept of each clip, has one line a row and task, and a failure where there is too little."""
+
+    def of_all(own, transfer):
+        require(len(own) > 1, f"{len(own)} clip")
+        return {"apart": sum(each["x"] for each in own) - sum(each["x"] for each in transfer)}
+
+    metric = Metric("sets", {"apart": Score("lower", "")}, lambda sample: {}, weights="f" * 64, of_all=of_all)
+    cases = [Case(name, "id", "", 0, name, lambda size: None) for name in "abc"]
+    for row, values in (("transfer", (1, 2, 4)), ("copied", (1, 5, None)), ("still", (3, None, None))):
+        for case, value in zip(cases, values, strict=True):
+            kept = {} if value is None else {metric.key: {"x": value}}
+            (tmp_path / f"{row}-{case.id}.json").write_text(json.dumps({"sha256": "", "values": kept}))
+    found = results.of_sets([metric], cases, ["transfer", "copied", "still"], lambda row, case: tmp_path / f"{row}-{case.id}.json")
+    assert [(each.row, each.case, each.metric, each.value, each.failure) for each in found] == [
+        ("transfer", "(all)", "apart", 0, ""), ("copied", "(all)", "apart", -1, ""), ("still", "(all)", "apart", None, "1 clip"),
+    ]  # fmt: skip
+    together = results.mean(found, "transfer", "id", "apart")
+    assert together.value == 0
+    assert math.isnan(together.low)
+    assert results.rewarded(found, "id", "apart", "lower") == ["copied"]

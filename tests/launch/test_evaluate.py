@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from configs import stage1
 from evaluation import given_files, results, sampling, suites, videos
+from evaluation.metrics import faces
 from evaluation.transfer import Transfer, held_out
 from launch import evaluate
 from launch.command import execute
@@ -132,6 +133,33 @@ def test_weights_of_another_digest_cost_their_metric_alone(one, tmp_path):
     assert min(scores(tmp_path / "a", "copied", "LPIPS to the truth").values()) > 0
     digest = atomic.sha256(tmp_path / "lpips.safetensors")
     assert json.loads((tmp_path / "a" / "environment.json").read_text())["weights"]["LPIPS to the truth"] == digest
+
+
+def test_a_copied_reference_does_not_win_identity_and_copy_distance_together(tmp_path, monkeypatch):
+    """Identity alone prefers the copy, and so it is marked; copy distance does not. The face network is a stand-in: mean colours."""
+    pytest.importorskip("cv2")
+    (tmp_path / "made").mkdir()
+    rows = []
+    for case in suites.load("world:2", CONFIG).cases:
+        if case.task == "id":
+            videos.write(tmp_path / f"{case.id}.mp4", case.reference(SIZE), SIZE.fps)
+            videos.write(tmp_path / "made" / f"{case.id}.mp4", case.truth(SIZE), SIZE.fps)
+            rows.append(json.dumps({"id": case.id, "task": "id", "reference": f"{case.id}.mp4", "prompt": case.prompt}))
+    (tmp_path / "suite.jsonl").write_text("\n".join(rows))
+    template = faces.TEMPLATE * SIZE.height / 112
+    network = faces.FaceNetwork(lambda found: found.mean((1, 2)), SIZE.height, template)
+    monkeypatch.setattr(given_files, "checked", lambda given: (given, "digest"))
+    monkeypatch.setattr(faces, "load", lambda path: network)
+    monkeypatch.setattr(faces, "detector", lambda: lambda frame: template)
+    out = tmp_path / "out"
+    assert run(f"--suite={tmp_path / 'suite.jsonl'}", f"--videos={tmp_path / 'made'}", f"--out={out}", "--face=colours.onnx") == 0
+    lines = results.read(out / "scores.csv")
+    identity, copies = (set(results.rewarded(lines, "id", name, "higher")) for name in ("identity mean (colours)", "copy distance"))
+    assert "copied" in identity
+    assert "copied" not in copies
+    assert not identity & copies
+    assert set(scores(out, "copied", "copies").values()) == {1}
+    assert "identity mean (colours) ↑ !" in (out / "tables.md").read_text()
 
 
 def test_tracks_and_camera_paths_in_files(one, tmp_path):

@@ -172,7 +172,7 @@ def test_prompts_of_a_training_without_references(tmp_path):
 
 
 def test_groups_are_of_one_family():
-    assert chunks([True, False, True, True], 2) == [[0, 2], [3], [1]]
+    assert chunks({0: True, 1: False, 2: True, 3: True}, 2) == [[0, 2], [3], [1]]
     assert padded([3], 2) == [3, 3]
 
 

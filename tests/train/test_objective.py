@@ -88,7 +88,8 @@ def clip(config: Config) -> grain.DatasetIterator[np.ndarray]:
 
 
 def train(config: Config, workdir: Path) -> Params | None:
-    return loop.train(clip_adapter(config), config, workdir, make_mesh(config.mesh), clip(config), fixed_loss(config))
+    loss = fixed_loss(config)
+    return loop.train(clip_adapter(config), config, workdir, make_mesh(config.mesh), clip(config), lambda step, params: loss(params))
 
 
 def fixed_loss(config: Config):
