@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other about their folder. With one process nothing is exchanged."""
+"""What the processes of one run tell each other, and what has to be the same for all. With one process nothing is exchanged."""
 
 import hashlib
 import json
