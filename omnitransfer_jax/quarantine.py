@@ -79,9 +79,11 @@ class Quarantine:
         return np.asarray(self.places, np.int64).reshape(-1, 2)
 
     def restore(self, state: np.ndarray) -> None:
+        """What a checkpoint has kept; a `RequestError` if it is more than `most` by now."""
         self.places, self._known = [], set()
         for source, index in state.tolist():
             self._add((source, index))
+        self.require_few("set aside before the last checkpoint")
 
     def _add(self, place: Place) -> None:
         self.places.append(place)

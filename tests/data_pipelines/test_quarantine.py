@@ -119,6 +119,8 @@ def test_what_a_batch_met_that_is_not_used_is_forgotten():
     assert aside.places == [(0, 1)]
     aside.take([unused])
     assert aside.news() == [unused]
+    with pytest.raises(RequestError, match=r"^set aside before .*; 2 damaged records are more than data\.quarantine=1$"):
+        Quarantine(1).restore(aside.state)
 
 
 TWO = """
