@@ -77,13 +77,13 @@ def test_a_whole_report(films, tmp_path):
         assert len(own) == count * prompts
     for task in ("motion", "camera"):
         still, copied = (results.mean(lines, row, task, "MF-LK").value for row in ("still", "copied"))
-        assert still == 0 < copied == pytest.approx(1)
+        assert still < copied == pytest.approx(1)  # where nothing moves in a film, a held frame has 1 too
     assert results.mean(lines, "copied", "id", "copies").value == 1
     with browsers() as open_browser:
         browser = open_browser(tmp_path)
         browser.open((out / "report.html").resolve().as_uri())
         assert browser.run("return document.querySelectorAll('img').length") >= 5 * 8  # worst and best of each task, each with its rows
         assert browser.run("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
-        assert "complete: 50 of 50 clips" in browser.run("return document.body.innerText")
+        assert "complete: 50 of 50 clips" in browser.run("return document.body.textContent")
         assert browser.console() == []
         (out / "screenshot.png").write_bytes(b64decode(browser.send("/screenshot", method="GET")))
