@@ -20,6 +20,7 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 MOST_PIXELS = 2**26  # of a frame: 8192 x 8192
 # Damage that ffmpeg would pass over or hide: checksums that differ, wrong bits and lengths are errors.
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
+NOT_STRICT = {"tiff"}  # ffmpeg's decoder of these codecs then refuses what ffmpeg's encoder wrote
 PROBED = 500  # packets that are read to find out which streams move
 # PyAV before 19 raises for a tag that is not UTF-8, unless it is asked to replace what it cannot read; PyAV 19 never raises for one.
 REPLACE_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -57,7 +58,8 @@ def decode(container: InputContainer, stream: av.VideoStream, path: str | Path) 
     decoder = _decoder(stream, path)
     decoder.thread_type = "SLICE"  # frame threads hide damage and dead-lock with fork
     decoder.thread_count = 1
-    decoder.options = decoder.options | STRICT
+    if decoder.name not in NOT_STRICT:
+        decoder.options = decoder.options | STRICT
     for packet in container.demux(stream):
         yield from decoder.decode(packet)
 

@@ -57,7 +57,8 @@ def test_every_number_is_taken_or_answered_in_one_line(config):
 
 ACCEPTED = {  # where 0 has a meaning
     "seed", "optimizer.warmup_steps", "optimizer.adapter_share", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay",
-    "optimizer.clip_norm", "train.ema", "train.evaluate_every", "train.sample_every", "data.text_drop", "vae.latents_mean",
+    "optimizer.clip_norm", "train.ema", "train.evaluate_every", "train.sample_every", "data.quarantine", "data.text_drop",
+    "vae.latents_mean",
     "mllm.vision.full_attention", "mllm.image_token", "mllm.video_token", "mllm.vision_start",
     "kl_weight", "whole_share", "grey_share", "optimizer.decay_share", "sampler.boundary",
     "dit.reference_time", "train.hang_seconds",
