@@ -35,6 +35,8 @@ import os, resource, signal, sys
 import numpy as np
 from data_pipelines import clips
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+
 class Interrupted:
     shape = (100, 48, 64, 3)
     def __iter__(self):

@@ -101,7 +101,7 @@ def without_networks(monkeypatch):
     monkeypatch.setattr(Encoders, "decode", lambda self, latents: np.zeros((1, 1, 16, 16, 3), np.float32))
     monkeypatch.setattr(Encoders, "load", lambda self: None)
     monkeypatch.setattr(Encoders, "text", lambda self, prompts: (np.zeros((1, 1, 1), np.float32), np.ones(1, int)))
-    monkeypatch.setattr(encode, "encode", lambda row, pixels, encoders: None)
+    monkeypatch.setattr(encode, "encode_together", lambda found, encoders: [None] * len(found))
     monkeypatch.setattr(records, "shard_writer", shard)
     monkeypatch.setattr(records, "finish", lambda folder, config, lengths, ids: None)
 
