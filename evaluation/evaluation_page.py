@@ -1,6 +1,7 @@
 """report.html of an evaluation: tables with intervals, the worst and the best clips of each task side by side, failures by name."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -46,7 +47,7 @@ def page(
     listed = Table(("failure",), tuple((text,) for text in failed[:LISTED]))
     sections.append(Section("Failures", (f"{len(failed)} in all.{more}" if failed else "None."), (), listed if failed else None))
     return Report(
-        f"Evaluation: {found.suite}",
+        f"Evaluation: {Path(found.suite).name}",  # environment.json has the whole path
         f"{len({(line.task, line.case) for line in found.lines if line.case != results.ALL})} cases of "
         f"{len(results.tasks_of(found.lines))} tasks; every table has the controls that a sound metric must not prefer.",
         (),
