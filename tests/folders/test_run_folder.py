@@ -274,8 +274,9 @@ def test_no_mutation_of_a_configuration_is_a_traceback(tmp_path, use):
     assert [text for text in refusals if str(tmp_path) not in text or len(text) > 700] == []
 
 
-def test_the_steps_of_a_falling_rate_may_not_change(tmp_path):
-    falling = replace(SMOKE, optimizer=OptimizerConfig(schedule="cosine"))
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_steps_of_a_falling_rate_may_not_change(tmp_path, schedule):
+    falling = replace(SMOKE, optimizer=OptimizerConfig(schedule=schedule))
     run_folder.write_config(tmp_path, falling)
     run_folder.require_same_run(tmp_path, falling)
     with pytest.raises(RequestError, match=r"--train.steps=99: the run in .* was started with 60"):

@@ -1,10 +1,13 @@
 """AdamW as PyTorch has it, Muon by its definition, the warm-up, and what decays."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import stage1
 from configs.errors import RequestError
 from configs.run import MeshConfig, OptimizerConfig
 from configs.wan import I2V_14B
@@ -111,6 +114,16 @@ def test_the_rate_stays_and_then_falls_along_a_line():
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=2, schedule="wsd", decay_share=0.4)
     rates = [float(learning_rate(jnp.int32(done), config, 10)) for done in range(11)]
     np.testing.assert_allclose(rates, [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0], atol=1e-6)
+
+
+def test_a_warm_up_ends_before_the_rate_falls():
+    def config(warmup):
+        optimizer = OptimizerConfig(warmup_steps=warmup, schedule="wsd", decay_share=0.4)
+        return replace(stage1.get_config("smoke"), optimizer=optimizer, train=replace(stage1.get_config("smoke").train, steps=10))
+
+    config(6).validate()
+    with pytest.raises(RequestError, match=r"optimizer\.warmup_steps=7: at most 6, for with optimizer\.decay_share=0\.4 the rate falls"):
+        config(7).validate()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (0.0, [3.0, 4.0])])
