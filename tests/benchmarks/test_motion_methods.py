@@ -129,6 +129,16 @@ def test_gains_are_case_by_case_and_positive_is_better():
     assert bench.gain(rows_of(10.0, 16.0), rows_of(10.0, 20.0), "path") == "+2.00 (+0.00 to +4.00)"
 
 
+@pytest.mark.parametrize(("against", "gains"), [("backbone", ["", "+2.00"]), ("still", ["-2.00", ""])])
+def test_gains_are_over_the_row_that_is_named(against, gains):
+    results = {
+        (name, "own"): {"0": {"scores": {"path": path}, "seconds": 1.0, "memory": 1.0}}
+        for name, path in (("backbone", 10.0), ("still", 8.0))
+    }
+    lines = [line.split(" | ") for line in bench.table(results, against, 1).splitlines()[4:]]
+    assert [line[3].split(" ")[0] for line in lines] == gains
+
+
 def test_later_pairs_are_those_of_a_longer_run(monkeypatch, tmp_path):
     """The same pairs with the same noise, so tuning on some and reporting others is one numbering."""
     config, made = ditflow.get_config("tiny"), {}
